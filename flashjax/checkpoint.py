@@ -1,0 +1,567 @@
+"""The on-disk form of sparse weights, and folders that appear whole or not at all.
+
+A sparse weight ``NAME`` of shape (out, in), the orientation of Hugging Face, is stored
+as two tensors of a safetensors file, independent of the packed layout in memory:
+
+* ``NAME.bitmap``: uint8 (ceil(out * in / 8),), bit ``i % 8`` of byte ``i // 8`` says
+  whether element ``i`` (row-major) is stored;
+* ``NAME.values``: float16 or bfloat16 (nnz,), the stored elements, row-major.
+
+Shapes and dtypes are JSON under the key ``flashjax`` of the file's metadata::
+
+    {"format": "flashjax-sparse", "version": 1,
+     "sparse": {"NAME": {"shape": [out, in], "dtype": "float16"}}}
+"""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+FORMAT = "flashjax-sparse"
+VERSION = 1
+METADATA_KEY = "flashjax"
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+_DTYPES = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+# safetensors' names of the dtypes that a model folder may hold.
+_SAFETENSORS_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": _DTYPES["float16"],
+    "BF16": _DTYPES["bfloat16"],
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class CheckpointError(ValueError):
+    """A folder or file that cannot be read or written as a checkpoint."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseEntry:
+    """What the metadata says about one sparse weight.
+
+    Attributes:
+      shape: (out_features, in_features).
+      dtype: float16 or bfloat16.
+    """
+
+    shape: tuple[int, int]
+    dtype: np.dtype
+
+
+def encode(dense: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Splits a matrix into the bitmap and the values of its nonzeros.
+
+    Args:
+      dense: (out, in), float16 or bfloat16. Zeros of either sign are not stored; NaN
+        and infinities are.
+
+    Returns:
+      The bitmap, uint8 (ceil(out * in / 8),), and the values, (nnz,) of dense's dtype.
+
+    Raises:
+      ValueError: dense is no matrix of one of these dtypes.
+    """
+    dense = np.ascontiguousarray(dense)
+    if dense.ndim != 2 or dense.dtype not in _DTYPES.values():
+        raise ValueError(
+            "a sparse weight must be a float16 or bfloat16 matrix, got "
+            f"{dense.dtype} of shape {dense.shape}"
+        )
+    # The bit patterns decide, so that no rounding or flushing can change the result.
+    stored = (dense.view(np.uint16).reshape(-1) & 0x7FFF) != 0
+    return np.packbits(stored, bitorder="little"), dense.reshape(-1)[stored]
+
+
+def decode(
+    bitmap: np.ndarray,
+    values: np.ndarray,
+    shape: tuple[int, int],
+    dtype: np.dtype | None = None,
+    name: str = "sparse weight",
+) -> np.ndarray:
+    """Rebuilds the matrix that encode() split.
+
+    Args:
+      bitmap: uint8 (ceil(out * in / 8),).
+      values: float16 or bfloat16 (nnz,).
+      shape: (out, in).
+      dtype: what the metadata promises of values; None accepts either dtype.
+      name: for error messages.
+
+    Returns:
+      The dense matrix, (out, in) of values' dtype.
+
+    Raises:
+      CheckpointError: the parts contradict each other.
+    """
+    size = math.prod(shape)
+    _expect(bitmap.dtype == np.uint8, name, "bitmap dtype", "uint8", bitmap.dtype)
+    expected_shape = (-(-size // 8),)
+    _expect(
+        bitmap.shape == expected_shape,
+        name,
+        f"bitmap shape for a weight of shape {tuple(shape)}",
+        expected_shape,
+        bitmap.shape,
+    )
+    dtypes = list(_DTYPES.values()) if dtype is None else [np.dtype(dtype)]
+    expected_dtypes = " or ".join(d.name for d in dtypes)
+    _expect(values.dtype in dtypes, name, "values dtype", expected_dtypes, values.dtype)
+    _expect(values.ndim == 1, name, "values rank", 1, values.ndim)
+    if size % 8:
+        unused = int(bitmap[-1]) >> (size % 8)
+        _expect(unused == 0, name, "unused bits of the bitmap", 0, unused)
+    stored = int(np.bitwise_count(bitmap).sum(dtype=np.int64))
+    _expect(
+        stored == values.size,
+        name,
+        "number of values (bits set in the bitmap)",
+        stored,
+        values.size,
+    )
+    dense = np.zeros(size, values.dtype)
+    mask = np.unpackbits(bitmap, count=size, bitorder="little").view(np.bool_)
+    dense[mask] = values
+    return dense.reshape(shape)
+
+
+def format_metadata(entries: Mapping[str, SparseEntry]) -> dict[str, str]:
+    """The safetensors metadata of a file that holds these sparse weights."""
+    sparse = {
+        name: {"shape": list(entry.shape), "dtype": np.dtype(entry.dtype).name}
+        for name, entry in entries.items()
+    }
+    content = {"format": FORMAT, "version": VERSION, "sparse": sparse}
+    # "format": "pt" is what Hugging Face's own readers look for.
+    return {"format": "pt", METADATA_KEY: json.dumps(content)}
+
+
+def parse_metadata(
+    metadata: Mapping[str, str] | None, source: str = "checkpoint"
+) -> dict[str, SparseEntry]:
+    """Reads the sparse weights' shapes and dtypes out of safetensors metadata.
+
+    Args:
+      metadata: a file's metadata; a file without our key has no sparse weights.
+      source: for error messages.
+
+    Returns:
+      The entries by the weight's name.
+
+    Raises:
+      CheckpointError: the metadata is malformed, or of an unknown format or version.
+    """
+    if not metadata or METADATA_KEY not in metadata:
+        return {}
+    try:
+        content = json.loads(metadata[METADATA_KEY])
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{source}: metadata {METADATA_KEY!r}: expected JSON, got "
+            f"{metadata[METADATA_KEY][:40]!r}"
+        ) from error
+    what = f"{source}: metadata {METADATA_KEY!r}"
+    _expect(isinstance(content, dict), what, "type", "object", _kind(content))
+    _expect(
+        content.get("format") == FORMAT, what, "format", FORMAT, content.get("format")
+    )
+    version = content.get("version")
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise CheckpointError(
+            f"{what}: expected version {VERSION}, got {version!r}; a newer FlashJAX "
+            "may be able to read it"
+        )
+    sparse = content.get("sparse")
+    _expect(isinstance(sparse, dict), what, "'sparse'", "object", _kind(sparse))
+    return {name: _parse_entry(what, name, entry) for name, entry in sparse.items()}
+
+
+def _parse_entry(what: str, name: str, entry: object) -> SparseEntry:
+    _expect(isinstance(entry, dict), what, f"entry {name!r}", "object", _kind(entry))
+    shape, dtype = entry.get("shape"), entry.get("dtype")
+    ok = isinstance(shape, list) and len(shape) == 2
+    ok = ok and all(type(n) is int and 0 <= n < 2**31 for n in shape)
+    _expect(ok, what, f"shape of {name!r}", "two sizes below 2**31", shape)
+    ok = isinstance(dtype, str) and dtype in _DTYPES
+    _expect(ok, what, f"dtype of {name!r}", "float16 or bfloat16", dtype)
+    return SparseEntry((shape[0], shape[1]), _DTYPES[dtype])
+
+
+def _expect(ok: bool, where: str, what: str, expected: object, got: object) -> None:
+    if not ok:
+        raise CheckpointError(f"{where}: {what}: expected {expected}, got {got!s:.80}")
+
+
+def _kind(value: object) -> str:
+    return {dict: "object", list: "array", str: "string", type(None): "nothing"}.get(
+        type(value), type(value).__name__
+    )
+
+
+class CheckpointReader:
+    """Reads the safetensors of a model folder tensor by tensor.
+
+    Files are memory-mapped; only what load() returns is held. Sharded folders are read
+    through their index. A sparse weight appears under its own name, decoded.
+
+    Attributes:
+      folder: the folder.
+      sparse: the sparse weights' entries by name.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        """Opens the folder and checks every header.
+
+        Args:
+          folder: holds model.safetensors, or model.safetensors.index.json with shards.
+
+        Raises:
+          CheckpointError: there is no such folder or file, or one is truncated, lies
+            about its content or is of an unknown version.
+        """
+        self.folder = Path(folder)
+        self.sparse: dict[str, SparseEntry] = {}
+        self._files: dict[str, safe_open] = {}
+        self._tensors: dict[str, str] = {}
+        expected: dict[str, str] = {}
+        for file_name, names in _safetensors_files(self.folder).items():
+            path = self.folder / file_name
+            try:
+                file = safe_open(path, framework="np")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{path}: expected a whole safetensors file, got {error}"
+                ) from error
+            self._files[file_name] = file
+            tensors = set(file.keys())
+            entries = parse_metadata(file.metadata(), str(path))
+            for name in entries:
+                parts = {f"{name}.bitmap", f"{name}.values"}
+                for part in sorted(parts - tensors):
+                    raise CheckpointError(f"{path}: the tensor {part!r} is missing")
+                if name in tensors:
+                    raise CheckpointError(
+                        f"{path}: {name!r} is stored both sparse and dense"
+                    )
+                tensors = tensors - parts | {name}
+            for name in tensors:
+                if name in self._tensors:
+                    raise CheckpointError(
+                        f"{path}: {name!r} is also in {self._tensors[name]}"
+                    )
+                self._tensors[name] = file_name
+            self.sparse.update(entries)
+            expected.update(dict.fromkeys(names, file_name))
+        # The index names the tensors as stored or, for sparse ones, their two parts.
+        for name, file_name in expected.items():
+            if name not in self._files[file_name].keys():  # noqa: SIM118
+                raise CheckpointError(
+                    f"{self.folder / file_name}: the tensor {name!r}, which "
+                    f"{INDEX_NAME} puts there, is missing"
+                )
+
+    def __enter__(self) -> "CheckpointReader":
+        return self
+
+    def __exit__(self, *unused) -> None:
+        self.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def close(self) -> None:
+        """Drops the mapped files."""
+        self._files.clear()
+
+    def names(self) -> list[str]:
+        """The names of all tensors, sorted."""
+        return sorted(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The dense shape of a tensor."""
+        if name in self.sparse:
+            return self.sparse[name].shape
+        return tuple(self._slice(name, name).get_shape())
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype of a tensor."""
+        if name in self.sparse:
+            return self.sparse[name].dtype
+        dtype = self._slice(name, name).get_dtype()
+        expected = ", ".join(_SAFETENSORS_DTYPES)
+        _expect(dtype in _SAFETENSORS_DTYPES, name, "dtype", expected, dtype)
+        return _SAFETENSORS_DTYPES[dtype]
+
+    def nnz(self, name: str) -> int:
+        """The number of stored values of a sparse weight, from the file's header."""
+        shape = self._slice(name, f"{name}.values").get_shape()
+        _expect(len(shape) == 1, name, "values rank", 1, len(shape))
+        return shape[0]
+
+    def stored_bytes(self, name: str) -> int:
+        """The bytes a tensor takes on disk, bitmap included."""
+        if name in self.sparse:
+            size = math.prod(self.shape(name))
+            return -(-size // 8) + self.nnz(name) * self.dtype(name).itemsize
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
+
+    def load(self, name: str) -> np.ndarray:
+        """Reads one tensor; a sparse weight comes decoded, (out, in).
+
+        Raises:
+          KeyError: there is no such tensor.
+          CheckpointError: the stored parts contradict each other.
+        """
+        self.dtype(name)
+        file = self._files[self._tensors[name]]
+        try:
+            if name not in self.sparse:
+                return file.get_tensor(name)
+            parts = [file.get_tensor(f"{name}.{part}") for part in ("bitmap", "values")]
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.folder}: {name}: {error}") from error
+        entry = self.sparse[name]
+        return decode(*parts, entry.shape, entry.dtype, f"{self.folder}: {name}")
+
+    def _slice(self, name: str, part: str):
+        return self._files[self._tensors[name]].get_slice(part)
+
+
+def _safetensors_files(folder: Path) -> dict[str, list[str]]:
+    """The safetensors files of a folder and the tensors its index puts there."""
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "nothing"
+        raise CheckpointError(f"{folder}: expected a model folder, got {what}")
+    index_path = folder / INDEX_NAME
+    if not index_path.is_file():
+        if (folder / WEIGHTS_NAME).is_file():
+            return {WEIGHTS_NAME: []}
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        raise CheckpointError(
+            f"{folder}: expected {WEIGHTS_NAME} or {INDEX_NAME}, got {found}"
+        )
+    weight_map = read_json(index_path).get("weight_map")
+    ok = isinstance(weight_map, dict) and len(weight_map) > 0
+    _expect(ok, str(index_path), "'weight_map'", "names and files", _kind(weight_map))
+    files: dict[str, list[str]] = {}
+    for name, file_name in weight_map.items():
+        # Only plain names: an index must not make us read outside its folder.
+        plain = isinstance(file_name, str) and file_name == os.path.basename(file_name)
+        plain = plain and file_name.endswith(".safetensors") and "\0" not in file_name
+        where = f"{index_path}: file of {name!r}"
+        _expect(plain, where, "name", "a .safetensors file of the folder", file_name)
+        if file_name not in files and not (folder / file_name).is_file():
+            raise CheckpointError(f"{index_path}: the file {file_name} is missing")
+        files.setdefault(file_name, []).append(name)
+    return files
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """Reads a JSON object.
+
+    Raises:
+      CheckpointError: the file cannot be read or holds no JSON object.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: expected a readable file: {error.strerror}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected JSON, got {error}") from error
+    _expect(isinstance(content, dict), str(path), "content", "object", _kind(content))
+    return content
+
+
+class CheckpointWriter:
+    """Writes tensors into a folder's safetensors, sharded, holding one shard at most.
+
+    Use it inside atomic_folder(), and call close() once everything was added.
+    """
+
+    def __init__(self, folder: str | os.PathLike, shard_bytes: int = 1 << 30):
+        """Starts to write.
+
+        Args:
+          folder: an existing folder.
+          shard_bytes: a shard is written once it has so many bytes.
+        """
+        self._folder = Path(folder)
+        self._shard_bytes = shard_bytes
+        self._tensors: dict[str, np.ndarray] = {}
+        self._entries: dict[str, SparseEntry] = {}
+        self._shards: list[list[str]] = []
+        self._total_bytes = 0
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        """Adds a dense tensor."""
+        self._add({name: np.ascontiguousarray(array).reshape(np.shape(array))})
+
+    def add_sparse(self, name: str, dense: np.ndarray) -> None:
+        """Adds a weight, (out, in) float16 or bfloat16, in its sparse form."""
+        bitmap, values = encode(dense)
+        self._entries[name] = SparseEntry(dense.shape, dense.dtype)
+        self._add({f"{name}.bitmap": bitmap, f"{name}.values": values})
+
+    def close(self) -> int:
+        """Writes what is left and the index.
+
+        Returns:
+          The number of bytes of all tensors as stored.
+        """
+        if self._tensors or not self._shards:
+            self._flush()
+        if len(self._shards) == 1:
+            self._part(0).rename(self._folder / WEIGHTS_NAME)
+            return self._total_bytes
+        weight_map = {}
+        for i, names in enumerate(self._shards):
+            file_name = f"model-{i + 1:05}-of-{len(self._shards):05}.safetensors"
+            self._part(i).rename(self._folder / file_name)
+            weight_map.update(dict.fromkeys(names, file_name))
+        index = {
+            "metadata": {"total_size": self._total_bytes},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        (self._folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        return self._total_bytes
+
+    def _add(self, tensors: dict[str, np.ndarray]) -> None:
+        self._tensors.update(tensors)
+        self._total_bytes += sum(t.nbytes for t in tensors.values())
+        if sum(t.nbytes for t in self._tensors.values()) >= self._shard_bytes:
+            self._flush()
+
+    def _flush(self) -> None:
+        path = self._part(len(self._shards))
+        save_file(self._tensors, path, metadata=format_metadata(self._entries))
+        self._shards.append(list(self._tensors))
+        self._tensors, self._entries = {}, {}
+
+    def _part(self, index: int) -> Path:
+        return self._folder / f"part-{index:05}.safetensors"
+
+
+@contextlib.contextmanager
+def atomic_folder(
+    path: str | os.PathLike, *, overwrite: bool = False
+) -> Iterator[Path]:
+    """Gives a temporary sibling folder that becomes ``path`` when the block succeeds.
+
+    Whatever goes wrong, ``path`` is as it was before and the temporary folder is gone.
+
+    Args:
+      path: the folder to write.
+      overwrite: replace an existing model folder as a whole.
+
+    Yields:
+      The folder to write into.
+
+    Raises:
+      CheckpointError: ``path`` is a file, or holds something and overwrite is False, or
+        is no model folder that could safely be replaced; or the disk is full.
+    """
+    target = Path(path).resolve()
+    _check_target(target, overwrite)
+    unique = uuid.uuid4().hex[:12]
+    temporary = target.with_name(f".{target.name}.{unique}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        # A disk can also turn out full only when the data reaches it.
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb+") as handle:
+                    os.fsync(handle.fileno())
+        _check_target(target, overwrite)
+        _replace_folder(temporary, target, unique)
+    except (OSError, SafetensorError) as error:
+        code = _error_number(error)
+        if code not in _DISK_FULL:
+            if isinstance(error, OSError):
+                raise
+            raise CheckpointError(f"{target}: not saved: {error}") from error
+        shutil.rmtree(temporary, ignore_errors=True)
+        free = shutil.disk_usage(target.parent).free
+        raise CheckpointError(
+            f"{target}: not saved, nothing was left behind: {os.strerror(code)} "
+            f"({free:,} bytes free)"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise CheckpointError(f"{target}: expected a new or empty folder, got a file")
+    content = list(target.iterdir())
+    if not content:
+        return
+    if not overwrite:
+        raise CheckpointError(
+            f"{target}: expected a new or empty folder, got one that holds "
+            f"{len(content)} files (overwrite replaces it)"
+        )
+    # Overwriting removes all that is in there, so it must look like one of ours.
+    folders = [p.name for p in content if p.is_dir()]
+    if folders or not any(
+        p.name == "config.json" or p.suffix == ".safetensors" for p in content
+    ):
+        holds = f"the folder {folders[0]}" if folders else "no config.json"
+        raise CheckpointError(
+            f"{target}: only a model folder can be overwritten, got one with {holds}"
+        )
+
+
+def _replace_folder(temporary: Path, target: Path, unique: str) -> None:
+    if not target.exists():
+        temporary.rename(target)
+        return
+    old = target.with_name(f".{target.name}.{unique}.old")
+    target.rename(old)
+    try:
+        temporary.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _error_number(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    # safetensors reports what the system said as text.
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found.group(1)) if found else None

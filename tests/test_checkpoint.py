@@ -1,0 +1,377 @@
+"""The on-disk form, hostile files, and folders that appear whole or not at all."""
+
+import errno
+import json
+import os
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+
+from flashjax import checkpoint
+from flashjax.checkpoint import (
+    CheckpointError,
+    CheckpointReader,
+    CheckpointWriter,
+    atomic_folder,
+)
+
+HALVES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
+
+
+def random_sparse(shape, dtype, sparsity=0.7, seed=0):
+    rng = np.random.default_rng(seed)
+    dense = rng.standard_normal(shape).astype(dtype)
+    dense[rng.random(shape) < sparsity] = 0
+    return dense
+
+
+def same_bits(a, b):
+    return a.dtype == b.dtype and np.array_equal(a.view(np.uint16), b.view(np.uint16))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", [(0, 0), (0, 5), (1, 1), (7, 13), (16, 64), (3, 0)])
+@pytest.mark.parametrize("sparsity", [0.0, 0.6, 1.0])
+def test_round_trip(shape, dtype, sparsity):
+    dense = random_sparse(shape, dtype, sparsity)
+    bitmap, values = checkpoint.encode(dense)
+    assert bitmap.shape == (-(-dense.size // 8),)
+    assert values.shape == (np.count_nonzero(dense.astype(np.float32)),)
+    assert same_bits(checkpoint.decode(bitmap, values, shape), dense)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.integers(0, 2**16 - 1), max_size=60),
+    st.sampled_from(HALVES),
+)
+def test_every_bit_pattern_survives(bits, dtype):
+    dense = np.array(bits, np.uint16).view(dtype).reshape(1, -1)
+    decoded = checkpoint.decode(*checkpoint.encode(dense), dense.shape)
+    expected = np.array([0 if b == 0x8000 else b for b in bits], np.uint16)
+    assert np.array_equal(decoded.view(np.uint16)[0], expected)
+
+
+def test_encode_is_the_documented_form():
+    dense = np.zeros((2, 5), np.float16)
+    dense[0, 1], dense[1, 4] = 2, 3
+    bitmap, values = checkpoint.encode(dense)
+    assert bitmap.tolist() == [0b00000010, 0b00000010]
+    assert values.tolist() == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "dense", [np.zeros((2, 2), np.float32), np.zeros(4, np.float16)]
+)
+def test_encode_refuses(dense):
+    with pytest.raises(ValueError, match="float16 or bfloat16 matrix, got"):
+        checkpoint.encode(dense)
+
+
+def sample():
+    dense = random_sparse((3, 5), np.float16)
+    return *checkpoint.encode(dense), dense.shape
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b, v, s: (b[:-1], v, s), "bitmap shape.*expected"),
+        (lambda b, v, s: (b, v, (2**30, 2**30)), "bitmap shape.*expected"),
+        (lambda b, v, s: (b.astype(np.int8), v, s), "expected uint8, got int8"),
+        (lambda b, v, s: (b, v[:-1], s), "number of values"),
+        (lambda b, v, s: (b, np.append(v, v), s), "number of values"),
+        (lambda b, v, s: (b, v.astype(np.float32), s), "got float32"),
+        (lambda b, v, s: (b, v[None], s), "values rank: expected 1, got 2"),
+        (lambda b, v, s: (b | np.uint8(0x80), v, s), "unused bits"),
+    ],
+)
+def test_decode_refuses_contradictions(change, message):
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.decode(*change(*sample()))
+
+
+def test_decode_checks_the_promised_dtype():
+    with pytest.raises(CheckpointError, match="expected bfloat16, got float16"):
+        checkpoint.decode(*sample(), HALVES[1])
+
+
+def metadata(**changes):
+    content = {"format": "flashjax-sparse", "version": 1, "sparse": {}} | changes
+    return {"flashjax": json.dumps(content)}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"flashjax": "{"}, "expected JSON"),
+        ({"flashjax": "[" * 100_000}, "expected JSON"),
+        ({"flashjax": "3"}, "expected object, got int"),
+        (metadata(format="other"), "expected flashjax-sparse, got other"),
+        (metadata(version=2), "expected version 1, got 2; a newer FlashJAX"),
+        (metadata(version=True), "expected version 1, got True"),
+        (metadata(version="1"), "expected version 1, got '1'"),
+        (metadata(sparse=None), "expected object, got nothing"),
+        (metadata(sparse={"w": 1}), "entry 'w': expected object"),
+        (metadata(sparse={"w": {"shape": [1], "dtype": "float16"}}), "shape of 'w'"),
+        (metadata(sparse={"w": {"shape": [-1, 1], "dtype": "float16"}}), "shape"),
+        (metadata(sparse={"w": {"shape": [1, 2**40], "dtype": "float16"}}), "shape"),
+        (metadata(sparse={"w": {"shape": [1, 1.5], "dtype": "float16"}}), "shape"),
+        (metadata(sparse={"w": {"shape": [1, 1], "dtype": "float32"}}), "got float32"),
+        (metadata(sparse={"w": {"shape": [1, 1], "dtype": []}}), "dtype of 'w'"),
+    ],
+)
+def test_metadata_refused(content, message):
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.parse_metadata(content)
+
+
+def test_metadata_of_others_is_ignored():
+    assert checkpoint.parse_metadata(None) == {}
+    assert checkpoint.parse_metadata({"format": "pt"}) == {}
+
+
+def write(folder, tensors, sparse, shard_bytes=1 << 30):
+    folder.mkdir(exist_ok=True)
+    writer = CheckpointWriter(folder, shard_bytes)
+    for name, array in tensors.items():
+        writer.add_sparse(name, array) if name in sparse else writer.add(name, array)
+    return writer.close()
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 60, 1 << 30])
+def test_folder_round_trip(tmp_path, shard_bytes):
+    tensors = {
+        "a.weight": random_sparse((6, 9), np.float16),
+        "b.weight": random_sparse((9, 6), HALVES[1]),
+        "a.bias": np.arange(6, dtype=np.float32),
+        "scale": np.array(2.0, np.float32),
+        "transposed": np.arange(6, dtype=np.float16).reshape(2, 3).T,
+    }
+    sparse = {"a.weight", "b.weight"}
+    total = write(tmp_path, tensors, sparse, shard_bytes)
+    with CheckpointReader(tmp_path) as reader:
+        assert reader.names() == sorted(tensors)
+        assert set(reader.sparse) == sparse
+        assert sum(reader.stored_bytes(n) for n in reader.names()) == total
+        for name, array in tensors.items():
+            assert name in reader
+            assert reader.shape(name) == array.shape
+            assert reader.dtype(name) == array.dtype
+            loaded = reader.load(name)
+            assert loaded.dtype == array.dtype
+            assert np.array_equal(loaded, array)
+    sharded = (tmp_path / checkpoint.INDEX_NAME).exists()
+    assert sharded == (shard_bytes < 1 << 30)
+    assert not list(tmp_path.glob("part-*"))
+
+
+def test_empty_folder_round_trip(tmp_path):
+    write(tmp_path, {}, ())
+    assert CheckpointReader(tmp_path).names() == []
+
+
+@pytest.mark.parametrize("kind", ["missing", "file", "empty", "foreign"])
+def test_no_model_folder(tmp_path, kind):
+    folder = tmp_path / "x"
+    if kind == "file":
+        folder.write_text("hello")
+    elif kind != "missing":
+        folder.mkdir()
+    if kind == "foreign":
+        (folder / "notes.txt").write_text("hello")
+    with pytest.raises(CheckpointError, match="expected .*, got"):
+        CheckpointReader(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_truncated_file(tmp_path, keep):
+    write(tmp_path, {"a": random_sparse((9, 9), np.float16)}, {"a"})
+    path = tmp_path / checkpoint.WEIGHTS_NAME
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="expected a whole safetensors file"):
+        CheckpointReader(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file_name",
+    [
+        "../out.safetensors",
+        "/etc/x.safetensors",
+        "",
+        ".",
+        3,
+        "a\0.safetensors",
+        "x.bin",
+    ],
+)
+def test_index_must_stay_inside(tmp_path, file_name):
+    folder = tmp_path / "model"
+    write(folder, {"a": np.zeros(3, np.float32)}, ())
+    (folder / checkpoint.WEIGHTS_NAME).rename(tmp_path / "out.safetensors")
+    index = {"weight_map": {"a": file_name}}
+    (folder / checkpoint.INDEX_NAME).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="file of the folder"):
+        CheckpointReader(folder)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "expected JSON"),
+        ("[]", "expected object"),
+        ("{}", "weight_map"),
+        ('{"weight_map": {}}', "weight_map"),
+        ('{"weight_map": {"a": "gone.safetensors"}}', "gone.safetensors is missing"),
+        ('{"weight_map": {"b": "model.safetensors"}}', "'b'.*is missing"),
+        (b"\xff\xfe", "expected JSON"),
+    ],
+)
+def test_bad_index(tmp_path, index, message):
+    write(tmp_path, {"a": np.zeros(3, np.float32)}, ())
+    index = index.encode() if isinstance(index, str) else index
+    (tmp_path / checkpoint.INDEX_NAME).write_bytes(index)
+    with pytest.raises(CheckpointError, match=message):
+        CheckpointReader(tmp_path)
+
+
+def rewrite(folder, change, metadata=None):
+    """Changes the tensors or the metadata of a written file."""
+    path = folder / checkpoint.WEIGHTS_NAME
+    tensors = {name: array.copy() for name, array in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path, metadata=metadata or sparse_metadata())
+
+
+def sparse_metadata(shape=(4, 6), dtype=HALVES[0]):
+    entry = checkpoint.SparseEntry(shape, dtype)
+    return checkpoint.format_metadata({"a": entry})
+
+
+@pytest.mark.parametrize(
+    ("change", "meta", "message"),
+    [
+        (lambda t: t.pop("a.bitmap"), None, "'a.bitmap' is missing"),
+        (lambda t: t.pop("a.values"), None, "'a.values' is missing"),
+        (lambda t: t.update(a=t["a.values"]), None, "both sparse and dense"),
+        (lambda t: t["a.bitmap"].fill(0), None, "number of values"),
+        (lambda t: None, sparse_metadata((4, 7)), "bitmap shape"),
+        (lambda t: None, sparse_metadata((4, 6), HALVES[1]), "expected bfloat16"),
+    ],
+)
+def test_hostile_tensors(tmp_path, change, meta, message):
+    write(tmp_path, {"a": random_sparse((4, 6), np.float16)}, {"a"})
+    rewrite(tmp_path, change, meta)
+    with pytest.raises(CheckpointError, match=message):
+        CheckpointReader(tmp_path).load("a")
+
+
+def siblings(path):
+    return sorted(p.name for p in path.parent.iterdir())
+
+
+def test_atomic_folder_creates(tmp_path):
+    target = tmp_path / "deep" / "model"
+    with atomic_folder(target) as folder:
+        (folder / "config.json").write_text("{}")
+        assert not target.exists()
+    assert siblings(target) == ["model"]
+    assert (target / "config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "io"), ValueError("x"), KeyboardInterrupt()]
+)
+def test_atomic_folder_leaves_nothing(tmp_path, error):
+    target = tmp_path / "model"
+    with pytest.raises(type(error)), atomic_folder(target) as folder:
+        (folder / "half").write_text("half")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def old_model(tmp_path):
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "config.json").write_text("old")
+    return target
+
+
+def test_atomic_folder_refuses_existing(tmp_path):
+    target = old_model(tmp_path)
+    with pytest.raises(CheckpointError, match="expected a new or empty folder"):
+        with atomic_folder(target):
+            pytest.fail("the block must not run")
+    with pytest.raises(CheckpointError, match="got a file"):
+        with atomic_folder(target / "config.json"):
+            pytest.fail("the block must not run")
+    assert siblings(target) == ["model"]
+
+
+def test_atomic_folder_overwrites_as_a_whole(tmp_path):
+    target = old_model(tmp_path)
+    (target / "stale").write_text("old")
+    with atomic_folder(target, overwrite=True) as folder:
+        (folder / "config.json").write_text("new")
+    assert siblings(target) == ["model"]
+    assert [p.name for p in target.iterdir()] == ["config.json"]
+    assert (target / "config.json").read_text() == "new"
+
+
+def test_atomic_folder_overwrites_only_models(tmp_path):
+    target = tmp_path / "home"
+    (target / "letters").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="only a model folder"):
+        with atomic_folder(target, overwrite=True):
+            pytest.fail("the block must not run")
+    (target / "letters").rename(target / "letters.txt")
+    (target / "letters.txt").rmdir()
+    (target / "letters.txt").write_text("dear")
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        with atomic_folder(target, overwrite=True):
+            pytest.fail("the block must not run")
+    assert (target / "letters.txt").exists()
+
+
+def test_atomic_folder_keeps_the_old_one(tmp_path, monkeypatch):
+    target = old_model(tmp_path)
+    rename = os.rename
+
+    def failing(source, destination):
+        if str(source).endswith(".tmp"):
+            raise OSError(errno.EIO, "io")
+        return rename(source, destination)
+
+    monkeypatch.setattr("pathlib.os.rename", failing)
+    with pytest.raises(OSError, match="io"):
+        with atomic_folder(target, overwrite=True) as folder:
+            (folder / "config.json").write_text("new")
+    assert siblings(target) == ["model"]
+    assert (target / "config.json").read_text() == "old"
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("where", ["write", "safetensors", "fsync"])
+def test_disk_full(tmp_path, monkeypatch, existing, where):
+    target = old_model(tmp_path) if existing else tmp_path / "model"
+    before = siblings(target)
+
+    def full(*unused, **unused_too):
+        if where == "safetensors":
+            raise checkpoint.SafetensorError("I/O error: full (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if where == "fsync":
+        monkeypatch.setattr(os, "fsync", full)
+    else:
+        monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"not saved.*No space left.*bytes free"):
+        with atomic_folder(target, overwrite=existing) as folder:
+            write(folder, {"a": np.zeros(3, np.float32)}, ())
+    assert siblings(target) == before
+    if existing:
+        assert (target / "config.json").read_text() == "old"
