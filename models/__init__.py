@@ -1,0 +1,1 @@
+"""Models built on FlashJAX. Imported as ``flashjax.models``."""

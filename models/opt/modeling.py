@@ -1,0 +1,531 @@
+"""OPT in Flax NNX.
+
+Module and attribute names follow the Hugging Face checkpoint, so that
+``model.decoder.layers.0.fc1.weight`` is ``model.layers[0].fc1.kernel`` transposed.
+The semantics are those of PyTorch's OPT in transformers: learned positions offset by
+two and derived from the mask, queries scaled before the product, softmax in float32.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike, DTypeLike
+
+from .config import OPTConfig
+
+# Rows of the position table before position 0; padding looks up row 1.
+POSITION_OFFSET = 2
+
+_LAYER_NORM_EPSILON = 1e-5
+
+# Largest number of attention scores held at once; longer prompts go in blocks.
+_MAX_SCORES = 1 << 28
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_10": lambda x: jnp.clip(jax.nn.gelu(x, approximate=False), -10, 10),
+    "gelu_accurate": jax.nn.gelu,
+    "gelu_fast": jax.nn.gelu,
+    "gelu_new": jax.nn.gelu,
+    "gelu_python": partial(jax.nn.gelu, approximate=False),
+    "gelu_python_tanh": jax.nn.gelu,
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "hardswish": jax.nn.hard_swish,
+    "leaky_relu": jax.nn.leaky_relu,
+    "linear": lambda x: x,
+    "mish": jax.nn.mish,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "relu6": jax.nn.relu6,
+    "sigmoid": jax.nn.sigmoid,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the tokens seen so far, in preallocated slots.
+
+    A pytree; donate it to the jitted step so that it is updated in place. Keys and
+    values are one array per layer: a slice of a stacked array would be copied in
+    every step.
+
+    Attributes:
+      keys, values: per layer (batch, num_heads, max_length, head_dim), model dtype.
+      mask: (batch, max_length) bool, the slots that hold real tokens.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    mask: jax.Array
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return self.mask.shape[0]
+
+    @property
+    def max_length(self) -> int:
+        """Number of slots of each sequence."""
+        return self.mask.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and mask."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+
+class Attention(nnx.Module):
+    """Multi-headed causal self-attention."""
+
+    def __init__(self, config: OPTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        size = config.hidden_size
+        linear = partial(
+            _linear, config, size, size, dtype=dtype, use_bias=config.enable_bias
+        )
+        self.q_proj = linear(rngs=rngs)
+        self.k_proj = linear(rngs=rngs)
+        self.v_proj = linear(rngs=rngs)
+        self.out_proj = linear(rngs=rngs)
+        self.num_heads = config.num_heads
+        self.head_dim = config.head_dim
+
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Maps (batch, length, hidden) to queries, keys, values by head.
+
+        Each is (batch, num_heads, length, head_dim); queries are scaled.
+        """
+        scale = np.asarray(self.head_dim**-0.5, x.dtype)
+        queries = self.q_proj(x) * scale
+        return tuple(
+            jnp.swapaxes(h.reshape(*x.shape[:2], self.num_heads, self.head_dim), 1, 2)
+            for h in (queries, self.k_proj(x), self.v_proj(x))
+        )
+
+    def output(self, heads: jax.Array) -> jax.Array:
+        """Maps (batch, num_heads, length, head_dim) to (batch, length, hidden)."""
+        merged = jnp.swapaxes(heads, 1, 2)
+        return self.out_proj(merged.reshape(*merged.shape[:2], -1))
+
+
+class DecoderLayer(nnx.Module):
+    """One layer: attention and feed-forward, each with a residual and a norm."""
+
+    def __init__(self, config: OPTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        size, ffn, bias = config.hidden_size, config.ffn_size, config.enable_bias
+        linear = partial(_linear, config, dtype=dtype, use_bias=bias, rngs=rngs)
+        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.self_attn_layer_norm = _layer_norm(config, dtype=dtype, rngs=rngs)
+        self.fc1 = linear(size, ffn)
+        self.fc2 = linear(ffn, size)
+        self.final_layer_norm = _layer_norm(config, dtype=dtype, rngs=rngs)
+        self.norm_before = config.do_layer_norm_before
+        self.activation = config.activation
+
+    def __call__(
+        self,
+        x: jax.Array,
+        attend: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    ) -> jax.Array:
+        """Applies the layer to (batch, length, hidden).
+
+        ``attend`` maps queries, keys and values to attention outputs, so that the
+        layer knows no cache.
+        """
+        residual = x
+        if self.norm_before:
+            x = _normalize(self.self_attn_layer_norm, x)
+        x = residual + self.self_attn.output(attend(*self.self_attn.project(x)))
+        if not self.norm_before:
+            x = _normalize(self.self_attn_layer_norm, x)
+
+        residual = x
+        if self.norm_before:
+            x = _normalize(self.final_layer_norm, x)
+        x = residual + self.fc2(_ACTIVATIONS[self.activation](self.fc1(x)))
+        if not self.norm_before:
+            x = _normalize(self.final_layer_norm, x)
+        return x
+
+
+class OPT(nnx.Module):
+    """OPT language model.
+
+    Args:
+      config: the architecture.
+      dtype: of parameters and activations: float32, float16 or bfloat16. Layer norms,
+        softmax and logits are computed in float32 whatever it is.
+      rngs: keys of the random initialisation.
+
+    Raises:
+      ValueError: another dtype.
+    """
+
+    def __init__(
+        self, config: OPTConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+    ):
+        dtype = jnp.dtype(dtype)
+        if dtype not in (jnp.float32, jnp.float16, jnp.bfloat16):
+            raise ValueError(
+                f"dtype must be float32, float16 or bfloat16, got {dtype.name}"
+            )
+        self.config = config
+        self.dtype = dtype
+        embed = partial(
+            nnx.Embed,
+            dtype=dtype,
+            param_dtype=dtype,
+            embedding_init=nnx.initializers.normal(config.init_std),
+            rngs=rngs,
+        )
+        linear = partial(_linear, config, dtype=dtype, use_bias=False, rngs=rngs)
+        size, proj = config.hidden_size, config.word_embed_proj_dim
+        self.embed_tokens = embed(config.vocab_size, proj)
+        self.embed_positions = embed(config.max_positions + POSITION_OFFSET, size)
+        self.project_in = nnx.data(None)
+        self.project_out = nnx.data(None)
+        if config.has_projections:
+            self.project_in = linear(proj, size)
+            self.project_out = linear(size, proj)
+        self.layers = nnx.List(
+            DecoderLayer(config, dtype=dtype, rngs=rngs)
+            for _ in range(config.num_layers)
+        )
+        self.final_layer_norm = nnx.data(None)
+        if config.has_final_layer_norm:
+            self.final_layer_norm = _layer_norm(config, dtype=dtype, rngs=rngs)
+        self.lm_head = nnx.data(None)
+        if not config.tie_word_embeddings:
+            self.lm_head = linear(
+                proj, config.vocab_size, preferred_element_type=jnp.float32
+            )
+
+    def __call__(
+        self, token_ids: ArrayLike, attention_mask: ArrayLike | None = None
+    ) -> jax.Array:
+        """Computes the logits of every token's successor.
+
+        Args:
+          token_ids: (batch, length) integers in [0, vocab_size).
+          attention_mask: (batch, length) bool, or integers 0 and 1; False marks
+            padding, on any side. None means no padding.
+
+        Returns:
+          (batch, length, vocab_size) float32 logits. Those of padding have no meaning.
+
+        Raises:
+          ValueError: a wrong shape or dtype, more tokens than positions, or (where the
+            values are known) a token id or mask value out of range.
+        """
+        token_ids, mask = check_tokens(self.config, token_ids, attention_mask)
+        length = token_ids.shape[1]
+        slots = jnp.arange(length, dtype=jnp.int32)
+
+        x = self._embed(token_ids, positions_from_mask(mask))
+        for layer in self.layers:
+            x = layer(x, partial(_attention, mask=mask, query_slots=slots))
+        return self._logits(self._finish(x))
+
+    def init_cache(self, batch: int, max_length: int) -> KVCache:
+        """Returns an empty cache of ``max_length`` slots for ``batch`` sequences.
+
+        Raises:
+          ValueError: a size below one, or more slots than positions.
+        """
+        if batch < 1 or max_length < 1:
+            raise ValueError(
+                "batch and max_length must be at least 1, got "
+                f"batch={batch}, max_length={max_length}"
+            )
+        shape = (batch, self.config.num_heads, max_length, self.config.head_dim)
+        layers = range(self.config.num_layers)
+        return KVCache(
+            keys=tuple(jnp.zeros(shape, self.dtype) for _ in layers),
+            values=tuple(jnp.zeros(shape, self.dtype) for _ in layers),
+            mask=jnp.zeros((batch, max_length), jnp.bool_),
+        )
+
+    def step(
+        self,
+        token_ids: jax.Array,
+        mask: jax.Array,
+        positions: jax.Array,
+        cache: KVCache,
+        start: ArrayLike,
+        *,
+        last_only: bool = False,
+        logits_index: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache]:
+        """Appends tokens to a cache: the whole prompt (prefill) or one (decode).
+
+        The tokens go to slots ``start .. start + length - 1`` and attend to every slot
+        up to their own that holds a real token.
+
+        Args:
+          token_ids: (batch, length) int32.
+          mask: (batch, length) bool, False for padding.
+          positions: (batch, length) int32; ``positions_from_mask`` for a prompt, the
+            number of real tokens before it for a later token.
+          cache: the cache, of the same batch. Under jit, donate it.
+          start: int32 scalar, first slot to write. With a Python int only the slots
+            before ``start + length`` are read, so prefill costs no more for a longer
+            cache. ``start + length`` must not exceed ``cache.max_length``; this is
+            checked for a Python int only.
+          last_only: compute the logits of the last token alone.
+          logits_index: (batch,) int32, compute the logits of that token alone.
+
+        Returns:
+          Logits in float32, (batch, length, vocab_size), or (batch, vocab_size) with
+          ``last_only`` or ``logits_index``; and the updated cache.
+
+        Raises:
+          ValueError: shapes that do not fit each other.
+        """
+        _check_step(token_ids, mask, positions, cache, start)
+        length = token_ids.shape[1]
+        end = start + length if isinstance(start, int) else cache.max_length
+        start = jnp.asarray(start, jnp.int32)
+        zero = jnp.zeros((), jnp.int32)
+        query_slots = start + jnp.arange(length, dtype=jnp.int32)
+        slot_mask = jax.lax.dynamic_update_slice(cache.mask, mask, (zero, start))
+        read_mask = slot_mask[:, :end]
+        all_keys, all_values = [], []
+
+        def attend(queries, keys, values, *, layer):
+            at = (zero, zero, start, zero)
+            keys = jax.lax.dynamic_update_slice(cache.keys[layer], keys, at)
+            values = jax.lax.dynamic_update_slice(cache.values[layer], values, at)
+            all_keys.append(keys)
+            all_values.append(values)
+            return _attention(
+                queries,
+                keys[:, :, :end],
+                values[:, :, :end],
+                mask=read_mask,
+                query_slots=query_slots,
+            )
+
+        x = self._embed(token_ids, positions)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, partial(attend, layer=index))
+        if logits_index is not None:
+            x = jnp.take_along_axis(x, logits_index[:, None, None], axis=1)[:, 0]
+        elif last_only:
+            x = x[:, -1]
+        cache = KVCache(tuple(all_keys), tuple(all_values), slot_mask)
+        return self._logits(self._finish(x)), cache
+
+    def _embed(self, token_ids: jax.Array, positions: jax.Array) -> jax.Array:
+        x = self.embed_tokens(token_ids)
+        if self.project_in is not None:
+            x = self.project_in(x)
+        return x + self.embed_positions(positions + POSITION_OFFSET)
+
+    def _finish(self, x: jax.Array) -> jax.Array:
+        if self.final_layer_norm is not None:
+            x = _normalize(self.final_layer_norm, x)
+        if self.project_out is not None:
+            x = self.project_out(x)
+        return x
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        if self.lm_head is not None:
+            return self.lm_head(x).astype(jnp.float32)
+        return jax.lax.dot_general(
+            x,
+            self.embed_tokens.embedding[...],
+            (((x.ndim - 1,), (1,)), ((), ())),
+            precision=_precision(x.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+
+def positions_from_mask(mask: ArrayLike) -> jax.Array:
+    """Positions as PyTorch's OPT derives them from the attention mask.
+
+    Args:
+      mask: (batch, length) bool or integers 0 and 1.
+
+    Returns:
+      (batch, length) int32: the number of real tokens before a real token, -1 for
+      padding.
+    """
+    mask = jnp.asarray(mask).astype(jnp.int32)
+    return jnp.cumsum(mask, axis=1, dtype=jnp.int32) * mask - 1
+
+
+def check_tokens(
+    config: OPTConfig, token_ids: ArrayLike, attention_mask: ArrayLike | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Checks a batch of token ids and its mask against a configuration.
+
+    Args:
+      config: the architecture.
+      token_ids: (batch, length) integers.
+      attention_mask: (batch, length) bool or integers 0 and 1, or None.
+
+    Returns:
+      Token ids as int32 and the mask as bool, both (batch, length).
+
+    Raises:
+      ValueError: see ``OPT.__call__``.
+    """
+    if not isinstance(token_ids, jax.Array):
+        token_ids = np.asarray(token_ids)
+    shape = token_ids.shape
+    if not jnp.issubdtype(token_ids.dtype, jnp.integer):
+        raise ValueError(f"token_ids must be integers, got dtype {token_ids.dtype}")
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(
+            f"token_ids must be (batch, length), neither of them 0, got shape {shape}"
+        )
+    if shape[1] > config.max_positions:
+        raise ValueError(
+            f"token_ids have length {shape[1]}, the model has "
+            f"{config.max_positions} positions"
+        )
+    if not isinstance(token_ids, jax.core.Tracer):
+        low, high = int(token_ids.min()), int(token_ids.max())
+        if low < 0 or high >= config.vocab_size:
+            raise ValueError(
+                f"token_ids must be in [0, {config.vocab_size}), got values from "
+                f"{low} to {high}"
+            )
+    token_ids = jnp.asarray(token_ids, jnp.int32)
+    if attention_mask is None:
+        return token_ids, jnp.ones(shape, jnp.bool_)
+
+    if not isinstance(attention_mask, jax.Array):
+        attention_mask = np.asarray(attention_mask)
+    dtype = attention_mask.dtype
+    if not (dtype == jnp.bool_ or jnp.issubdtype(dtype, jnp.integer)):
+        raise ValueError(f"attention_mask must be bool or integers, got dtype {dtype}")
+    if attention_mask.shape != shape:
+        raise ValueError(
+            f"attention_mask must have the shape of token_ids, {shape}, "
+            f"got {attention_mask.shape}"
+        )
+    if not isinstance(attention_mask, jax.core.Tracer) and dtype != jnp.bool_:
+        low, high = int(attention_mask.min()), int(attention_mask.max())
+        if low < 0 or high > 1:
+            raise ValueError(
+                f"attention_mask must hold 0 and 1, got values from {low} to {high}"
+            )
+    return token_ids, jnp.asarray(attention_mask).astype(jnp.bool_)
+
+
+def _check_step(token_ids, mask, positions, cache, start):
+    shape = token_ids.shape
+    if mask.shape != shape or positions.shape != shape:
+        raise ValueError(
+            f"mask and positions must have the shape of token_ids, {shape}, "
+            f"got {mask.shape} and {positions.shape}"
+        )
+    if shape[0] != cache.batch:
+        raise ValueError(
+            f"the cache is for a batch of {cache.batch}, token_ids have {shape[0]}"
+        )
+    first = start if isinstance(start, int) else 0
+    if first + shape[1] > cache.max_length:
+        raise ValueError(
+            f"{shape[1]} tokens from slot {first} do not fit a cache of "
+            f"{cache.max_length} slots"
+        )
+
+
+def _attention(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    *,
+    mask: jax.Array,
+    query_slots: jax.Array,
+) -> jax.Array:
+    """Causal attention with float32 softmax; queries are already scaled.
+
+    Args:
+      queries: (batch, num_heads, length, head_dim).
+      keys: (batch, num_heads, slots, head_dim).
+      values: (batch, num_heads, slots, head_dim).
+      mask: (batch, slots) bool, slots that may be attended to.
+      query_slots: (length,) int32, each query's own slot.
+
+    Returns:
+      (batch, num_heads, length, head_dim) in the queries' dtype.
+    """
+    batch, heads, length, _ = queries.shape
+    slots = keys.shape[2]
+    block = max(1, _MAX_SCORES // (batch * heads * slots))
+    outputs = [
+        _attention_block(
+            queries[:, :, i : i + block], keys, values, mask, query_slots[i : i + block]
+        )
+        for i in range(0, length, block)
+    ]
+    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=2)
+
+
+def _attention_block(queries, keys, values, mask, query_slots):
+    precision = _precision(queries.dtype)
+    scores = jnp.einsum(
+        "bhtd,bhsd->bhts",
+        queries,
+        keys,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    key_slots = jnp.arange(keys.shape[2], dtype=jnp.int32)
+    causal = key_slots[None] <= query_slots[:, None]
+    allowed = mask[:, None, None, :] & causal[None, None]
+    # A finite minimum: a padded query may attend to nothing and must not become NaN.
+    scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
+    return jnp.einsum("bhts,bhsd->bhtd", weights, values, precision=precision)
+
+
+def _normalize(norm: nnx.LayerNorm, x: jax.Array) -> jax.Array:
+    return norm(x).astype(x.dtype)
+
+
+def _precision(dtype: DTypeLike) -> jax.lax.Precision | None:
+    # GPUs would otherwise compute float32 products in TF32, with 1e-3 of error.
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def _linear(
+    config, in_features, out_features, *, dtype, use_bias, rngs, **kwargs
+) -> nnx.Linear:
+    return nnx.Linear(
+        in_features,
+        out_features,
+        use_bias=use_bias,
+        dtype=dtype,
+        param_dtype=dtype,
+        precision=_precision(dtype),
+        kernel_init=nnx.initializers.normal(config.init_std),
+        rngs=rngs,
+        **kwargs,
+    )
+
+
+def _layer_norm(config, *, dtype, rngs) -> nnx.LayerNorm:
+    affine = config.layer_norm_elementwise_affine
+    return nnx.LayerNorm(
+        config.hidden_size,
+        epsilon=_LAYER_NORM_EPSILON,
+        dtype=jnp.float32,
+        param_dtype=dtype,
+        use_bias=affine,
+        use_scale=affine,
+        use_fast_variance=False,
+        rngs=rngs,
+    )
