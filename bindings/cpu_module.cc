@@ -1,0 +1,50 @@
+// flashjax._cpu: the FFI handlers of the CPU, the host packer, and what the build found.
+#include <nanobind/nanobind.h>
+
+#include "xla/ffi/api/c_api.h"
+
+namespace nb = nanobind;
+
+#define FLASHJAX_WEAK __attribute__((weak))
+
+extern "C" {
+FLASHJAX_WEAK XLA_FFI_Error* FlashjaxLscdMatmulCpu(XLA_FFI_CallFrame*);
+FLASHJAX_WEAK XLA_FFI_Error* FlashjaxLscdUnpackCpu(XLA_FFI_CallFrame*);
+}
+
+// bindings/lscd_pack_py.cc
+FLASHJAX_WEAK void BindPack(nb::module_& m);
+
+namespace {
+
+void Add(nb::dict& out, const char* name, XLA_FFI_Handler* handler) {
+  if (handler) out[name] = nb::capsule(reinterpret_cast<void*>(handler));
+}
+
+nb::dict Registrations() {
+  nb::dict out;
+  Add(out, "flashjax_lscd_matmul_cpu", FlashjaxLscdMatmulCpu);
+  Add(out, "flashjax_lscd_unpack_cpu", FlashjaxLscdUnpackCpu);
+  return out;
+}
+
+nb::dict BuildInfo() {
+  nb::dict out;
+  out["jaxlib"] = FLASHJAX_BUILD_JAXLIB;
+  out["compiler"] = FLASHJAX_BUILD_COMPILER;
+  out["cuda_version"] = FLASHJAX_BUILD_CUDA_VERSION;
+  out["cuda_architectures"] = FLASHJAX_BUILD_CUDA_ARCHITECTURES;
+  out["cuda_missing"] = FLASHJAX_BUILD_CUDA_MISSING;
+  return out;
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+  m.def("registrations", &Registrations, "FFI target name -> handler, for platform 'cpu'.");
+  m.def(
+      "xla_ffi_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
+      "(major, minor) of the XLA FFI headers that this module was built with.");
+  m.def("build_info", &BuildInfo, "What the build used, and why it left CUDA out if it did.");
+  if (BindPack) BindPack(m);
+}

@@ -1,0 +1,61 @@
+// flashjax._cuda: the FFI handlers of the GPU. Present only where the build had nvcc.
+#include <cuda_runtime_api.h>
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <string>
+
+#include "xla/ffi/api/c_api.h"
+
+namespace nb = nanobind;
+
+#define FLASHJAX_WEAK __attribute__((weak))
+
+extern "C" {
+FLASHJAX_WEAK XLA_FFI_Error* FlashjaxLscdMatmulCuda(XLA_FFI_CallFrame*);
+FLASHJAX_WEAK XLA_FFI_Error* FlashjaxLscdUnpackCuda(XLA_FFI_CallFrame*);
+FLASHJAX_WEAK XLA_FFI_Error* FlashjaxLscdPackSizesCuda(XLA_FFI_CallFrame*);
+FLASHJAX_WEAK XLA_FFI_Error* FlashjaxLscdPackCuda(XLA_FFI_CallFrame*);
+}
+
+namespace {
+
+void Add(nb::dict& out, const char* name, XLA_FFI_Handler* handler) {
+  if (handler) out[name] = nb::capsule(reinterpret_cast<void*>(handler));
+}
+
+nb::dict Registrations() {
+  nb::dict out;
+  Add(out, "flashjax_lscd_matmul_cuda", FlashjaxLscdMatmulCuda);
+  Add(out, "flashjax_lscd_unpack_cuda", FlashjaxLscdUnpackCuda);
+  Add(out, "flashjax_lscd_pack_sizes_cuda", FlashjaxLscdPackSizesCuda);
+  Add(out, "flashjax_lscd_pack_cuda", FlashjaxLscdPackCuda);
+  return out;
+}
+
+int DeviceCount() {
+  int count = 0;
+  return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
+}
+
+std::string DriverError() {
+  // cudaGetDeviceCount calls a missing driver an insufficient one.
+  int version = 0;
+  if (cudaDriverGetVersion(&version) == cudaSuccess && version == 0) {
+    return "no NVIDIA driver is installed";
+  }
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
+
+}  // namespace
+
+NB_MODULE(_cuda, m) {
+  m.def("registrations", &Registrations, "FFI target name -> handler, for platform 'CUDA'.");
+  m.def(
+      "xla_ffi_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
+      "(major, minor) of the XLA FFI headers that this module was built with.");
+  m.def("device_count", &DeviceCount, "GPUs that the CUDA runtime sees; 0 after an error.");
+  m.def("driver_error", &DriverError, "What the CUDA runtime says is wrong; '' if nothing.");
+}

@@ -1,0 +1,64 @@
+"""Where the tests run, and how strict JAX is meanwhile.
+
+The default is the CPU, as 8 devices. `pytest -m gpu`, or FLASHJAX_TEST_PLATFORM=cuda
+for the other tests as well, leaves the choice to JAX, which prefers a GPU.
+"""
+
+import os
+import re
+
+import pytest
+
+
+def _platform(config: pytest.Config) -> str:
+    named = os.environ.get("FLASHJAX_TEST_PLATFORM")
+    if named is None:
+        selects_gpu = re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr"))
+        return "cuda" if selects_gpu else "cpu"
+    if named not in ("cpu", "cuda"):
+        raise pytest.UsageError(
+            f"FLASHJAX_TEST_PLATFORM must be cpu or cuda, got {named!r}"
+        )
+    return named
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Before the first import of jax: it reads these once.
+    if _platform(config) == "cpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        flags = os.environ.get("XLA_FLAGS", "")
+        if "xla_force_host_platform_device_count" not in flags:
+            flags += " --xla_force_host_platform_device_count=8"
+        os.environ["XLA_FLAGS"] = flags.strip()
+    else:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+    import jax
+
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_report_header() -> str:
+    import jax
+
+    import flashjax as fj
+
+    cuda = fj.cuda_unavailable_reason() or "available"
+    return (
+        f"flashjax {fj.__version__} from {os.path.dirname(fj.__file__)}, "
+        f"jax {jax.__version__}: {len(jax.devices())} x {jax.devices()[0].device_kind}; "
+        f"CUDA: {cuda}"
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is None:
+        return
+    import flashjax as fj
+
+    if _platform(item.config) == "cpu":
+        pytest.skip("needs a GPU: run `pytest -m gpu` on a machine that has one")
+    reason = fj.cuda_unavailable_reason()
+    if reason:
+        pytest.skip(f"needs a GPU: {reason}")
