@@ -1,4 +1,4 @@
-"""The on-disk form of sparse weights, and folders that appear whole or not at all.
+"""The on-disk form of sparse weights, tensor by tensor.
 
 A sparse weight ``NAME`` of shape (out, in), the orientation of Hugging Face, is stored
 as two tensors of a safetensors file, independent of the packed layout in memory:
@@ -13,26 +13,46 @@ Shapes and dtypes are JSON under the key ``flashjax`` of the file's metadata::
      "sparse": {"NAME": {"shape": [out, in], "dtype": "float16"}}}
 """
 
-import contextlib
 import dataclasses
-import errno
 import json
 import math
 import os
-import re
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import jax
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from flashjax.atomic_folder import CheckpointError, atomic_folder
+
+if TYPE_CHECKING:
+    from flashjax.sparse_matrix import SparseMatrix
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointReader",
+    "CheckpointWriter",
+    "SparseEntry",
+    "atomic_folder",
+    "decode",
+    "encode",
+    "export_tree",
+    "format_metadata",
+    "from_arrays",
+    "import_tree",
+    "parse_metadata",
+    "read_json",
+    "to_arrays",
+]
+
 FORMAT = "flashjax-sparse"
 VERSION = 1
 METADATA_KEY = "flashjax"
+TREE_KEY = "flashjax_sparse"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -56,11 +76,6 @@ _SAFETENSORS_DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-class CheckpointError(ValueError):
-    """A folder or file that cannot be read or written as a checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +166,92 @@ def decode(
     mask = np.unpackbits(bitmap, count=size, bitorder="little").view(np.bool_)
     dense[mask] = values
     return dense.reshape(shape)
+
+
+def to_arrays(matrix: "SparseMatrix") -> dict[str, np.ndarray]:
+    """Gives the canonical arrays of a SparseMatrix, for any store of arrays.
+
+    Args:
+      matrix: (in_features, out_features).
+
+    Returns:
+      {"flashjax_sparse": int32 () the version, "shape": int64 (2,) (out, in),
+      "bitmap": see encode(), "values": see encode()}.
+    """
+    bitmap, values = encode(np.asarray(matrix.to_dense()).T)
+    return {
+        TREE_KEY: np.asarray(VERSION, np.int32),
+        "shape": np.asarray(matrix.shape[::-1], np.int64),
+        "bitmap": bitmap,
+        "values": values,
+    }
+
+
+def from_arrays(arrays: Mapping[str, np.ndarray]) -> "SparseMatrix":
+    """Packs what to_arrays() gave.
+
+    Raises:
+      CheckpointError: the arrays are incomplete, contradict each other or are of an
+        unknown version.
+    """
+    from flashjax.sparse_matrix import SparseMatrix
+
+    expected = [TREE_KEY, "bitmap", "shape", "values"]
+    ok = isinstance(arrays, Mapping) and sorted(arrays) == sorted(expected)
+    got = sorted(arrays) if isinstance(arrays, Mapping) else _kind(arrays)
+    _expect(ok, "sparse weight", "arrays", expected, got)
+    parts = {name: np.asarray(array) for name, array in arrays.items()}
+    version, shape = parts[TREE_KEY].tolist(), parts["shape"].tolist()
+    _expect(version == VERSION, "sparse weight", "version", VERSION, version)
+    ok = isinstance(shape, list) and len(shape) == 2
+    ok = ok and all(type(n) is int and n >= 0 for n in shape)
+    _expect(ok, "sparse weight", "shape", "(out, in)", shape)
+    return SparseMatrix.from_dense(
+        decode(parts["bitmap"], parts["values"], (shape[0], shape[1])).T
+    )
+
+
+def export_tree(tree: Any) -> Any:
+    """Replaces every SparseMatrix of a pytree by its canonical arrays.
+
+    What comes out holds arrays alone and can be stored by orbax or any other store; it
+    still loads when the packed layout has changed. For an NNX model::
+
+        arrays = export_tree(nnx.to_pure_dict(nnx.state(model)))
+
+    Args:
+      tree: any pytree.
+
+    Returns:
+      The tree, with the dicts of to_arrays() for SparseMatrix.
+    """
+    from flashjax.sparse_matrix import SparseMatrix
+
+    def is_matrix(node):
+        return isinstance(node, SparseMatrix)
+
+    return jax.tree.map(
+        lambda node: to_arrays(node) if is_matrix(node) else node,
+        tree,
+        is_leaf=is_matrix,
+    )
+
+
+def import_tree(tree: Any) -> Any:
+    """Undoes export_tree(); the matrices are packed for this version of FlashJAX.
+
+    Raises:
+      CheckpointError: see from_arrays().
+    """
+
+    def is_export(node):
+        return isinstance(node, Mapping) and TREE_KEY in node
+
+    return jax.tree.map(
+        lambda node: from_arrays(node) if is_export(node) else node,
+        tree,
+        is_leaf=is_export,
+    )
 
 
 def format_metadata(entries: Mapping[str, SparseEntry]) -> dict[str, str]:
@@ -469,99 +570,3 @@ class CheckpointWriter:
 
     def _part(self, index: int) -> Path:
         return self._folder / f"part-{index:05}.safetensors"
-
-
-@contextlib.contextmanager
-def atomic_folder(
-    path: str | os.PathLike, *, overwrite: bool = False
-) -> Iterator[Path]:
-    """Gives a temporary sibling folder that becomes ``path`` when the block succeeds.
-
-    Whatever goes wrong, ``path`` is as it was before and the temporary folder is gone.
-
-    Args:
-      path: the folder to write.
-      overwrite: replace an existing model folder as a whole.
-
-    Yields:
-      The folder to write into.
-
-    Raises:
-      CheckpointError: ``path`` is a file, or holds something and overwrite is False, or
-        is no model folder that could safely be replaced; or the disk is full.
-    """
-    target = Path(path).resolve()
-    _check_target(target, overwrite)
-    unique = uuid.uuid4().hex[:12]
-    temporary = target.with_name(f".{target.name}.{unique}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        # A disk can also turn out full only when the data reaches it.
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb+") as handle:
-                    os.fsync(handle.fileno())
-        _check_target(target, overwrite)
-        _replace_folder(temporary, target, unique)
-    except (OSError, SafetensorError) as error:
-        code = _error_number(error)
-        if code not in _DISK_FULL:
-            if isinstance(error, OSError):
-                raise
-            raise CheckpointError(f"{target}: not saved: {error}") from error
-        shutil.rmtree(temporary, ignore_errors=True)
-        free = shutil.disk_usage(target.parent).free
-        raise CheckpointError(
-            f"{target}: not saved, nothing was left behind: {os.strerror(code)} "
-            f"({free:,} bytes free)"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if not os.path.lexists(target):
-        return
-    if not target.is_dir():
-        raise CheckpointError(f"{target}: expected a new or empty folder, got a file")
-    content = list(target.iterdir())
-    if not content:
-        return
-    if not overwrite:
-        raise CheckpointError(
-            f"{target}: expected a new or empty folder, got one that holds "
-            f"{len(content)} files (overwrite replaces it)"
-        )
-    # Overwriting removes all that is in there, so it must look like one of ours.
-    folders = [p.name for p in content if p.is_dir()]
-    if folders or not any(
-        p.name == "config.json" or p.suffix == ".safetensors" for p in content
-    ):
-        holds = f"the folder {folders[0]}" if folders else "no config.json"
-        raise CheckpointError(
-            f"{target}: only a model folder can be overwritten, got one with {holds}"
-        )
-
-
-def _replace_folder(temporary: Path, target: Path, unique: str) -> None:
-    if not target.exists():
-        temporary.rename(target)
-        return
-    old = target.with_name(f".{target.name}.{unique}.old")
-    target.rename(old)
-    try:
-        temporary.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _error_number(error: Exception) -> int | None:
-    if isinstance(error, OSError):
-        return error.errno
-    # safetensors reports what the system said as text.
-    found = re.search(r"os error (\d+)", str(error))
-    return int(found.group(1)) if found else None

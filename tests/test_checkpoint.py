@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -346,14 +347,14 @@ def test_atomic_folder_overwrites_only_models(tmp_path):
 
 def test_atomic_folder_keeps_the_old_one(tmp_path, monkeypatch):
     target = old_model(tmp_path)
-    rename = os.rename
+    rename = Path.rename
 
     def failing(source, destination):
-        if str(source).endswith(".tmp"):
+        if source.suffix == ".tmp":
             raise OSError(errno.EIO, "io")
         return rename(source, destination)
 
-    monkeypatch.setattr("pathlib.os.rename", failing)
+    monkeypatch.setattr(Path, "rename", failing)
     with (
         pytest.raises(OSError, match="io"),
         atomic_folder(target, overwrite=True) as folder,
