@@ -1,0 +1,474 @@
+"""Layers with sparse weights, for Flax NNX and Linen.
+
+The only file of flashjax that imports Flax.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen, nnx
+from jax.typing import ArrayLike, DTypeLike
+
+from . import checkpoint, prune
+from .matmul import sparse_matmul
+from .sparse_matrix import SparseMatrix
+
+LINEN_COLLECTION = "sparse"
+
+_HALVES = (jnp.dtype(jnp.float16), jnp.dtype(jnp.bfloat16))
+_DEFAULT_SPARSITY = 0.8
+_KERNEL_INIT = nnx.initializers.lecun_normal()
+_BIAS_INIT = nnx.initializers.zeros_init()
+
+nnx.register_data_type(SparseMatrix)
+# flax.serialization (msgpack) then stores the form that outlives the packed layout.
+flax.serialization.register_serialization_state(
+    SparseMatrix,
+    checkpoint.to_arrays,
+    lambda _, state: checkpoint.from_arrays(state),
+)
+
+
+class SparseWeight(nnx.Variable):
+    """The variable that holds a SparseMatrix.
+
+    It is no nnx.Param, because packed weights are integers: nnx.grad and optimizers
+    over nnx.Param pass by it.
+    """
+
+    def __getitem__(self, key: Any) -> Any:
+        """``weight[...]`` is the SparseMatrix."""
+        return self.get_value() if key is ... else super().__getitem__(key)
+
+
+class SparseDense(nnx.Module):
+    """A linear layer with an unstructured sparse kernel, the twin of nnx.Linear.
+
+    ``y = x @ kernel + bias``. The kernel is initialised at random and pruned by
+    magnitude; layers with trained weights come from from_linear(), from_matrix() or
+    sparsify().
+
+    Attributes:
+      kernel: SparseWeight that holds a SparseMatrix (in_features, out_features).
+      bias: nnx.Param (out_features,) or None.
+
+    Args:
+      in_features: the number of input features.
+      out_features: the number of output features.
+      use_bias: whether to add a bias.
+      dtype: inputs are cast to it and outputs have it; None infers it from input,
+        kernel and bias as nnx.Linear does. Products are accumulated in float32.
+      param_dtype: float16 or bfloat16, of the kernel and the bias.
+      sparsity: share of zeros in the kernel, 0 to 1.
+      kernel_init: initializer of the kernel before it is pruned.
+      bias_init: initializer of the bias.
+      preferred_element_type: dtype of the output where it shall differ from dtype.
+      implementation: see sparse_matmul().
+      rngs: keys; ``rngs.params()`` is used as by nnx.Linear.
+
+    Raises:
+      ValueError: a dtype or size is out of range, or the layer is created inside
+        jax.jit or nnx.eval_shape: the size of a packed kernel depends on its values.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float16,
+        sparsity: float = _DEFAULT_SPARSITY,
+        kernel_init: nnx.initializers.Initializer = _KERNEL_INIT,
+        bias_init: nnx.initializers.Initializer = _BIAS_INIT,
+        preferred_element_type: DTypeLike | None = None,
+        implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        param_dtype = _half(param_dtype, "param_dtype")
+        matrix = _random_matrix(
+            rngs.params(),
+            (in_features, out_features),
+            param_dtype,
+            sparsity,
+            kernel_init,
+        )
+        bias = None
+        if use_bias:
+            bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype))
+        self._set(matrix, bias, dtype, preferred_element_type, implementation)
+
+    def _set(self, matrix, bias, dtype, preferred_element_type, implementation):
+        self.kernel = SparseWeight(matrix)
+        self.bias: nnx.Param[jax.Array] | None = nnx.data(bias)
+        self.in_features, self.out_features = matrix.shape
+        self.use_bias = bias is not None
+        self.dtype = dtype
+        self.param_dtype = matrix.dtype
+        self.preferred_element_type = preferred_element_type
+        self.implementation = implementation
+
+    @classmethod
+    def from_matrix(
+        cls,
+        matrix: SparseMatrix,
+        bias: ArrayLike | None = None,
+        *,
+        dtype: DTypeLike | None = None,
+        preferred_element_type: DTypeLike | None = None,
+        implementation: str | None = None,
+    ) -> "SparseDense":
+        """Makes a layer of a packed kernel.
+
+        Args:
+          matrix: (in_features, out_features).
+          bias: (out_features,), of any floating dtype, or an nnx.Param, which the
+            layer then shares.
+          dtype: see the class.
+          preferred_element_type: see the class.
+          implementation: see the class.
+
+        Raises:
+          ValueError: bias has another shape.
+        """
+        if bias is not None and not isinstance(bias, nnx.Variable):
+            bias = nnx.Param(jnp.asarray(bias))
+        if bias is not None and bias.shape != (matrix.shape[1],):
+            raise ValueError(
+                f"bias: expected shape ({matrix.shape[1]},) for a kernel of shape "
+                f"{matrix.shape}, got {bias.shape}"
+            )
+        layer = cls.__new__(cls)
+        layer._set(matrix, bias, dtype, preferred_element_type, implementation)
+        return layer
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nnx.Linear,
+        dtype: DTypeLike | None = None,
+        *,
+        implementation: str | None = None,
+    ) -> "SparseDense":
+        """Packs a dense layer; what is zero in its kernel is no longer stored.
+
+        Args:
+          linear: the dense layer; its computation dtype and bias are kept as they are.
+          dtype: of the packed kernel, float16 or bfloat16; None keeps a kernel of one
+            of these and casts others to float16.
+          implementation: see the class.
+
+        Raises:
+          ValueError: the kernel is traced or does not fit the dtype, or the layer
+            computes its product in a way of its own.
+        """
+        _check_linear(linear, "linear", dtype)
+        return _from_linear(cls, linear, dtype, implementation)
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Applies the layer.
+
+        Args:
+          inputs: (..., in_features).
+
+        Returns:
+          (..., out_features).
+        """
+        bias = None if self.bias is None else self.bias[...]
+        return _apply(
+            inputs,
+            self.kernel.get_value(),
+            bias,
+            self.dtype,
+            self.preferred_element_type,
+            self.implementation,
+        )
+
+
+class LinenSparseDense(linen.Module):
+    """A linear layer with an unstructured sparse kernel, the twin of linen.Dense.
+
+    The bias is in the collection "params". The packed kernel, integers without a
+    gradient, is a SparseMatrix (in_features, features) in the collection "sparse".
+    init() prunes a random kernel and runs outside of jax.jit and jax.eval_shape alone,
+    because the size of a packed kernel depends on its values; apply() runs anywhere.
+
+    Attributes:
+      features: the number of output features.
+      use_bias: whether to add a bias.
+      dtype: inputs are cast to it and outputs have it; None infers it.
+      param_dtype: float16 or bfloat16, of the kernel and the bias.
+      sparsity: share of zeros in the kernel that init() makes, 0 to 1.
+      kernel_init: initializer of the kernel before it is pruned.
+      bias_init: initializer of the bias.
+      implementation: see sparse_matmul().
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float16
+    sparsity: float = _DEFAULT_SPARSITY
+    kernel_init: nnx.initializers.Initializer = _KERNEL_INIT
+    bias_init: nnx.initializers.Initializer = _BIAS_INIT
+    implementation: str | None = None
+
+    @linen.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Applies the layer to (..., in_features)."""
+        param_dtype = _half(self.param_dtype, "param_dtype")
+        kernel = self.variable(
+            LINEN_COLLECTION,
+            "kernel",
+            lambda: _random_matrix(
+                self.make_rng("params"),
+                (jnp.shape(inputs)[-1], self.features),
+                param_dtype,
+                self.sparsity,
+                self.kernel_init,
+            ),
+        )
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,), param_dtype)
+        return _apply(inputs, kernel.value, bias, self.dtype, None, self.implementation)
+
+    @staticmethod
+    def params_from_dense(
+        kernel: ArrayLike,
+        bias: ArrayLike | None = None,
+        dtype: DTypeLike | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """Packs the parameters of a linen.Dense into variables for apply().
+
+        Args:
+          kernel: (in_features, features); zeros are not stored.
+          bias: (features,) or None.
+          dtype: of the packed kernel; None keeps float16 or bfloat16 and casts others
+            to float16.
+
+        Returns:
+          {"params": {"bias": ...}, "sparse": {"kernel": SparseMatrix}}.
+
+        Raises:
+          ValueError: the kernel is traced, no matrix, or does not fit the dtype.
+        """
+        matrix = SparseMatrix.from_dense(_cast(kernel, "kernel", dtype))
+        params = {} if bias is None else {"bias": jnp.asarray(bias)}
+        return {"params": params, LINEN_COLLECTION: {"kernel": matrix}}
+
+
+# As flashjax.linen.SparseDense it is documented, pickled and named in variables.
+LinenSparseDense.__name__ = LinenSparseDense.__qualname__ = "SparseDense"
+LinenSparseDense.__module__ = "flashjax.linen"
+
+
+def sparsify(
+    model: Any,
+    predicate: Callable[[str, nnx.Linear], bool] | None = None,
+    dtype: DTypeLike | None = None,
+    *,
+    implementation: str | None = None,
+) -> Any:
+    """Swaps the dense layers of an NNX model for sparse ones, in place.
+
+    Kernels are packed as they are: prune them first, for example with
+    prune.magnitude(). A layer that is used in several places stays shared, and is
+    swapped when the predicate takes any of its paths. Only layers whose type is exactly
+    nnx.Linear are considered; subclasses may compute something else.
+
+    Args:
+      model: an nnx.Module, or lists, tuples and dicts of them.
+      predicate: called with a layer's path, such as "layers.3.fc1", and the layer; says
+        whether to swap it. None swaps every nnx.Linear.
+      dtype: of the packed kernels, float16 or bfloat16; None keeps kernels of one of
+        these and casts others to float16. Biases keep their dtype.
+      implementation: see sparse_matmul().
+
+    Returns:
+      The model; a new layer where the model itself is an nnx.Linear, a new tuple where
+      it is a tuple.
+
+    Raises:
+      ValueError: the predicate took no layer, or a kernel cannot be packed; the model
+        is then unchanged.
+    """
+    found: dict[int, tuple[nnx.Linear, list[str]]] = {}
+    for path, layer in _linear_layers(model):
+        found.setdefault(id(layer), (layer, []))[1].append(path)
+    taken = {
+        key: (layer, paths[0])
+        for key, (layer, paths) in found.items()
+        if predicate is None or any(predicate(path, layer) for path in paths)
+    }
+    if predicate is not None and not taken:
+        candidates = [paths[0] for _, paths in found.values()]
+        listed = ", ".join(candidates[:8]) + (", ..." if len(candidates) > 8 else "")
+        raise ValueError(
+            "sparsify: expected a predicate that takes at least one nnx.Linear, got "
+            f"none of {len(candidates)} ({listed})"
+        )
+    for layer, path in taken.values():
+        _check_linear(layer, path, dtype)
+    swapped: dict[int, Any] = {}
+
+    def swap(layer: nnx.Linear) -> Any:
+        if id(layer) not in taken:
+            return layer
+        if id(layer) not in swapped:
+            swapped[id(layer)] = _from_linear(SparseDense, layer, dtype, implementation)
+        return swapped[id(layer)]
+
+    return _replace(model, swap, set())
+
+
+def _apply(inputs, matrix, bias, dtype, preferred_element_type, implementation):
+    """The layers' call: nnx.Linear's dtypes, without upcasting before the product."""
+    inputs = jnp.asarray(inputs)
+    result = dtype
+    if result is None:
+        dtypes = [inputs.dtype, matrix.dtype] + ([] if bias is None else [bias.dtype])
+        with jax.numpy_dtype_promotion("standard"):
+            result = jnp.result_type(*dtypes)
+    if dtype is not None or not jnp.issubdtype(inputs.dtype, jnp.floating):
+        inputs = inputs.astype(result)
+    return sparse_matmul(
+        inputs,
+        matrix,
+        bias=bias,
+        implementation=implementation,
+        preferred_element_type=jnp.dtype(preferred_element_type or result),
+    )
+
+
+def _half(dtype: DTypeLike, name: str) -> np.dtype:
+    dtype = jnp.dtype(dtype)
+    if dtype not in _HALVES:
+        raise ValueError(f"{name}: expected float16 or bfloat16, got {dtype.name}")
+    return dtype
+
+
+def _random_matrix(key, shape, dtype, sparsity, kernel_init) -> SparseMatrix:
+    if min(shape) < 0:
+        raise ValueError(f"kernel: expected sizes of at least 0, got shape {shape}")
+    # In float32, so that magnitudes are compared before they are rounded.
+    dense = kernel_init(key, shape, jnp.float32) if 0 not in shape else np.zeros(shape)
+    if _is_abstract(dense):
+        raise ValueError(
+            "SparseDense cannot be initialised inside jax.jit, jax.eval_shape or "
+            "another transformation: the size of a packed kernel depends on its "
+            "values. Initialise it outside, or use from_matrix() or params_from_dense()"
+            " with weights that exist; applying it may be transformed"
+        )
+    dense = prune.magnitude(np.asarray(dense, np.float32), sparsity)
+    return SparseMatrix.from_dense(jnp.asarray(np.asarray(dense).astype(dtype)))
+
+
+def _is_abstract(array: Any) -> bool:
+    return isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct)
+
+
+def _cast(kernel: ArrayLike, name: str, dtype: DTypeLike | None) -> Any:
+    """The kernel as a float16 or bfloat16 array where it was."""
+    if _is_abstract(kernel):
+        raise ValueError(
+            f"{name}: expected a kernel with values, got {kernel}: weights can only be "
+            "packed outside of jax.jit and other transformations"
+        )
+    if not isinstance(kernel, jax.Array):
+        kernel = np.asarray(kernel)
+    if kernel.ndim != 2 or not jnp.issubdtype(kernel.dtype, jnp.floating):
+        raise ValueError(
+            f"{name}: expected a floating kernel (in_features, out_features), got "
+            f"{kernel.dtype} of shape {kernel.shape}"
+        )
+    if dtype is None:
+        dtype = kernel.dtype if kernel.dtype in _HALVES else jnp.float16
+    dtype = _half(dtype, "dtype")
+    largest = float(jnp.finfo(dtype).max)
+    if kernel.dtype != dtype and kernel.size:
+        # NaN and infinities pass; only finite values must stay finite.
+        magnitude = abs(kernel.astype(np.float32))
+        if bool(((magnitude > largest) & (magnitude < np.inf)).any()):
+            raise ValueError(
+                f"{name}: expected magnitudes up to {largest:g} for {dtype.name}, got "
+                f"{float(magnitude[magnitude < np.inf].max()):g}"
+            )
+    return kernel.astype(dtype)
+
+
+def _check_linear(linear: nnx.Linear, path: str, dtype: DTypeLike | None) -> None:
+    if not isinstance(linear, nnx.Linear):
+        raise ValueError(f"{path}: expected an nnx.Linear, got {type(linear).__name__}")
+    default = nnx.Linear.__init__.__kwdefaults__
+    for name in ("dot_general", "promote_dtype"):
+        if getattr(linear, name) is not default[name]:
+            raise ValueError(
+                f"{path}: expected an nnx.Linear with the default {name}, got "
+                f"{getattr(linear, name)}"
+            )
+    _cast(linear.kernel.get_value(), path, dtype)
+
+
+def _from_linear(cls, linear, dtype, implementation) -> SparseDense:
+    kernel = _cast(linear.kernel.get_value(), "kernel", dtype)
+    return cls.from_matrix(
+        SparseMatrix.from_dense(kernel),
+        None if linear.bias is None else linear.bias.copy(),
+        dtype=linear.dtype,
+        preferred_element_type=linear.preferred_element_type,
+        implementation=implementation,
+    )
+
+
+def _children(node: Any) -> list[tuple[str, Any]]:
+    if isinstance(node, nnx.Variable):
+        return []
+    if isinstance(node, nnx.Module):
+        return [(k, v) for k, v in vars(node).items() if not k.startswith("_pytree_")]
+    if isinstance(node, dict):
+        return [(str(key), child) for key, child in node.items()]
+    if isinstance(node, list | tuple):
+        return [(str(i), child) for i, child in enumerate(node)]
+    return []
+
+
+def _linear_layers(
+    node: Any, path: str = "", active: frozenset[int] = frozenset()
+) -> Iterator[tuple[str, nnx.Linear]]:
+    """Every path to every layer; a cycle is followed once."""
+    if type(node) is nnx.Linear:
+        yield path, node
+    elif id(node) not in active:
+        for name, child in _children(node):
+            child_path = f"{path}.{name}" if path else name
+            yield from _linear_layers(child, child_path, active | {id(node)})
+
+
+def _replace(node: Any, swap: Callable[[nnx.Linear], Any], visited: set[int]) -> Any:
+    if type(node) is nnx.Linear:
+        return swap(node)
+    if isinstance(node, tuple):
+        new = [_replace(child, swap, visited) for child in node]
+        if all(a is b for a, b in zip(new, node, strict=True)):
+            return node
+        return type(node)(*new) if hasattr(node, "_fields") else type(node)(new)
+    if id(node) in visited:
+        return node
+    visited.add(id(node))
+    if isinstance(node, dict):
+        for key, child in list(node.items()):
+            node[key] = _replace(child, swap, visited)
+    elif isinstance(node, list):
+        node[:] = [_replace(child, swap, visited) for child in node]
+    else:
+        for name, child in _children(node):
+            new = _replace(child, swap, visited)
+            if new is not child:
+                setattr(node, name, nnx.data(new))
+    return node
