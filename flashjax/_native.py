@@ -39,7 +39,7 @@ def _import_cuda(build_info: dict[str, str]) -> tuple[ModuleType | None, str]:
 
 
 def runtime_ffi_version() -> tuple[int, int] | None:
-    """(major, minor) of the installed jaxlib's XLA FFI; None if its headers are gone."""
+    """(major, minor) of the installed jaxlib's XLA FFI; None if it cannot be told."""
     header = pathlib.Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h")
     try:
         text = header.read_text(encoding="utf-8")

@@ -44,11 +44,11 @@ def pytest_report_header() -> str:
 
     import flashjax as fj
 
-    cuda = fj.cuda_unavailable_reason() or "available"
+    devices = jax.devices()
     return (
         f"flashjax {fj.__version__} from {os.path.dirname(fj.__file__)}, "
-        f"jax {jax.__version__}: {len(jax.devices())} x {jax.devices()[0].device_kind}; "
-        f"CUDA: {cuda}"
+        f"jax {jax.__version__}: {len(devices)} x {devices[0].device_kind}; "
+        f"CUDA: {fj.cuda_unavailable_reason() or 'available'}"
     )
 
 

@@ -1,0 +1,100 @@
+# `make help` lists the targets. Everything is set up in $(VENV); nothing outside this
+# folder is changed. Options: PYTHON=..., VENV=..., FLASHJAX_CUDA=AUTO|ON|OFF,
+# JAX="jax==0.10.2" or JAX="jax[cuda13]", PYTEST_ARGS=...
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+BUILD ?= build/$(patsubst .%,%,$(notdir $(VENV)))
+JAX ?= jax
+FLASHJAX_CUDA ?= AUTO
+export FLASHJAX_CUDA
+PYTEST_ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+NATIVE_SOURCES := CMakeLists.txt pyproject.toml flashjax/__init__.py \
+  $(wildcard cmake/*.cmake cpu/* cpu/simd/* cuda/* cuda/common/* bindings/*)
+
+.PHONY: help demo test gpu-test lint format install clean FORCE
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.installed ## set up, build, and generate text from the pruned demo model
+	@$(PY) examples/demo.py
+
+test: $(VENV)/.installed ## set up, build, and run the tests
+	@$(PY) -m pytest $(PYTEST_ARGS)
+
+gpu-test: $(VENV)/.installed ## the tests that need a GPU (set JAX="jax[cuda13]")
+	@$(PY) -m pytest -m gpu $(PYTEST_ARGS)
+
+install: $(VENV)/.installed ## set up and build only
+
+lint: $(VENV)/.dev ## ruff, clang-format and mypy
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@git ls-files '*.cc' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	@$(PY) -m mypy
+
+format: $(VENV)/.dev ## rewrite the sources in the project's style
+	@$(PY) -m ruff check --fix-only --quiet .
+	@$(PY) -m ruff format .
+	@git ls-files '*.cc' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format -i
+
+clean: ## remove the environments, builds and caches made here
+	rm -rf .venv .venv-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment: made again when its interpreter is gone or the folder was moved.
+$(VENV)/.made: FORCE
+	@version='import sys; print(sys.version_info[:2])'; \
+	if ! { [ "$$(cat $@ 2>/dev/null)" = "$(CURDIR)" ] && has=$$($(PY) -c "$$version" 2>/dev/null) && \
+	    { [ -z "$$PYTHON" ] || [ "$$($$PYTHON -c "$$version")" = "$$has" ]; }; }; then \
+	  python=$${PYTHON:-$$(.ci/find-python)} || exit 1; \
+	  "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "FlashJAX needs Python 3.11 or newer; $$python is not" >&2; exit 1; }; \
+	  echo "Making $(VENV) with $$python"; \
+	  rm -rf $(VENV) && "$$python" -m venv $(VENV) || exit 1; \
+	  $(PIP) uv || \
+	    echo "uv could not be installed; pip does its work, more slowly"; \
+	  echo "$(CURDIR)" > $@; \
+	fi
+
+# What the environment depends on besides files; rewritten only when it changes.
+$(VENV)/.settings: $(VENV)/.made FORCE
+	@settings="CUDA=$(FLASHJAX_CUDA) nvcc=$$(command -v nvcc) $$CUDACXX $$CUDA_HOME $$CUDAARCHS"; \
+	settings="$$settings $(JAX)"; \
+	[ "$$(cat $@ 2>/dev/null)" = "$$settings" ] || echo "$$settings" > $@
+
+$(VENV)/.requirements: $(VENV)/.made $(VENV)/.settings pyproject.toml .ci/requirements.py
+	@echo "Installing requirements into $(VENV)"
+	@$(PY) .ci/requirements.py test > $(VENV)/requirements.txt
+	@$(call install,-r $(VENV)/requirements.txt "$(JAX)")
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.requirements $(NATIVE_SOURCES)
+	@echo "Building FlashJAX in $(BUILD)"
+	@$(PIP) --no-build-isolation --no-deps --config-settings=build-dir=$(BUILD) -e .
+	@cd $(VENV) && bin/python -c "import flashjax._native as n; i = n.build_info(); print( \
+	  'Built for the CPU and CUDA', i['cuda_version'] + ':', i['cuda_architectures']) \
+	  if n.cuda else print('Built for the CPU alone:', i['cuda_missing'])"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.requirements
+	@$(PY) .ci/requirements.py dev > $(VENV)/requirements-dev.txt
+	@$(call install,-r $(VENV)/requirements-dev.txt)
+	@touch $@
+
+# uv where it works; a machine where it does not (own certificates, say) still has pip.
+define install
+if $(PY) -m uv --version >/dev/null 2>&1; then \
+  $(PY) -m uv pip install --quiet --python $(PY) $(1) || { \
+    echo "uv failed; trying pip" >&2; \
+    $(PIP) $(1); }; \
+else \
+  $(PIP) $(1); \
+fi
+endef
