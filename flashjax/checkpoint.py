@@ -442,13 +442,18 @@ class CheckpointReader:
           CheckpointError: the stored parts contradict each other.
         """
         self.dtype(name)
-        file = self._files[self._tensors[name]]
+        stored = [name]
+        if name in self.sparse:
+            stored = [f"{name}.bitmap", f"{name}.values"]
+        path = self.folder / self._tensors[name]
         try:
-            if name not in self.sparse:
-                return file.get_tensor(name)
-            parts = [file.get_tensor(f"{name}.{part}") for part in ("bitmap", "values")]
-        except SafetensorError as error:
+            # A mapping of its own, so that the pages read do not stay resident.
+            with safe_open(path, framework="np") as file:
+                parts = [file.get_tensor(part) for part in stored]
+        except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.folder}: {name}: {error}") from error
+        if name not in self.sparse:
+            return parts[0]
         entry = self.sparse[name]
         return decode(*parts, entry.shape, entry.dtype, f"{self.folder}: {name}")
 
