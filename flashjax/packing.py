@@ -1,0 +1,133 @@
+"""Packing dense matrices and expanding packed ones, on the host or on a GPU.
+
+Works on the bare arrays; `SparseMatrix` is the container around them.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flashjax import _native, reference
+
+# The FFI attribute `weight_dtype`: what the 16-bit values are.
+WEIGHT_DTYPES = {np.dtype(np.float16): 0, np.dtype(jnp.bfloat16): 1}
+
+Packed = tuple[Any, Any, Any, Any]
+
+
+def pack(dense: np.ndarray | jax.Array, threads: int = 0) -> Packed:
+    """Packs a (K, M) array where it lives: host arrays on the host, GPU arrays there.
+
+    Args:
+      dense: float16 or bfloat16 (K, M), numpy or a concrete JAX array.
+      threads: host threads, 0 for all cores.
+
+    Returns:
+      (bitmap, entries, values, counts), uint32 JAX arrays: on the device of a JAX
+      array that lives on a single one, otherwise on the default device.
+    """
+    if not isinstance(dense, jax.Array):
+        return tuple(map(jnp.asarray, _pack_on_host(np.asarray(dense), threads)))
+    devices = dense.devices()
+    if len(devices) > 1:
+        if not dense.is_fully_addressable:
+            raise ValueError(
+                "SparseMatrix.from_dense: expected an array whose shards all live in "
+                f"this process, got {dense.sharding}"
+            )
+        return tuple(map(jnp.asarray, _pack_on_host(np.asarray(dense), threads)))
+    (device,) = devices
+    if device.platform == "gpu" and _native.cuda_available():
+        return _pack_on_gpu(dense)
+    packed = _pack_on_host(np.asarray(dense), threads)
+    if dense.committed:
+        return tuple(jax.device_put(leaf, device) for leaf in packed)
+    with jax.default_device(device):
+        return tuple(map(jnp.asarray, packed))
+
+
+def _pack_on_host(dense: np.ndarray, threads: int) -> Packed:
+    dense = np.ascontiguousarray(dense, dense.dtype.newbyteorder("="))
+    return _native.cpu.pack(dense.view(np.uint16), threads=threads)
+
+
+def _pack_on_gpu(dense: jax.Array) -> Packed:
+    """Two steps, because the number of segments depends on the data."""
+    shapes = reference.leaf_shapes(dense.shape)
+    chains = reference.chain_count(dense.shape)
+    sizes = jax.ffi.ffi_call(
+        "flashjax_lscd_pack_sizes_cuda", jax.ShapeDtypeStruct((chains,), jnp.uint32)
+    )(dense)
+    shapes["values"] = (int(np.asarray(sizes).sum()), *shapes["values"][1:])
+    results = [jax.ShapeDtypeStruct(shape, jnp.uint32) for shape in shapes.values()]
+    return tuple(jax.ffi.ffi_call("flashjax_lscd_pack_cuda", results)(dense, sizes))
+
+
+@functools.cache
+def can_lower_for_cuda() -> bool:
+    """Whether lowerings for CUDA may contain our kernels; needs no GPU."""
+    if _native.cuda is None:
+        return False
+    try:
+        jax.devices("cuda")
+    except RuntimeError:
+        return True
+    return _native.cuda_available()
+
+
+def unpack(
+    packed: tuple[jax.Array, jax.Array, jax.Array],
+    shape: tuple[int, int],
+    dtype: np.dtype,
+) -> jax.Array:
+    """Expands (bitmap, entries, values) to a dense (K, M) array of `dtype`, exactly.
+
+    Can be called inside `jax.jit`; uses the native code of the platform it is lowered
+    for and plain JAX on the others.
+    """
+
+    def plain(packed):
+        return reference.unpack(*packed, shape, dtype)
+
+    branches = {"cpu": lambda packed: unpack_cpu(packed, shape, dtype, dtype)}
+    if can_lower_for_cuda():
+        branches["cuda"] = lambda packed: unpack_cuda(packed, shape, dtype)
+    return jax.lax.platform_dependent(packed, **branches, default=plain)
+
+
+def unpack_cpu(
+    packed: tuple[jax.Array, jax.Array, jax.Array],
+    shape: tuple[int, int],
+    dtype: np.dtype,
+    out_dtype: np.dtype,
+) -> jax.Array:
+    """`unpack` for CPU lowerings; `out_dtype` is `dtype` or float32."""
+    return jax.ffi.ffi_call(
+        "flashjax_lscd_unpack_cpu",
+        _dense_type(packed, shape, dtype, out_dtype),
+        vmap_method="sequential",
+    )(*packed, weight_dtype=WEIGHT_DTYPES[dtype])
+
+
+def unpack_cuda(
+    packed: tuple[jax.Array, jax.Array, jax.Array],
+    shape: tuple[int, int],
+    dtype: np.dtype,
+) -> jax.Array:
+    """`unpack` for CUDA lowerings."""
+    return jax.ffi.ffi_call(
+        "flashjax_lscd_unpack_cuda",
+        _dense_type(packed, shape, dtype, dtype),
+        vmap_method="sequential",
+    )(*packed)
+
+
+def _dense_type(packed, shape, dtype, out_dtype):
+    # Evaluating the reference keeps what a bare ShapeDtypeStruct drops: the mesh and
+    # the manual axes of the operands inside shard_map.
+    return jax.eval_shape(
+        lambda packed: reference.unpack(*packed, shape, dtype).astype(out_dtype), packed
+    )
