@@ -1,0 +1,64 @@
+// flashjax_lscd_matmul_cuda: y = x W^T + bias on the GPU.
+#include "bindings/lscd_cuda_ffi.h"
+#include "cuda/lscd_matmul_launch.h"
+
+namespace ffi = xla::ffi;
+
+namespace flashjax {
+namespace {
+
+constexpr char kOp[] = "flashjax_lscd_matmul_cuda";
+
+ffi::Error Matmul(cudaStream_t stream, ffi::AnyBuffer x, Words bitmap, Words entries, Words values,
+                  ffi::Buffer<ffi::F32> bias, ffi::Result<ffi::AnyBuffer> y,
+                  ffi::Result<ffi::Buffer<ffi::U8>> workspace, int64_t kernel) {
+  FLASHJAX_RETURN_IF_ERROR(CheckDtype(kOp, "x", x, {ffi::F16, ffi::BF16}));
+  FLASHJAX_RETURN_IF_ERROR(CheckDtype(kOp, "y", *y, {x.element_type(), ffi::F32}));
+  FLASHJAX_RETURN_IF_ERROR(CheckShape(kOp, "x", x, {-1, -1}));
+  const int64_t n = x.dimensions()[0], k = x.dimensions()[1];
+  FLASHJAX_RETURN_IF_ERROR(CheckShape(kOp, "y", *y, {n, -1}));
+  const int64_t m = y->dimensions()[1];
+  FLASHJAX_RETURN_IF_ERROR(CheckPacked(kOp, LscdShape{m, k}, bitmap, entries, values));
+  const bool has_bias = bias.element_count() > 0;
+  if (has_bias) FLASHJAX_RETURN_IF_ERROR(CheckShape(kOp, "bias", bias, {m}));
+  if (kernel < 0 || kernel > static_cast<int64_t>(LscdKernel::kWgmma)) {
+    return Mismatch(kOp, "kernel", "0 (auto), 1 (mma) or 2 (wgmma)", std::to_string(kernel));
+  }
+
+  LscdMatmulArgs args{};
+  args.x = x.untyped_data();
+  args.bitmap = WordData(bitmap);
+  args.entries = WordData(entries);
+  args.values = WordData(values);
+  args.bias = has_bias ? bias.typed_data() : nullptr;
+  args.y = y->untyped_data();
+  args.workspace = workspace->untyped_data();
+  args.workspace_bytes = workspace->size_bytes();
+  args.n = n;
+  args.m = m;
+  args.k = k;
+  args.is_bfloat16 = x.element_type() == ffi::BF16;
+  args.is_float_output = y->element_type() == ffi::F32;
+  args.kernel = static_cast<LscdKernel>(kernel);
+  if (const char* missing = LscdKernelUnavailable(args)) {
+    return ffi::Error(ffi::ErrorCode::kUnimplemented,
+                      std::string(kOp) + ": the chosen kernel needs " + missing);
+  }
+  return CudaStatus(kOp, LaunchLscdMatmul(args, stream));
+}
+
+}  // namespace
+}  // namespace flashjax
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FlashjaxLscdMatmulCuda, flashjax::Matmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::U8>>()
+                                  .Attr<int64_t>("kernel"),
+                              {ffi::Traits::kCmdBufferCompatible});

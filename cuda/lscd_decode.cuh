@@ -1,0 +1,111 @@
+// Expanding the packed layout (cpu/lscd_layout.h) into tensor-core fragments.
+//
+// A warp owns a strip. Its values arrive in a ring of segments in shared memory, in which the bank
+// is the lane; a lane walks its two streams with the addresses p (stream 0) and q (stream 1).
+// A pair of positions (b0, b1) becomes one register of the fragment without a branch:
+//     u0 = LDS.U16 [p], u1 = LDS.U16 [p + 1 word], both zero-extended, loaded unconditionally;
+//     register = PRMT(u0, u1, selector), selector linear in the bits (one dp2a);
+//     p += (b0 + b1) words (one dp4a over a byte of bits per position parity).
+#ifndef FLASHJAX_CUDA_LSCD_DECODE_CUH_
+#define FLASHJAX_CUDA_LSCD_DECODE_CUH_
+
+#include <cstdint>
+
+#include "cpu/lscd_layout.h"
+#include "cuda/common/ptx.cuh"
+
+namespace flashjax {
+
+// W as the kernels see it.
+struct PackedWeight {
+  const uint4* bitmap;
+  const uint32_t* entries;
+  const uint8_t* values;
+  int m;
+  int strips;
+  int groups;
+  int entries_per_strip;
+};
+
+inline constexpr int kWordBytes = kLanes * 4;  // one word of every lane
+inline constexpr int kRingBytes = kRingSegments * kSegmentBytes;
+// The first segment is mirrored behind the last one, so that a step never wraps in the middle.
+inline constexpr int kRingStride = kRingBytes + kSegmentBytes;
+
+// One 16x16 fragment of `word` (a lane's bitmap of a step): r[0..3] of mma.m16n8k16's A.
+// Selector nibbles 0, 1 are u0, nibbles 2, 3 its zero half: 0x3232 selects nothing, adding 0x43DE
+// for b0 gives u0 to the lower half (and u1 to the upper), adding 0xDE00 for b1 shifts.
+template <int kFragment>
+__device__ __forceinline__ void DecodeFragment(uint32_t word, uint32_t& p, uint32_t& q,
+                                               uint32_t r[4]) {
+  const uint32_t w = word >> (2 * kFragment);
+  const uint32_t first = w & 0x01010101u, second = w & 0x02020202u;  // pairs 2F and 2F + 1
+  const uint32_t s0 = first * 0x43deu + 0x3232u;
+  const uint32_t s1 = __dp2a_hi(0xde0043deu, first, 0x3232u);
+  const uint32_t s2 = second * 0x21efu + 0x3232u;
+  const uint32_t s3 = __dp2a_hi(0xef0021efu, second, 0x3232u);
+  const uint32_t p1 = __dp4a(first, 0x00008080u, p), q1 = __dp4a(first, 0x80800000u, q);
+  const uint32_t a0 = LoadSharedU16(p), a1 = LoadSharedU16(p + kWordBytes);
+  const uint32_t b0 = LoadSharedU16(q), b1 = LoadSharedU16(q + kWordBytes);
+  const uint32_t c0 = LoadSharedU16(p1), c1 = LoadSharedU16(p1 + kWordBytes);
+  const uint32_t d0 = LoadSharedU16(q1), d1 = LoadSharedU16(q1 + kWordBytes);
+  p = __dp4a(second, 0x00004040u, p1);
+  q = __dp4a(second, 0x40400000u, q1);
+  r[0] = Permute(a0, a1, s0);
+  r[1] = Permute(b0, b1, s1);
+  r[2] = Permute(c0, c1, s2);
+  r[3] = Permute(d0, d1, s3);
+}
+
+// Where a warp starts and ends in the value segments to decode groups [group0, group1) of a strip.
+struct SegmentRange {
+  uint32_t first;     // segment of the least advanced stream
+  uint32_t resident;  // segments [first, resident) must be there before the first step
+  uint32_t last;      // and [first, last) before the last one
+  uint32_t p, q;      // words from `first` to the lane's next value of streams 0 and 1
+};
+
+__device__ __forceinline__ SegmentRange FindRange(const PackedWeight& w, int strip, int group0,
+                                                  int group1, int lane) {
+  constexpr int kEntryGroups = kEntrySteps / kGroupSteps;
+  const uint32_t* entries = w.entries + int64_t{strip} * w.entries_per_strip * kEntryWords;
+  const int e0 = group0 / kEntryGroups, skip = group0 % kEntryGroups;
+  const uint32_t* entry = entries + e0 * kEntryWords;
+  const uint8_t* offsets = reinterpret_cast<const uint8_t*>(entry + 2);
+  uint32_t p = offsets[lane], q = offsets[kLanes + lane];
+  const uint32_t base = entry[0], schedule = entry[1];
+  const int e1 = (group1 - 1) / kEntryGroups;
+  const uint32_t end_base = entries[e1 * kEntryWords], end_schedule = entries[e1 * kEntryWords + 1];
+  // Entries are sparse; what lies between one and group0 is counted in the bitmap.
+  const uint4* bits = w.bitmap + (int64_t{strip} * w.groups + e0 * kEntryGroups) * kLanes + lane;
+#pragma unroll
+  for (int i = 0; i < kEntryGroups - 1; ++i) {
+    if (i < skip) {
+      const uint4 b = bits[i * kLanes];
+      p += __popc(__byte_perm(b.x, b.y, 0x5410)) + __popc(__byte_perm(b.z, b.w, 0x5410));
+      q += __popc(__byte_perm(b.x, b.y, 0x7632)) + __popc(__byte_perm(b.z, b.w, 0x7632));
+    }
+  }
+  const uint32_t begun = (schedule >> 16) & ((1u << (kGroupSteps * skip)) - 1);
+  const int end_steps = kGroupSteps * (group1 - e1 * kEntryGroups);
+  const uint32_t ended = (end_schedule >> 16) & ((1u << end_steps) - 1);
+  const uint32_t least = __reduce_min_sync(0xffffffffu, min(p, q)) / kSegmentWords;
+  SegmentRange range;
+  range.first = base + least;
+  range.resident = base + (schedule & 0xffffu) + __popc(begun);
+  range.last = end_base + (end_schedule & 0xffffu) + __popc(ended);
+  range.p = p - least * kSegmentWords;
+  range.q = q - least * kSegmentWords;
+  return range;
+}
+
+// The four bits "this step needs one segment more" of a group.
+__device__ __forceinline__ uint32_t GroupSchedule(const PackedWeight& w, int strip, int group) {
+  constexpr int kEntryGroups = kEntrySteps / kGroupSteps;
+  const int64_t entry = int64_t{strip} * w.entries_per_strip + group / kEntryGroups;
+  return w.entries[entry * kEntryWords + 1] >> (16 + kGroupSteps * (group % kEntryGroups));
+}
+
+}  // namespace flashjax
+
+#endif  // FLASHJAX_CUDA_LSCD_DECODE_CUH_

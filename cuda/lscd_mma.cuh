@@ -1,0 +1,189 @@
+// y = x W^T from Ampere on (sm_80): packed weights are expanded into mma.sync's A registers.
+//
+// A CTA is four warps, each with a strip of 16 rows; two CTAs fit a multiprocessor. Values come by
+// cp.async into a ring a warp. x is staged a group (256 k) at a time: through registers into one of
+// two shared buffers [kTileN][256], 16-byte chunks permuted by the row so that ldmatrix does not
+// conflict. Any alignment of x is taken. Balance and reduction: lscd_stream_k.cuh.
+#ifndef FLASHJAX_CUDA_LSCD_MMA_CUH_
+#define FLASHJAX_CUDA_LSCD_MMA_CUH_
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "cuda/common/ptx.cuh"
+#include "cuda/lscd_stream_k.cuh"
+#include "cuda/lscd_strip_reader.cuh"
+
+namespace flashjax {
+
+template <int kTileN>
+struct MmaConfig {
+  static constexpr int kWarps = 4;
+  static constexpr int kThreads = kWarps * 32;
+  static constexpr int kTileM = kWarps * kStripRows;
+  static constexpr int kRowBytes = kGroupK * 2;
+  static constexpr int kStageBytes = kTileN * kRowBytes;
+  static constexpr int kSharedBytes = 2 * kStageBytes + kWarps * kRingStride;
+};
+
+struct AsyncRing {
+  uint32_t data = 0;
+  uint32_t slot_in = 0;
+
+  // Every piece begins with an empty ring, so that the next wait is for the next copy.
+  __device__ __forceinline__ uint32_t slot() const { return slot_in; }
+  __device__ __forceinline__ void Copy(const uint8_t* source, bool any, int lane) {
+    if (any) {
+      const uint32_t dst = data + slot_in * kSegmentBytes + lane * 16;
+#pragma unroll
+      for (int i = 0; i < kSegmentBytes; i += 512) CopyAsync16(dst + i, source + i + lane * 16);
+      if (slot_in == 0) {
+#pragma unroll
+        for (int i = 0; i < kSegmentBytes; i += 512) {
+          CopyAsync16(dst + kRingBytes + i, source + i + lane * 16);
+        }
+      }
+      slot_in = slot_in == kRingSegments - 1 ? 0 : slot_in + 1;
+    }
+    CopyAsyncCommit();  // also an empty group, so that Wait() can count
+  }
+  __device__ __forceinline__ void Wait() {
+    CopyAsyncWait<kPrefetch>();
+    __syncwarp();  // the other lanes' parts too
+  }
+};
+
+__device__ __forceinline__ void Mma(__half, float* c, const uint32_t* a, const uint32_t* b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ void Mma(__nv_bfloat16, float* c, const uint32_t* a,
+                                    const uint32_t* b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// x (n, k), row-major, as 16-bit patterns.
+struct DenseInput {
+  const uint16_t* x;
+  int n, k;
+  bool aligned;  // rows can be read 16 bytes at a time
+};
+
+// A thread's share of one group of x.
+template <int kTileN>
+struct StageLoader {
+  static constexpr int kChunks = kTileN * (kGroupK / 8) / MmaConfig<kTileN>::kThreads;
+  uint4 chunk[kChunks];
+
+  __device__ __forceinline__ void Load(const DenseInput& in, int group) {
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      const int index = i * MmaConfig<kTileN>::kThreads + threadIdx.x;
+      const int n = index / (kGroupK / 8), k = group * kGroupK + index % (kGroupK / 8) * 8;
+      const uint16_t* source = in.x + int64_t{n} * in.k + k;
+      chunk[i] = make_uint4(0, 0, 0, 0);
+      if (n >= in.n || k >= in.k) continue;
+      if (in.aligned) {
+        chunk[i] = __ldg(reinterpret_cast<const uint4*>(source));
+      } else {
+        uint32_t words[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          if (k + j < in.k) words[j / 2] |= uint32_t{source[j]} << (16 * (j % 2));
+        }
+        chunk[i] = make_uint4(words[0], words[1], words[2], words[3]);
+      }
+    }
+  }
+  __device__ __forceinline__ void Store(uint8_t* stage) const {
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      const int index = i * MmaConfig<kTileN>::kThreads + threadIdx.x;
+      const int n = index / (kGroupK / 8), c = index % (kGroupK / 8);
+      *reinterpret_cast<uint4*>(stage + n * MmaConfig<kTileN>::kRowBytes + (c ^ (n % 8)) * 16) =
+          chunk[i];
+    }
+  }
+};
+
+template <typename T, int kTileN>
+__global__ void __launch_bounds__(MmaConfig<kTileN>::kThreads, 2)
+    LscdMmaKernel(const DenseInput x, const PackedWeight w, const Output out) {
+  using Config = MmaConfig<kTileN>;
+  constexpr int kWarps = Config::kWarps;
+  extern __shared__ __align__(128) uint8_t shared[];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const uint32_t stages = SharedAddress(shared);
+
+  const Share share((w.m + Config::kTileM - 1) / Config::kTileM, w.groups);
+  int unit = share.Begin(share.rank);
+  const int end = share.Begin(share.rank + 1);
+
+  StripReader<AsyncRing> reader(w, lane);
+  reader.ring.data = stages + 2 * Config::kStageBytes + warp * kRingStride;
+  StageLoader<kTileN> loader;
+  int buffer = 0;
+
+  while (unit < end) {
+    const Piece piece(share, unit, end);
+    const int strip = piece.tile * kWarps + warp;
+    reader.Begin(strip, piece.group0, piece.group1);
+    loader.Load(x, piece.group0);
+    float acc[kTileN / 2];
+#pragma unroll
+    for (int i = 0; i < kTileN / 2; ++i) acc[i] = 0.0f;
+    reader.WaitForFirstStep();
+#pragma unroll 1
+    for (int group = piece.group0; group < piece.group1; ++group) {
+      // One barrier a group is enough: the buffer written here was read two groups ago.
+      loader.Store(shared + buffer * Config::kStageBytes);
+      __syncthreads();
+      const bool any = group + 1 < piece.group1;
+      if (any) loader.Load(x, group + 1);
+      reader.LoadAhead(any);
+      const uint32_t stage =
+          stages + buffer * Config::kStageBytes + lane % 8 * Config::kRowBytes;
+#pragma unroll
+      for (int step = 0; step < kGroupSteps; ++step) {
+        const uint32_t word = reader.BeginStep(step);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          uint32_t a[2][4];
+          if (half == 0) {
+            DecodeFragment<0>(word, reader.p, reader.q, a[0]);
+            DecodeFragment<1>(word, reader.p, reader.q, a[1]);
+          } else {
+            DecodeFragment<2>(word, reader.p, reader.q, a[0]);
+            DecodeFragment<3>(word, reader.p, reader.q, a[1]);
+          }
+          const int chunk = 8 * step + 4 * half + lane / 8;
+#pragma unroll
+          for (int j = 0; j < kTileN / 8; ++j) {
+            uint32_t b[4];
+            LoadMatrix4(b, stage + 8 * j * Config::kRowBytes + (chunk ^ (lane % 8)) * 16);
+            Mma(T{}, acc + 4 * j, a[0], b);
+            Mma(T{}, acc + 4 * j, a[1], b + 2);
+          }
+        }
+      }
+      reader.NextGroup();
+      buffer ^= 1;
+    }
+    FinishPiece<T, kWarps, kTileN>(acc, out, w, share, piece, strip, warp, lane);
+    unit += piece.size();
+  }
+}
+
+}  // namespace flashjax
+
+#endif  // FLASHJAX_CUDA_LSCD_MMA_CUH_

@@ -1,0 +1,207 @@
+// y = x W^T on Hopper (sm_90a): packed weights are expanded into wgmma's A registers.
+//
+// A CTA is 16 consumer warps (four warpgroups), each with a strip of 16 rows, and a warpgroup of which
+// one thread brings x (a whole one, because registers are given back by warpgroup).
+//
+//   weights  values: 2 KB bulk copies into a ring a warp, completion on mbarriers;
+//            bitmap and schedule: plain loads one group (256 k) ahead
+//   x        the producer brings boxes of 64 k x kTileN by a tensor map (128-byte swizzle, zeros
+//            beyond N and K) into a ring of stages that all warps share
+//   product  fragments are decoded into registers while the wgmma of the previous batch runs
+//   balance  stream-K over tiles of 256 rows (lscd_stream_k.cuh)
+#ifndef FLASHJAX_CUDA_LSCD_WGMMA_CUH_
+#define FLASHJAX_CUDA_LSCD_WGMMA_CUH_
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "cuda/common/ptx.cuh"
+#include "cuda/common/wgmma.cuh"
+#include "cuda/lscd_strip_reader.cuh"
+#include "cuda/lscd_stream_k.cuh"
+
+namespace flashjax {
+
+template <int kTileN>
+struct WgmmaConfig {
+  static constexpr int kWarps = 16;
+  static constexpr int kThreads = (kWarps + 4) * 32;
+  static constexpr int kTileM = kWarps * kStripRows;
+  // A stage of x is 4 to 8 KB (16 KB for 128 columns), so that its barrier is waited for rarely.
+  static constexpr int kStageK = kTileN <= 16 ? 256 : kTileN == 32 ? 128 : 64;
+  static constexpr int kStageBytes = kStageK * kTileN * 2;
+  static constexpr int kBoxBytes = kStepK * kTileN * 2;
+  static constexpr int kStages = kTileN <= 8 ? 6 : kTileN <= 64 ? 4 : 2;
+  static constexpr int kBarriers = kWarps * kRingSegments + 2 * kStages;
+  static constexpr int kSharedBytes =
+      1024 + kStages * kStageBytes + kWarps * kRingStride + kBarriers * 8;
+};
+
+// A warp's ring of value segments, filled by bulk copies that complete on one mbarrier a slot.
+struct BulkRing {
+  uint32_t data, barriers;
+  uint32_t slot_in = 0, slot_out = 0;  // slots of the next copy and the next wait
+  uint32_t phase = 0;                  // of slot_out's barrier
+
+  __device__ __forceinline__ uint32_t slot() const { return slot_out; }
+  __device__ __forceinline__ void Copy(const uint8_t* source, bool any, int lane) {
+    if (!any) return;
+    if (lane == 0) {
+      const uint32_t barrier = barriers + slot_in * 8, dst = data + slot_in * kSegmentBytes;
+      BarrierExpect(barrier, slot_in == 0 ? 2 * kSegmentBytes : kSegmentBytes);
+      BulkCopy(dst, source, kSegmentBytes, barrier);
+      if (slot_in == 0) BulkCopy(dst + kRingBytes, source, kSegmentBytes, barrier);
+    }
+    slot_in = slot_in == kRingSegments - 1 ? 0 : slot_in + 1;
+  }
+  __device__ __forceinline__ void Wait() {
+    BarrierWait(barriers + slot_out * 8, phase);
+    if (++slot_out == kRingSegments) {
+      slot_out = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+template <typename T, int kTileN>
+__global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
+    LscdWgmmaKernel(const __grid_constant__ CUtensorMap x, const PackedWeight w, const Output out) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Config = WgmmaConfig<kTileN>;
+  constexpr int kWarps = Config::kWarps, kStages = Config::kStages, kStageK = Config::kStageK;
+  constexpr int kBatch = 2;    // fragments a wgmma batch
+  constexpr int kBuffers = 2;  // batches of fragments in registers: one decoded, one multiplied
+  constexpr int kStageBatches = kStageK / 16 / kBatch;
+
+  extern __shared__ uint8_t shared[];
+  const int lane = threadIdx.x % 32;
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  const uint32_t stages = (SharedAddress(shared) + 1023) & ~1023u;
+  const uint32_t rings = stages + kStages * Config::kStageBytes;
+  const uint32_t ring_barriers = rings + kWarps * kRingStride;
+  const uint32_t full = ring_barriers + kWarps * kRingSegments * 8, empty = full + kStages * 8;
+
+  if (warp < kWarps) {
+    if (lane < kRingSegments) BarrierInit(ring_barriers + (warp * kRingSegments + lane) * 8, 1);
+  } else if (warp == kWarps && lane < kStages) {
+    BarrierInit(full + lane * 8, 1);
+    BarrierInit(empty + lane * 8, kWarps);
+  }
+  BarrierInitFence();
+  __syncthreads();
+
+  const Share share((w.m + Config::kTileM - 1) / Config::kTileM, w.groups);
+  int unit = share.Begin(share.rank);
+  const int end = share.Begin(share.rank + 1);
+
+  if (warp >= kWarps) {
+    ReleaseRegisters<32>();
+    if (warp == kWarps && lane == 0) {
+      constexpr int kGroupStages = kGroupK / kStageK;
+      const int count = (end - unit) * kGroupStages, period = share.groups * kGroupStages;
+      int k = unit % share.groups * kGroupStages, stage = 0;
+      uint32_t phase = 1;
+      for (int i = 0; i < count; ++i) {
+        if (i >= kStages) BarrierWait(empty + stage * 8, phase);
+        BarrierExpect(full + stage * 8, Config::kStageBytes);
+#pragma unroll
+        for (int box = 0; box < kStageK / kStepK; ++box) {
+          TensorCopy2d(stages + stage * Config::kStageBytes + box * Config::kBoxBytes, &x,
+                       k * kStageK + box * kStepK, 0, full + stage * 8);
+        }
+        if (++k == period) k = 0;
+        if (++stage == kStages) {
+          stage = 0;
+          phase ^= 1;
+        }
+      }
+    }
+    return;
+  }
+  // 20 warps may start with 96 registers each; 16 x 112 + 4 x 32 is the same sum.
+  ClaimRegisters<112>();
+
+  StripReader<BulkRing> reader(w, lane);
+  reader.ring.data = rings + warp * kRingStride;
+  reader.ring.barriers = ring_barriers + warp * kRingSegments * 8;
+  Piece piece(share, unit, end);
+  reader.Begin(piece.tile * kWarps + warp, piece.group0, piece.group1);
+  int stage = 0;
+  uint32_t phase = 0;
+  bool holds_stage = false;  // the previous stage of x has not been handed back yet
+  const uint32_t stages_low = WgmmaDescriptorLow(stages);
+  uint32_t x_low = 0;
+
+  while (true) {
+    float acc[kTileN / 2];
+#pragma unroll
+    for (int i = 0; i < kTileN / 2; ++i) acc[i] = 0.0f;
+    reader.WaitForFirstStep();
+    uint32_t a[kBuffers][kBatch][4];
+    const int groups = piece.size();
+#pragma unroll 1
+    for (int group = 0; group < groups; ++group) {
+      reader.LoadAhead(group + 1 < groups);
+#pragma unroll
+      for (int step = 0; step < kGroupSteps; ++step) {
+        const uint32_t word = reader.BeginStep(step);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int batch = 2 * step + half;  // within the group
+          const int buffer = batch % kBuffers, in_stage = batch % kStageBatches;
+          if (half == 0) {
+            DecodeFragment<0>(word, reader.p, reader.q, a[buffer][0]);
+            DecodeFragment<1>(word, reader.p, reader.q, a[buffer][1]);
+          } else {
+            DecodeFragment<2>(word, reader.p, reader.q, a[buffer][0]);
+            DecodeFragment<3>(word, reader.p, reader.q, a[buffer][1]);
+          }
+          if (in_stage == 0) {
+            BarrierWait(full + stage * 8, phase);
+            x_low = stages_low + stage * (Config::kStageBytes >> 4);
+            if (++stage == kStages) {
+              stage = 0;
+              phase ^= 1;
+            }
+          }
+          WgmmaFence();
+#pragma unroll
+          for (int f = 0; f < kBatch; ++f) {
+            const int k = (batch * kBatch + f) * 16 % kStageK;
+            const uint32_t offset = (k / kStepK * Config::kBoxBytes + k % kStepK * 2) >> 4;
+            Wgmma(Tile<T, kTileN>{}, acc, a[buffer][f], WgmmaDescriptor(x_low + offset));
+          }
+          WgmmaCommit();
+          WgmmaWait<kBuffers - 1>();
+          // The previous stage's last batch is done: hand it back to the producer.
+          if (in_stage == 0) {
+            if (holds_stage && lane == 0) {
+              BarrierArrive(empty + (stage >= 2 ? stage - 2 : stage + kStages - 2) * 8);
+            }
+            holds_stage = true;
+          }
+        }
+      }
+      reader.NextGroup();
+    }
+    WgmmaWait<0>();
+    if (lane == 0) BarrierArrive(empty + (stage > 0 ? stage - 1 : kStages - 1) * 8);
+    holds_stage = false;
+
+    const Piece done = piece;
+    const int strip = reader.strip;
+    unit += done.size();
+    if (unit < end) {
+      piece = Piece(share, unit, end);
+      reader.Begin(piece.tile * kWarps + warp, piece.group0, piece.group1);
+    }
+    FinishPiece<T, kWarps, kTileN>(acc, out, w, share, done, strip, warp, lane);
+    if (unit >= end) break;
+  }
+#endif
+}
+
+}  // namespace flashjax
+
+#endif  // FLASHJAX_CUDA_LSCD_WGMMA_CUH_
