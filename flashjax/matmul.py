@@ -33,6 +33,7 @@ IMPLEMENTATIONS = ("cuda", "cpu", "xla")
 KERNEL_ROWS = {"cuda": 256, "cpu": 64}
 
 _CUDA_K_MULTIPLE = 8  # 16-byte rows of x
+_CUDA_KERNEL = 0  # the launcher chooses
 
 _DTYPES = tuple(np.dtype(d) for d in (jnp.float16, jnp.bfloat16, jnp.float32))
 
@@ -231,7 +232,11 @@ def _cpu(call, x, packed, bias):
     return y.reshape(*x.shape[:-1], call.shape[1])
 
 
-def _cuda(call, x, packed, bias):
+# Attribute `kernel` of the CUDA target. "mma" runs from sm_80 on, "wgmma" on sm_90a.
+_CUDA_KERNELS = {"auto": 0, "mma": 1, "wgmma": 2}
+
+
+def _cuda(call, x, packed, bias, kernel="auto"):
     k, m = call.shape
     rows = math.prod(x.shape[:-1])
     if (
@@ -249,15 +254,18 @@ def _cuda(call, x, packed, bias):
     if k % _CUDA_K_MULTIPLE:
         x_rows = jnp.pad(x_rows, ((0, 0), (0, -k % _CUDA_K_MULTIPLE)))
     y, _ = jax.ffi.ffi_call("flashjax_lscd_matmul_cuda", (result, workspace))(
-        x_rows, *packed, _bias_operand(bias)
+        x_rows, *packed, _bias_operand(bias), kernel=_CUDA_KERNEL
     )
     return y.reshape(*x.shape[:-1], m).astype(call.out_dtype)
 
 
-def _cuda_workspace_bytes(n: int, m: int, k: int) -> int:
-    """Bytes for the partial sums of split-K."""
-    del n, m, k
-    return 0
+def _cuda_workspace_bytes(n: Any, m: int, k: int) -> int:
+    """Bytes for the partial sums of stream-K; LscdWorkspaceBytes in cuda/."""
+    slots = min(max(-(-m // 256) * -(-k // 256), 1), 160)
+    tile_n = 8
+    while tile_n < 128 and (not isinstance(n, int) or tile_n < n):
+        tile_n *= 2
+    return slots * 16 * (4 + tile_n // 8 * 512)
 
 
 def _xla_transposed(call, dy, packed):
