@@ -28,20 +28,21 @@
 // Streams drift apart, because their numbers of nonzeros differ. The kernels keep a ring of
 // kRingSegments segments a warp, so the packer stores explicit zeros in streams that fall behind:
 // before step t is decoded, every stream must have left the slot that the segment fetched kPrefetch
-// ahead will overwrite. With n(q) the number of values stored in stream q before step t, and c(q, t)
-// the nonzeros of step t (c(q, t + 1) = 0 at a chain's last step), it raises every n(q) + c(q, t) below
+// ahead will overwrite. With n(q) the number of values stored in stream q before step t, and c(q,
+// t) the nonzeros of step t (c(q, t + 1) = 0 at a chain's last step), it raises every n(q) + c(q,
+// t) below
 //     16 (ceil(max_q(n(q) + c(q, t) + c(q, t + 1)) / 16) - (kRingSegments - kPrefetch))
 // to that bound, by marking the lowest unmarked positions i of step t; the values stored there are
 // 0x0000, also where the dense weight is -0.0 (0x8000), which counts as zero. This always succeeds:
 // the bound grows by at most 16 a step. The cost is 3-7% more values on random patterns.
 //
-// Strips are chained: the streams of a chain of kChainSteps steps or more run on from strip to strip
-// (step t + 1 of a strip's last step is the next strip's first) and only a chain's end is rounded up
-// to whole segments: ceil(max_q n(q) / 16) of them, none if the chain stores nothing. Chains are packed
-// independently; the first segment of a chain is the number of segments of all chains before it, and
-// both base and resident start there.
-// Beyond M or K there are no nonzeros, but there may be explicit zeros. Words past a stream's end, bits
-// j of steps beyond the strip's last and everything else unused are zero: the arrays are unique.
+// Strips are chained: the streams of a chain of kChainSteps steps or more run on from strip to
+// strip (step t + 1 of a strip's last step is the next strip's first) and only a chain's end is
+// rounded up to whole segments: ceil(max_q n(q) / 16) of them, none if the chain stores nothing.
+// Chains are packed independently; the first segment of a chain is the number of segments of all
+// chains before it, and both base and resident start there. Beyond M or K there are no nonzeros,
+// but there may be explicit zeros. Words past a stream's end, bits j of steps beyond the strip's
+// last and everything else unused are zero: the arrays are unique.
 #ifndef FLASHJAX_CPU_LSCD_LAYOUT_H_
 #define FLASHJAX_CPU_LSCD_LAYOUT_H_
 

@@ -1,0 +1,19 @@
+// The kernels of one instruction set. The including file defines
+//   FLASHJAX_TARGET   the attribute that switches the set on
+//   FLASHJAX_SIMD     0 portable, 1 AVX2, 2 AVX-512
+//   FLASHJAX_KERNELS  the table to define
+// Loops that the compiler vectorizes well stay plain C++ for all of them.
+
+#define FLASHJAX_INLINE inline __attribute__((always_inline)) FLASHJAX_TARGET
+
+namespace flashjax {
+namespace {
+
+#include "cpu/simd_common-inc.h"
+#include "cpu/simd_pack-inc.h"
+
+}  // namespace
+
+const LscdKernels FLASHJAX_KERNELS = {LoadTile, PlanChain, FillChain};
+
+}  // namespace flashjax
