@@ -17,10 +17,10 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 NATIVE_SOURCES := CMakeLists.txt pyproject.toml flashjax/__init__.py \
   $(wildcard cmake/*.cmake cpu/* cpu/simd/* cuda/* cuda/common/* bindings/*)
 
-.PHONY: help demo test gpu-test lint format install clean FORCE
+.PHONY: help demo test gpu-test lint format install requirements clean FORCE
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.installed ## set up, build, and generate text from the pruned demo model
 	@$(PY) examples/demo.py
@@ -32,6 +32,8 @@ gpu-test: $(VENV)/.installed ## the tests that need a GPU (set JAX="jax[cuda13]"
 	@$(PY) -m pytest -m gpu $(PYTEST_ARGS)
 
 install: $(VENV)/.installed ## set up and build only
+
+requirements: $(VENV)/.requirements ## set up without building
 
 lint: $(VENV)/.dev ## ruff, clang-format and mypy
 	@$(PY) -m ruff check .
