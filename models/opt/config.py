@@ -1,11 +1,12 @@
 """Configuration of OPT, with one constructor per published size."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from flashjax.checkpoint import CheckpointError, read_json
 
 # Activations of transformers' ACT2FN that have no parameters of their own.
 ACTIVATIONS = (
@@ -179,9 +180,8 @@ class OPTConfig:
           The configuration. Keys that do not change inference are ignored.
 
         Raises:
-          FileNotFoundError: the folder has no ``config.json``.
-          ValueError: it is not valid JSON, not an OPT configuration, or has wrong
-            values.
+          CheckpointError: (a ValueError) the folder has no ``config.json``, or that is
+            no OPT configuration or has wrong values.
         """
         if isinstance(source, Mapping):
             hf, where = source, "configuration"
@@ -189,25 +189,20 @@ class OPTConfig:
             path = Path(source) / "config.json"
             where = str(path)
             if not path.is_file():
-                raise FileNotFoundError(
-                    f"expected a model folder with a config.json, found none at {path}"
+                raise CheckpointError(
+                    f"{source}: expected a model folder with a config.json, found none"
                 )
-            try:
-                hf = json.loads(path.read_text(encoding="utf-8"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{where} is not valid JSON: {error}") from error
-            if not isinstance(hf, dict):
-                raise ValueError(
-                    f"{where}: expected a JSON object, got {type(hf).__name__}"
-                )
+            hf = read_json(path)
         model_type = hf.get("model_type")
         if model_type != "opt":
-            raise ValueError(f"{where}: expected model_type 'opt', got {model_type!r}")
+            raise CheckpointError(
+                f"{where}: expected model_type 'opt', got {model_type!r}"
+            )
         fields = {name: hf[key] for name, key in _HF_KEYS.items() if key in hf}
         try:
             return cls(**fields)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            raise CheckpointError(f"{where}: {error}") from error
 
     def to_hf(self) -> dict[str, Any]:
         """Returns the content of a Hugging Face ``config.json``."""
