@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "cuda/lscd_matmul_launch.h"
 #include "xla/ffi/api/c_api.h"
 
 namespace nb = nanobind;
@@ -57,5 +58,7 @@ NB_MODULE(_cuda, m) {
       "xla_ffi_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
       "(major, minor) of the XLA FFI headers that this module was built with.");
   m.def("device_count", &DeviceCount, "GPUs that the CUDA runtime sees; 0 after an error.");
+  m.def("workspace_bytes", &flashjax::LscdWorkspaceBytes, nb::arg("n"), nb::arg("m"), nb::arg("k"),
+        "Bytes of the workspace result of flashjax_lscd_matmul_cuda.");
   m.def("driver_error", &DriverError, "What the CUDA runtime says is wrong; '' if nothing.");
 }

@@ -254,18 +254,15 @@ def _cuda(call, x, packed, bias, kernel="auto"):
     if k % _CUDA_K_MULTIPLE:
         x_rows = jnp.pad(x_rows, ((0, 0), (0, -k % _CUDA_K_MULTIPLE)))
     y, _ = jax.ffi.ffi_call("flashjax_lscd_matmul_cuda", (result, workspace))(
-        x_rows, *packed, _bias_operand(bias), kernel=_CUDA_KERNEL
+        x_rows, *packed, _bias_operand(bias), kernel=_CUDA_KERNELS[kernel]
     )
     return y.reshape(*x.shape[:-1], m).astype(call.out_dtype)
 
 
 def _cuda_workspace_bytes(n: Any, m: int, k: int) -> int:
-    """Bytes for the partial sums of stream-K; LscdWorkspaceBytes in cuda/."""
-    slots = min(max(-(-m // 256) * -(-k // 256), 1), 160)
-    tile_n = 8
-    while tile_n < 128 and (not isinstance(n, int) or tile_n < n):
-        tile_n *= 2
-    return slots * 16 * (4 + tile_n // 8 * 512)
+    """Bytes for the partial sums of tiles that several blocks share."""
+    n = n if isinstance(n, int) else KERNEL_ROWS["cuda"]
+    return _native.cuda.workspace_bytes(n, m, k)
 
 
 def _xla_transposed(call, dy, packed):
