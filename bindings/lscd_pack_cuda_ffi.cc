@@ -1,4 +1,5 @@
-// flashjax_lscd_{unpack,pack_sizes,pack}_cuda: between dense (k, m) arrays and the packed layout.
+// flashjax_lscd_{unpack,pack_sizes,pack}_cuda: between dense and packed weights. The packers take
+// (k, m), as SparseMatrix has it; the unpacker gives W itself, (m, k), or with `transposed` (k, m).
 #include "bindings/lscd_cuda_ffi.h"
 #include "cuda/lscd_pack_launch.h"
 
@@ -23,14 +24,16 @@ LscdShape DenseShape(const Buffer& dense) {
 }
 
 ffi::Error Unpack(cudaStream_t stream, Words bitmap, Words entries, Words values,
-                  ffi::Result<ffi::AnyBuffer> dense) {
+                  ffi::Result<ffi::AnyBuffer> dense, bool transposed) {
   constexpr char kOp[] = "flashjax_lscd_unpack_cuda";
   FLASHJAX_RETURN_IF_ERROR(CheckDense(kOp, *dense));
-  const LscdShape shape = DenseShape(*dense);
+  LscdShape shape = DenseShape(*dense);
+  if (!transposed) shape = LscdShape{shape.k, shape.m};
   FLASHJAX_RETURN_IF_ERROR(CheckPacked(kOp, shape, bitmap, entries, values));
   return CudaStatus(
       kOp, LaunchLscdUnpack(WordData(bitmap), WordData(entries), WordData(values), shape.m,
-                            shape.k, static_cast<uint16_t*>(dense->untyped_data()), stream));
+                            shape.k, transposed, static_cast<uint16_t*>(dense->untyped_data()),
+                            stream));
 }
 
 ffi::Error PackSizes(cudaStream_t stream, ffi::AnyBuffer dense, ffi::Result<Words> chain_segments) {
@@ -70,7 +73,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FlashjaxLscdUnpackCuda, flashjax::Unpack,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Ret<ffi::AnyBuffer>(),
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<bool>("transposed"),
                               {ffi::Traits::kCmdBufferCompatible});
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(FlashjaxLscdPackSizesCuda, flashjax::PackSizes,

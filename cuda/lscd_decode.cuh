@@ -27,6 +27,20 @@ struct PackedWeight {
   int entries_per_strip;
 };
 
+inline PackedWeight MakePackedWeight(const uint32_t* bitmap, const uint32_t* entries,
+                                     const uint32_t* values, int64_t m, int64_t k) {
+  const LscdShape shape{m, k};
+  PackedWeight w{};
+  w.bitmap = reinterpret_cast<const uint4*>(bitmap);
+  w.entries = entries;
+  w.values = reinterpret_cast<const uint8_t*>(values);
+  w.m = static_cast<int>(m);
+  w.strips = static_cast<int>(shape.strips());
+  w.groups = static_cast<int>(shape.groups());
+  w.entries_per_strip = static_cast<int>(shape.entries());
+  return w;
+}
+
 inline constexpr int kWordBytes = kLanes * 4;  // one word of every lane
 inline constexpr int kRingBytes = kRingSegments * kSegmentBytes;
 // The first segment is mirrored behind the last one, so that a step never wraps in the middle.

@@ -180,15 +180,8 @@ const char* LscdKernelUnavailable(const LscdMatmulArgs& args) {
 
 cudaError_t LaunchLscdMatmul(const LscdMatmulArgs& args, cudaStream_t stream) {
   if (args.n == 0 || args.m == 0) return cudaSuccess;
-  const LscdShape shape{args.m, args.k};
-  PackedWeight w{};
-  w.bitmap = reinterpret_cast<const uint4*>(args.bitmap);
-  w.entries = args.entries;
-  w.values = reinterpret_cast<const uint8_t*>(args.values);
-  w.m = static_cast<int>(args.m);
-  w.strips = static_cast<int>(shape.strips());
-  w.groups = static_cast<int>(shape.groups());
-  w.entries_per_strip = static_cast<int>(shape.entries());
+  const PackedWeight w =
+      MakePackedWeight(args.bitmap, args.entries, args.values, args.m, args.k);
   LscdKernel kernel = args.kernel;
   if (kernel == LscdKernel::kAuto) {
     kernel = WgmmaUnavailable(args) == nullptr ? LscdKernel::kWgmma : LscdKernel::kMma;

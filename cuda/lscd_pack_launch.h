@@ -19,9 +19,10 @@ cudaError_t LaunchLscdPack(const uint16_t* dense, int64_t m, int64_t k,
                            uint32_t* entries, uint32_t* values, uint32_t* counts,
                            cudaStream_t stream);
 
+// dense is W, (m, k), or its transpose, (k, m).
 cudaError_t LaunchLscdUnpack(const uint32_t* bitmap, const uint32_t* entries,
-                             const uint32_t* values, int64_t m, int64_t k, uint16_t* dense,
-                             cudaStream_t stream);
+                             const uint32_t* values, int64_t m, int64_t k, bool transposed,
+                             uint16_t* dense, cudaStream_t stream);
 
 }  // namespace flashjax
 

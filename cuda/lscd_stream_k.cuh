@@ -94,19 +94,20 @@ __device__ __forceinline__ void FinishPiece(float* acc, const Output& out, const
     float4* mine = slot(share.rank);
 #pragma unroll
     for (int i = 0; i < kParts; ++i) __stcg(mine + i * kLanes, sums[i]);
-    __syncwarp();
-    if (lane == 0) {
-      __threadfence();
-      StoreRelease(out.flags + share.rank * kWarps + warp, 1);
-    }
+    __syncwarp();  // orders the other lanes' stores before the release
+    if (lane == 0) StoreRelease(out.flags + share.rank * kWarps + warp, 1);
     return;
   }
   const int tile_end = (piece.tile + 1) * share.groups;
-  for (int rank = share.rank + 1; share.Begin(rank) < tile_end; ++rank) {
-    const uint32_t* flag = out.flags + rank * kWarps + warp;
-    while (LoadAcquire(flag) == 0) {
+  int others = 0;
+  while (share.Begin(share.rank + 1 + others) < tile_end) ++others;
+  for (int i = lane; i < others; i += kLanes) {
+    while (LoadAcquire(out.flags + (share.rank + 1 + i) * kWarps + warp) == 0) {
     }
-    __syncwarp();
+  }
+  __syncwarp();
+#pragma unroll 2
+  for (int rank = share.rank + 1; rank <= share.rank + others; ++rank) {
     const float4* other = slot(rank);
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
