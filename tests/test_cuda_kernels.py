@@ -1,0 +1,98 @@
+"""Each CUDA kernel by name, whichever the launcher would choose, and the GPU packer."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flashjax as fj
+from flashjax import _native, matmul
+
+from . import op_cases
+
+pytestmark = pytest.mark.gpu
+
+KERNELS = ("mma", "wgmma")
+
+
+def kernel_product(kernel, x, w, bias=None):
+    x_dtype = np.dtype(x.dtype)
+    call = matmul._Call(
+        shape=w.shape,
+        dtype=w.dtype,
+        x_dtype=x_dtype,
+        bias_dtype=None if bias is None else np.dtype(bias.dtype),
+        out_dtype=x_dtype,
+        implementation="cuda",
+    )
+    product = functools.partial(matmul._cuda, call, kernel=kernel)
+    return jax.jit(product)(jnp.asarray(x), w.packed, bias)
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request):
+    capability = float(jax.devices()[0].compute_capability)
+    if request.param == "wgmma" and int(capability) != 9:
+        pytest.skip(f"the wgmma kernel needs a Hopper GPU, this one is sm {capability}")
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", op_cases.HALVES)
+@pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256])
+def test_rows(kernel, rows, dtype):
+    dense = op_cases.random_dense(1096, 523, 0.7, dtype)
+    x = op_cases.random_x((rows, 1096), dtype)
+    y = kernel_product(kernel, x, fj.SparseMatrix.from_dense(dense))
+    op_cases.check_product(y, x, dense)
+
+
+# More tiles than multiprocessors, fewer; K that many blocks share.
+@pytest.mark.parametrize("shape", [(768, 40_000), (16_384, 256), (520, 16), (8, 8)])
+def test_shares_of_blocks(kernel, shape):
+    dense = op_cases.random_dense(*shape, 0.6, "float16")
+    bias = jnp.linspace(-1, 1, shape[1], dtype=jnp.float32)
+    x = op_cases.random_x((5, shape[0]), "float16")
+    y = kernel_product(kernel, x, fj.SparseMatrix.from_dense(dense), bias)
+    op_cases.check_product(y, x, dense, bias)
+
+
+@pytest.mark.parametrize("pattern", op_cases.PATTERNS)
+def test_patterns(kernel, pattern):
+    dense = op_cases.pattern_dense(pattern, 1100, 300, "bfloat16")
+    x = op_cases.random_x((9, 1100), "bfloat16")
+    y = kernel_product(kernel, x, fj.SparseMatrix.from_dense(dense))
+    op_cases.check_product(y, x, dense)
+
+
+@pytest.mark.parametrize("rows", [3, 40, 128])
+def test_repeats_bit_for_bit(kernel, rows):
+    dense = op_cases.random_dense(7168, 2048, 0.6, "float16")
+    w = fj.SparseMatrix.from_dense(dense)
+    x = op_cases.random_x((rows, 7168), "float16")
+    first = np.asarray(kernel_product(kernel, x, w))
+    for _ in range(5):
+        np.testing.assert_array_equal(first, np.asarray(kernel_product(kernel, x, w)))
+
+
+@pytest.mark.parametrize("dtype", op_cases.HALVES)
+@pytest.mark.parametrize("pattern", op_cases.PATTERNS)
+def test_packs_like_the_host(pattern, dtype):
+    dense = op_cases.pattern_dense(pattern, 1031, 275, dtype)
+    dense[3, :40] *= -0.0  # negative zeros
+    on_host = _native.cpu.pack(dense.view(np.uint16))
+    w = fj.SparseMatrix.from_dense(jnp.asarray(dense))
+    leaves = (*w.packed, w.counts)
+    for host_leaf, gpu_leaf in zip(on_host, leaves, strict=True):
+        np.testing.assert_array_equal(host_leaf, np.asarray(gpu_leaf))
+    np.testing.assert_array_equal(np.asarray(w.to_dense()), dense)
+
+
+@pytest.mark.parametrize("shape", [(2048, 4099), (4100, 1)])
+def test_packs_many_chains_like_the_host(shape):
+    dense = op_cases.random_dense(*shape, 0.5, "float16")
+    on_host = _native.cpu.pack(dense.view(np.uint16))
+    w = fj.SparseMatrix.from_dense(jnp.asarray(dense))
+    for host_leaf, gpu_leaf in zip(on_host, (*w.packed, w.counts), strict=True):
+        np.testing.assert_array_equal(host_leaf, np.asarray(gpu_leaf))
