@@ -88,22 +88,21 @@ class SparseDense(nnx.Module):
         bias_init: nnx.initializers.Initializer = _BIAS_INIT,
         preferred_element_type: DTypeLike | None = None,
         implementation: str | None = None,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs | None,
+        _packed: tuple[SparseMatrix, nnx.Param | None] | None = None,
     ):
-        param_dtype = _half(param_dtype, "param_dtype")
-        matrix = _random_matrix(
-            rngs.params(),
-            (in_features, out_features),
-            param_dtype,
-            sparsity,
-            kernel_init,
-        )
-        bias = None
-        if use_bias:
-            bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype))
-        self._set(matrix, bias, dtype, preferred_element_type, implementation)
-
-    def _set(self, matrix, bias, dtype, preferred_element_type, implementation):
+        # Only through __init__ does NNX set up an object, also for from_matrix().
+        if _packed is not None:
+            matrix, bias = _packed
+        else:
+            param_dtype = _half(param_dtype, "param_dtype")
+            shape = (in_features, out_features)
+            matrix = _random_matrix(
+                rngs.params(), shape, param_dtype, sparsity, kernel_init
+            )
+            bias = None
+            if use_bias:
+                bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype))
         self.kernel = SparseWeight(matrix)
         self.bias: nnx.Param[jax.Array] | None = nnx.data(bias)
         self.in_features, self.out_features = matrix.shape
@@ -143,9 +142,14 @@ class SparseDense(nnx.Module):
                 f"bias: expected shape ({matrix.shape[1]},) for a kernel of shape "
                 f"{matrix.shape}, got {bias.shape}"
             )
-        layer = cls.__new__(cls)
-        layer._set(matrix, bias, dtype, preferred_element_type, implementation)
-        return layer
+        return cls(
+            *matrix.shape,
+            dtype=dtype,
+            preferred_element_type=preferred_element_type,
+            implementation=implementation,
+            rngs=None,
+            _packed=(matrix, bias),
+        )
 
     @classmethod
     def from_linear(
@@ -327,6 +331,18 @@ def sparsify(
     return _replace(model, swap, set())
 
 
+def sparse_layers(model: Any) -> Iterator[tuple[str, SparseDense]]:
+    """The sparse layers of an NNX model by path, shared ones once."""
+    for path, node in nnx.iter_graph(model, graph=True):
+        if isinstance(node, SparseDense):
+            yield ".".join(map(str, path)), node
+
+
+def parameter_bytes(model: Any) -> int:
+    """The bytes of all arrays of an NNX model, packed kernels included."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+
+
 def _apply(inputs, matrix, bias, dtype, preferred_element_type, implementation):
     """The layers' call: nnx.Linear's dtypes, without upcasting before the product."""
     inputs = jnp.asarray(inputs)
@@ -433,6 +449,8 @@ def _children(node: Any) -> list[tuple[str, Any]]:
         return [(k, v) for k, v in vars(node).items() if not k.startswith("_pytree_")]
     if isinstance(node, dict):
         return [(str(key), child) for key, child in node.items()]
+    if hasattr(node, "_fields"):
+        return list(zip(node._fields, node, strict=True))
     if isinstance(node, list | tuple):
         return [(str(i), child) for i, child in enumerate(node)]
     return []

@@ -1,0 +1,8 @@
+"""The command line ``flashjax``: generate, prune, info.
+
+Only typer is imported before a command runs, so that --help is fast.
+"""
+
+from flashjax.cli.app import app, main
+
+__all__ = ["app", "main"]

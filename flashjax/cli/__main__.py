@@ -1,0 +1,5 @@
+"""``python -m flashjax.cli``."""
+
+from flashjax.cli.app import main
+
+main()

@@ -1,0 +1,234 @@
+"""``flashjax generate``."""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+
+from flashjax import nn
+from flashjax.cli import report
+from flashjax.models import opt
+
+
+@dataclasses.dataclass
+class _Speed:
+    """Tokens and seconds of the batches so far; compilation is apart."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    compile_seconds: float = 0.0
+
+
+def run(
+    folder: str,
+    *,
+    prompts: list[str],
+    file: Path | None,
+    options: dict[str, Any],
+    dtype: str,
+    dense: bool,
+    implementation: str | None,
+    batch: int,
+    stream: bool,
+    quiet: bool,
+) -> None:
+    """Continues prompts and prints the texts.
+
+    Args:
+      folder: model folder or hub name.
+      prompts: prompts given one by one.
+      file: a text file with a prompt a line, "-" for stdin, or None.
+      options: of opt.generate().
+      dtype: of the model.
+      dense: expand sparse weights.
+      implementation: of the sparse product, None for the best.
+      batch: number of prompts that are continued at once.
+      stream: print tokens as they come.
+      quiet: print the texts alone.
+
+    Raises:
+      ValueError: there is no prompt, or something does not fit.
+    """
+    if batch < 1:
+        raise ValueError(f"--batch: expected at least 1, got {batch}")
+    prompts = [*prompts, *read_prompts(file)]
+    if not prompts:
+        raise ValueError("expected --prompt or --file, got neither")
+    empty = [i + 1 for i, prompt in enumerate(prompts) if not prompt]
+    if empty:
+        raise ValueError(f"expected prompts with text, got an empty one: {empty[0]}")
+    sparse = False if dense or dtype == "float32" else "auto"
+    model, tokenizer = opt.from_pretrained(
+        folder, dtype=jnp.dtype(dtype), sparse=sparse
+    )
+    if tokenizer is None:
+        raise ValueError(f"{folder}: expected a tokenizer.json, got none")
+    for _, layer in nn.sparse_layers(model):
+        layer.implementation = implementation
+
+    console = Console(highlight=False, soft_wrap=True)
+    speed = _Speed()
+    encoded = [tokenizer.encode(prompt).ids for prompt in prompts]
+    for start in range(0, len(prompts), batch):
+        rows = slice(start, start + batch)
+        printer = _Printer(console, tokenizer, prompts, start)
+        _run_batch(
+            model, encoded[rows], options, printer, speed, stream=stream, warm=not quiet
+        )
+    if not quiet:
+        lines = [
+            ("device", report.device_line(model)),
+            ("speed", _speed_line(speed, min(batch, len(prompts)))),
+            *report.weight_lines(report.measure(model)),
+        ]
+        console.print()
+        for title, text in lines:
+            console.print(f"[dim]{title + ':':<15}[/dim]{escape(text)}")
+
+
+def read_prompts(file: Path | None) -> list[str]:
+    """Reads the prompts of a file: one a line, blank lines left out.
+
+    Raises:
+      ValueError: the file cannot be read as UTF-8 text or holds no prompt.
+    """
+    if file is None:
+        return []
+    name = "stdin" if str(file) == "-" else str(file)
+    try:
+        data = sys.stdin.buffer.read() if name == "stdin" else file.read_bytes()
+        text = data.decode("utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"--file: expected a text file of prompts, got {name}: {error.strerror}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--file: expected UTF-8 text in {name}, got byte "
+            f"{data[error.start]:#04x} at offset {error.start}"
+        ) from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"--file: expected a prompt a line in {name}, got no text")
+    return prompts
+
+
+class _Printer:
+    """Prints a batch: the first row as it comes, the others when they are complete."""
+
+    def __init__(
+        self, console: Console, tokenizer: Any, prompts: list[str], start: int
+    ):
+        self._console = console
+        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._start = start
+
+    def open(self, row: int) -> None:
+        index = self._start + row
+        if len(self._prompts) > 1:
+            if index:
+                self._console.print()
+            self._console.print(f"[dim]\\[{index + 1}/{len(self._prompts)}][/dim]")
+        self._write(f"[bold]{escape(self._prompts[index])}[/bold]")
+
+    def row(self, row: int, prompt_ids: list[int], tokens: Iterable[int]) -> None:
+        self.open(row)
+        for piece in opt.stream_text(tokens, self._tokenizer, prompt_ids):
+            self._write(escape(piece))
+        self._console.print()
+
+    def _write(self, markup: str) -> None:
+        self._console.print(markup, end="")
+        self._console.file.flush()
+
+
+def _run_batch(
+    model: Any,
+    encoded: list[list[int]],
+    options: dict[str, Any],
+    printer: _Printer,
+    speed: _Speed,
+    *,
+    stream: bool,
+    warm: bool,
+) -> None:
+    token_ids, mask = pad(encoded, model.config.pad_token_id or 0)
+    request = {"attention_mask": mask, **options}
+    if warm:
+        speed.compile_seconds += _compile(model, token_ids, request)
+    ends = _ends(model, options["eos_token_id"])
+    began = time.perf_counter()
+    if stream:
+        columns: list[np.ndarray] = []
+
+        def collected() -> Iterator[np.ndarray]:
+            for column in opt.generate_stream(model, token_ids, **request):
+                columns.append(column)
+                yield column
+
+        steps = collected()
+        printer.row(0, encoded[0], until_end((int(c[0]) for c in steps), ends))
+        for _ in steps:  # the first row may end before others
+            pass
+        speed.seconds += time.perf_counter() - began
+        rows = np.stack(columns, axis=1) if columns else np.zeros((len(encoded), 0))
+    else:
+        out = np.asarray(opt.generate(model, token_ids, **request))
+        speed.seconds += time.perf_counter() - began
+        rows = out[:, token_ids.shape[1] :]
+    new_tokens = [list(until_end(map(int, row), ends)) for row in rows]
+    speed.tokens += sum(map(len, new_tokens))
+    for i in range(1 if stream else 0, len(encoded)):
+        printer.row(i, encoded[i], new_tokens[i])
+
+
+def pad(encoded: list[list[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pads prompts on the left: (batch, length) int32 token ids and bool mask."""
+    length = max(map(len, encoded))
+    token_ids = np.full((len(encoded), length), pad_id, np.int32)
+    mask = np.zeros((len(encoded), length), np.bool_)
+    for i, ids in enumerate(encoded):
+        token_ids[i, length - len(ids) :] = ids
+        mask[i, length - len(ids) :] = True
+    return token_ids, mask
+
+
+def until_end(tokens: Iterable[int], ends: set[int]) -> Iterator[int]:
+    """The tokens up to and with the first end token."""
+    for token in tokens:
+        yield token
+        if token in ends:
+            return
+
+
+def _ends(model: Any, eos_token_id: int | None) -> set[int]:
+    ids = model.config.eos_token_id if eos_token_id is None else ()
+    if ids is None:
+        return set()
+    return set(ids) if isinstance(ids, tuple) else {ids}
+
+
+def _compile(model: Any, token_ids: np.ndarray, request: dict[str, Any]) -> float:
+    """Runs the first two steps, so that what is timed later is compiled."""
+    began = time.perf_counter()
+    steps = opt.generate_stream(model, token_ids, **request)
+    for _ in zip(range(2), steps, strict=False):
+        pass
+    return time.perf_counter() - began
+
+
+def _speed_line(speed: _Speed, batch: int) -> str:
+    rate = speed.tokens / speed.seconds if speed.seconds else 0.0
+    return (
+        f"{rate:.1f} tokens/s ({speed.tokens} tokens in {speed.seconds:.2f} s at a "
+        f"batch of {batch}, prefill included; before it {speed.compile_seconds:.1f} s "
+        "of compilation)"
+    )
