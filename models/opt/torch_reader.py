@@ -14,6 +14,9 @@ from flashjax.checkpoint import CheckpointError, read_json
 WEIGHTS_NAME = "pytorch_model.bin"
 INDEX_NAME = "pytorch_model.bin.index.json"
 
+# A mapped file is mapped anew once so much of it was read, or it would stay resident.
+_MAX_RESIDENT_BYTES = 64 << 20
+
 
 def has_torch_weights(folder: str | os.PathLike) -> bool:
     """Whether the folder holds weights in PyTorch's format."""
@@ -41,6 +44,7 @@ class TorchReader:
         self._torch = _import_torch(self._folder)
         self._file_name: str | None = None
         self._tensors: dict[str, Any] = {}
+        self._resident_bytes = 0
         self._files: dict[str, str] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, np.dtype] = {}
@@ -70,7 +74,7 @@ class TorchReader:
 
     def close(self) -> None:
         """Drops the open file."""
-        self._file_name, self._tensors = None, {}
+        self._file_name, self._tensors, self._resident_bytes = None, {}, 0
 
     def names(self) -> list[str]:
         """The names of all tensors, file by file."""
@@ -90,8 +94,13 @@ class TorchReader:
         tensor = self._tensors[name].detach()
         if tensor.dtype == self._torch.bfloat16:
             bits = tensor.contiguous().view(self._torch.int16).numpy()
-            return bits.view(ml_dtypes.bfloat16).copy()
-        return tensor.numpy().copy()
+            array = bits.view(ml_dtypes.bfloat16).copy()
+        else:
+            array = tensor.numpy().copy()
+        self._resident_bytes += array.nbytes
+        if self._resident_bytes > _MAX_RESIDENT_BYTES:
+            self.close()
+        return array
 
     def _list_files(self) -> dict[str, list[str]]:
         index_path = self._folder / INDEX_NAME
