@@ -121,15 +121,16 @@ def generate(
         seed=seed,
         eos_token_id=eos_token_id,
     )
-    new_tokens = np.zeros((request.prompt.shape[0], 0), np.int32)
-    if request.max_new_tokens and request.prompt.shape[0]:
+    # On the host, where joining the parts compiles nothing.
+    new_tokens = np.zeros((len(request.prompt), request.max_new_tokens), np.int32)
+    if new_tokens.size:
         graphdef, params = nnx.split(model)
         state = _start(graphdef, params, request)
         if request.max_new_tokens > 1:
             limit = np.int32(request.max_new_tokens)
             state, _ = _decode(graphdef, params, request.settings, state, limit)
         new_tokens = np.asarray(state.tokens)[:, : request.max_new_tokens]
-    return jnp.asarray(np.concatenate([request.prompt, new_tokens], axis=1))
+    return jax.device_put(np.concatenate([request.prompt, new_tokens], axis=1))
 
 
 def generate_stream(
@@ -174,12 +175,12 @@ def generate_stream(
 
 
 def _stream(model: OPT, request: _Request) -> Iterator[np.ndarray]:
-    if not request.max_new_tokens or not request.prompt.shape[0]:
+    if not request.max_new_tokens or not len(request.prompt):
         return
     graphdef, params = nnx.split(model)
     state = _start(graphdef, params, request)
     # Copies, because the next step may overwrite the state's buffers.
-    last, finished = np.array(state.last), bool(np.all(state.finished))
+    last, finished = np.array(state.last), np.asarray(state.finished).all()
     for step in range(1, request.max_new_tokens):
         if finished:
             break

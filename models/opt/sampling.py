@@ -18,7 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_FLOAT32 = np.finfo(np.float32)
+_TINY = float(np.finfo(np.float32).tiny)
+_HUGE = float(np.finfo(np.float32).max)
+
+_MIN_CANDIDATES = 64
 
 _GREEDY = "greedy"
 _FULL = "full"
@@ -30,8 +33,8 @@ _FILTERED = "filtered"
 class Sampler:
     """A sampling method as a pytree, made by `Sampler.create`.
 
-    The numbers are leaves, so that a compiled step serves every temperature, ``top_k``
-    (within a power of two) and ``top_p``; only the kind of the method is static.
+    The numbers are leaves, so that a compiled step serves every temperature, ``top_p``
+    and ``top_k`` up to the next power of two; the kind of the method is static.
 
     Attributes:
         temperature: float32 scalar, the logits' divisor.
@@ -91,8 +94,9 @@ class Sampler:
             k = min(k, vocab_size)
             if k < vocab_size:
                 kind = _FILTERED
-                # A power of two: neighbouring values share one compiled step.
-                candidates = min(1 << (k - 1).bit_length(), vocab_size)
+                # A power of two: many values share one compiled step.
+                power = 1 << (k - 1).bit_length()
+                candidates = min(max(power, _MIN_CANDIDATES), vocab_size)
         p = 1.0
         if top_p is not None:
             p = as_float("top_p", top_p)
@@ -100,15 +104,15 @@ class Sampler:
                 raise ValueError(f"top_p must be greater than 0 and at most 1, got {p}")
             if p < 1:
                 kind = _FILTERED
-        if temperature < _FLOAT32.tiny:
+        if temperature < _TINY:
             kind = _GREEDY
         if kind != _FILTERED:
             candidates = vocab_size
         return cls(
-            temperature=np.float32(min(temperature, float(_FLOAT32.max))),
+            temperature=np.float32(min(temperature, _HUGE)),
             top_k=np.int32(k),
             # A p below the smallest float32 still keeps the most probable token.
-            top_p=np.float32(max(p, float(_FLOAT32.tiny))),
+            top_p=np.float32(max(p, _TINY)),
             kind=kind,
             candidates=candidates,
         )
