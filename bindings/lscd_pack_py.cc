@@ -4,8 +4,10 @@
 #include <nanobind/stl/string.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 
+#include "cpu/lscd_matmul.h"
 #include "cpu/lscd_pack.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
@@ -59,6 +61,42 @@ nb::tuple Pack(const Input<uint16_t, 2>& dense, int threads) {
   return nb::make_tuple(bitmap.array, entries.array, values.array, counts.array);
 }
 
+template <typename Array>
+void Check(const char* operand, const Array& array, std::initializer_list<int64_t> sizes) {
+  bool equal = array.ndim() == sizes.size();
+  size_t i = 0;
+  for (const int64_t size : sizes) {
+    equal = equal && (size < 0 || static_cast<int64_t>(array.shape(i)) == size);
+    ++i;
+  }
+  if (equal) return;
+  std::string message = std::string("unpack: ") + operand + ": expected shape (";
+  for (const int64_t size : sizes) message += (size < 0 ? "any" : std::to_string(size)) + ", ";
+  message += "), got (";
+  for (size_t axis = 0; axis < array.ndim(); ++axis) {
+    message += std::to_string(array.shape(axis)) + ", ";
+  }
+  throw nb::value_error((message + ")").c_str());
+}
+
+nb::object Unpack(const Input<uint32_t, 4>& bitmap, const Input<uint32_t, 3>& entries,
+                  const Input<uint32_t, 3>& values, int64_t k, int64_t m, int threads) {
+  if (k < 0 || m < 0) throw nb::value_error("unpack: k and m must not be negative");
+  const LscdShape shape{m, k};
+  Check("bitmap", bitmap,
+        {shape.strips(), shape.groups(), flashjax::kLanes, flashjax::kGroupSteps});
+  Check("entries", entries, {shape.strips(), shape.entries(), flashjax::kEntryWords});
+  Check("values", values, {-1, flashjax::kSegmentWords, flashjax::kLanes});
+  const auto dense = Empty<uint16_t>("uint16", k, m);
+  {
+    nb::gil_scoped_release release;
+    flashjax::LscdUnpack({shape, flashjax::HalfType::kFloat16, bitmap.data(), entries.data(),
+                          values.data(), static_cast<int64_t>(values.shape(0))},
+                         false, dense.data, flashjax::OwnThreads(threads));
+  }
+  return dense.array;
+}
+
 }  // namespace
 
 void BindPack(nb::module_& m) {
@@ -66,6 +104,9 @@ void BindPack(nb::module_& m) {
       "pack", &Pack, nb::arg("dense").noconvert(), nb::arg("threads") = 0,
       "Packs (K, M) uint16 bit patterns, C-contiguous: (bitmap, entries, values, counts), uint32.\n"
       "The result does not depend on `threads` (0: one per core).");
+  m.def("unpack", &Unpack, nb::arg("bitmap").noconvert(), nb::arg("entries").noconvert(),
+        nb::arg("values").noconvert(), nb::arg("k"), nb::arg("m"), nb::arg("threads") = 0,
+        "The (K, M) uint16 bit patterns of packed arrays.");
   m.def(
       "simd", [] { return std::string(flashjax::SimdName(flashjax::ActiveSimd())); },
       "The instruction set in use: 'avx512', 'avx2' or 'portable'. FLASHJAX_CPU_SIMD lowers it.");

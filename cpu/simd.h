@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "cpu/lscd_layout.h"
+
 namespace flashjax {
 
 enum class Simd { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
@@ -17,6 +19,37 @@ Simd ActiveSimd();
 // Chooses the set for the calls that follow (tests compare them). False, and nothing changes, when
 // the name is unknown or the machine lacks the set.
 bool SetSimd(const char* name);
+
+enum class HalfType { kFloat16, kBfloat16 };
+enum class FloatType { kFloat16, kBfloat16, kFloat32 };
+
+// A packed matrix.
+struct LscdMatrix {
+  LscdShape shape;
+  HalfType type;
+  const uint32_t* bitmap;
+  const uint32_t* entries;
+  const uint32_t* values;
+  int64_t segments;
+};
+
+// x and y of a product. Rows of x are multiplied in tiles of kTileN; the last one may have fewer.
+// `permuted` is x as float, in the order in which the streams have their positions and with zeros
+// beyond K: [tiles][steps][4 t][rows of the tile][16 positions].
+inline constexpr int kTileN = 8;
+
+struct MatmulJob {
+  LscdMatrix w;
+  int64_t n;
+  FloatType x_type, y_type;
+  const void* x;      // (n, K)
+  const float* bias;  // (M,) or null
+  float* permuted;
+  void* y;  // (n, M)
+
+  // Where the tile that starts with row n0 of x stands in `permuted`.
+  int64_t TileOffset(int64_t n0) const { return n0 * w.shape.steps() * kStepK; }
+};
 
 // Streams are numbered q = 4 row + t = 32 stream + lane; a tile is uint16 [64 q][16 positions],
 // what a step of a strip holds.
@@ -31,6 +64,13 @@ struct LscdKernels {
   // Writes a chain's segments from its bitmap and its tiles [total].
   void (*fill_chain)(const uint16_t* tiles, int64_t total, const uint32_t* bitmap, int64_t segments,
                      uint32_t* values);
+  // Writes the columns of some strips of the dense (K, M), as the bits or as floats.
+  void (*unpack_strips)(const LscdMatrix& w, int64_t first, int64_t strips, bool to_float,
+                        void* dense);
+  // Writes some steps of `permuted`.
+  void (*permute_x)(const MatmulJob& job, int64_t first, int64_t steps);
+  // Writes the columns of some strips of y.
+  void (*matmul_strips)(const MatmulJob& job, int64_t first, int64_t strips);
 };
 
 extern const LscdKernels kPortableKernels;

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 
 #include "cpu/lscd_layout.h"
 #include "cpu/simd.h"

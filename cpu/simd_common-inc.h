@@ -1,4 +1,9 @@
 // Helpers of the kernels; part of simd_kernels-inc.h.
+#ifndef FLASHJAX_CPU_SIMD_COMMON_INC_H_
+#define FLASHJAX_CPU_SIMD_COMMON_INC_H_
+
+namespace flashjax {
+namespace {
 
 // Bits 0..7 of each half of x to its even bits, bits 8..15 to its odd bits: from a bitmap word to
 // two masks in the order of the positions. (The outer perfect shuffle of Hacker's Delight, 7-2.)
@@ -109,3 +114,8 @@ FLASHJAX_INLINE void Transpose16x16Word(__m512i* a) {
 }
 
 #endif
+
+}  // namespace
+}  // namespace flashjax
+
+#endif  // FLASHJAX_CPU_SIMD_COMMON_INC_H_

@@ -3,17 +3,20 @@
 //   FLASHJAX_SIMD     0 portable, 1 AVX2, 2 AVX-512
 //   FLASHJAX_KERNELS  the table to define
 // Loops that the compiler vectorizes well stay plain C++ for all of them.
+#ifndef FLASHJAX_CPU_SIMD_KERNELS_INC_H_
+#define FLASHJAX_CPU_SIMD_KERNELS_INC_H_
 
 #define FLASHJAX_INLINE inline __attribute__((always_inline)) FLASHJAX_TARGET
 
-namespace flashjax {
-namespace {
-
-#include "cpu/simd_common-inc.h"
+#include "cpu/simd_matmul-inc.h"
 #include "cpu/simd_pack-inc.h"
+#include "cpu/simd_unpack-inc.h"
 
-}  // namespace
+namespace flashjax {
 
-const LscdKernels FLASHJAX_KERNELS = {LoadTile, PlanChain, FillChain};
+const LscdKernels FLASHJAX_KERNELS = {LoadTile,     PlanChain, FillChain,
+                                      UnpackStrips, PermuteX,  MatmulStrips};
 
 }  // namespace flashjax
+
+#endif  // FLASHJAX_CPU_SIMD_KERNELS_INC_H_

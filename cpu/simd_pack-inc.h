@@ -1,4 +1,11 @@
 // Packing; part of simd_kernels-inc.h.
+#ifndef FLASHJAX_CPU_SIMD_PACK_INC_H_
+#define FLASHJAX_CPU_SIMD_PACK_INC_H_
+
+#include "cpu/simd_common-inc.h"
+
+namespace flashjax {
+namespace {
 
 FLASHJAX_TARGET void LoadTile(const uint16_t* dense, int64_t stride, uint16_t* tile,
                               uint16_t* masks) {
@@ -233,3 +240,8 @@ FLASHJAX_TARGET void FillChain(const uint16_t* tiles, int64_t total, const uint3
     StoreSegment(streams + s * kSegmentWords, kStride, values);
   }
 }
+
+}  // namespace
+}  // namespace flashjax
+
+#endif  // FLASHJAX_CPU_SIMD_PACK_INC_H_

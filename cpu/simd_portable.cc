@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 
 #include "cpu/lscd_layout.h"
 #include "cpu/simd.h"

@@ -1,0 +1,225 @@
+// The product; part of simd_kernels-inc.h.
+//
+// A stream's step has 16 positions. They are expanded into a vector with zeros where nothing is
+// stored and multiplied by the same positions of x, so that an infinity or a NaN of x meets every
+// zero of W as it does in a dense product. The 16 sums of a row are added at the end.
+#ifndef FLASHJAX_CPU_SIMD_MATMUL_INC_H_
+#define FLASHJAX_CPU_SIMD_MATMUL_INC_H_
+
+#include "cpu/simd_convert-inc.h"
+#include "cpu/simd_stream-inc.h"
+
+namespace flashjax {
+namespace {
+
+// 16 floats.
+#if FLASHJAX_SIMD >= 2
+struct Vec {
+  __m512 v;
+};
+FLASHJAX_INLINE Vec Load(const float* in) { return {_mm512_load_ps(in)}; }
+FLASHJAX_INLINE void Store(float* out, Vec a) { _mm512_store_ps(out, a.v); }
+FLASHJAX_INLINE Vec MultiplyAdd(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+FLASHJAX_INLINE Vec Expand(const float* in, uint32_t mask) {
+  return {_mm512_maskz_expand_ps(static_cast<__mmask16>(mask), _mm512_loadu_ps(in))};
+}
+constexpr int kAccumulators = 24;
+#elif FLASHJAX_SIMD >= 1
+struct Vec {
+  __m256 low, high;
+};
+FLASHJAX_INLINE Vec Load(const float* in) { return {_mm256_load_ps(in), _mm256_load_ps(in + 8)}; }
+FLASHJAX_INLINE void Store(float* out, Vec a) {
+  _mm256_store_ps(out, a.low);
+  _mm256_store_ps(out + 8, a.high);
+}
+FLASHJAX_INLINE Vec MultiplyAdd(Vec a, Vec b, Vec c) {
+  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+FLASHJAX_INLINE __m256 ExpandHalf(const float* in, uint32_t mask) {
+  const __m256i ranks =
+      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kRanks.ranks[mask])));
+  const __m256 spread = _mm256_permutevar8x32_ps(_mm256_loadu_ps(in), ranks);
+  return _mm256_blendv_ps(spread, _mm256_setzero_ps(), _mm256_castsi256_ps(ranks));
+}
+FLASHJAX_INLINE Vec Expand(const float* in, uint32_t mask) {
+  return {ExpandHalf(in, mask & 0xFF), ExpandHalf(in + _mm_popcnt_u32(mask & 0xFF), mask >> 8)};
+}
+constexpr int kAccumulators = 6;
+#else
+struct Vec {
+  float v[16];
+};
+FLASHJAX_INLINE Vec Load(const float* in) {
+  Vec a;
+  std::memcpy(a.v, in, sizeof(a.v));
+  return a;
+}
+FLASHJAX_INLINE void Store(float* out, const Vec& a) { std::memcpy(out, a.v, sizeof(a.v)); }
+FLASHJAX_INLINE Vec MultiplyAdd(const Vec& a, const Vec& b, Vec c) {
+  for (int i = 0; i < 16; ++i) c.v[i] += a.v[i] * b.v[i];
+  return c;
+}
+FLASHJAX_INLINE Vec Expand(const float* in, uint32_t mask) {
+  Vec a = {};
+  for (; mask != 0; mask &= mask - 1) a.v[__builtin_ctz(mask)] = *in++;
+  return a;
+}
+constexpr int kAccumulators = 1;
+#endif
+
+// Rows of the strip whose sums stay in registers together: 16, 8, 4, 2 or 1.
+constexpr int BlockRows(int n) {
+  int rows = kStripRows;
+  while (rows > 1 && rows * n > kAccumulators) rows /= 2;
+  return rows;
+}
+
+// Adds the ring's group for rows block * kRows ... of the strip (for kRows > 1: kRows / 2 rows g
+// and the rows g + 8, the two streams of a lane). x is the group's part of the permuted x.
+template <int kRows, int kN>
+FLASHJAX_INLINE void MultiplyBlock(const Ring<float>* ring, const float* x, int block,
+                                   float* sums) {
+  constexpr int kStride = Ring<float>::kStride;
+  Vec sum[kRows][kN];
+  const auto row_of = [block](int r) {
+    return kRows == 1 ? block : block * (kRows / 2) + r / 2 + 8 * (r % 2);
+  };
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int n = 0; n < kN; ++n) sum[r][n] = Load(sums + (row_of(r) * kN + n) * 16);
+  }
+  for (int j = 0; j < kGroupSteps; ++j) {
+    for (int t = 0; t < 4; ++t, x += kN * kStreamPositions) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const int lane = 4 * (row_of(r) % 8) + t, s = row_of(r) / 8;
+        const int i = (lane * kGroupSteps + j) * 2 + s;
+        const Vec w =
+            Expand(ring->streams + (kLanes * s + lane) * kStride + ring->starts[i], ring->masks[i]);
+#pragma GCC unroll 8
+        for (int n = 0; n < kN; ++n) {
+          sum[r][n] = MultiplyAdd(w, Load(x + n * kStreamPositions), sum[r][n]);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+    for (int n = 0; n < kN; ++n) Store(sums + (row_of(r) * kN + n) * 16, sum[r][n]);
+  }
+}
+
+// The sum of each of 16 vectors that are `stride` apart, always in the same order.
+FLASHJAX_INLINE void AddUp(const float* sums, int64_t stride, float* out) {
+#if FLASHJAX_SIMD >= 2
+  __m512i a[16];
+#pragma GCC unroll 16
+  for (int row = 0; row < 16; ++row) a[row] = _mm512_load_si512(sums + row * stride);
+  Transpose16x16Word(a);
+#pragma GCC unroll 4
+  for (int width = 8; width > 0; width /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < width; ++i) {
+      a[i] = _mm512_castps_si512(
+          _mm512_add_ps(_mm512_castsi512_ps(a[i]), _mm512_castsi512_ps(a[i + width])));
+    }
+  }
+  _mm512_storeu_si512(out, a[0]);
+#else
+  for (int row = 0; row < 16; ++row) {
+    float a[16];
+    std::memcpy(a, sums + row * stride, sizeof(a));
+    for (int width = 8; width > 0; width /= 2) {
+      for (int i = 0; i < width; ++i) a[i] += a[i + width];
+    }
+    out[row] = a[0];
+  }
+#endif
+}
+
+template <typename As, int kN>
+FLASHJAX_TARGET void MatmulTile(Ring<float>* ring, const MatmulJob& job, int64_t strip,
+                                int64_t n0) {
+  constexpr int kRows = BlockRows(kN);
+  const LscdShape& shape = job.w.shape;
+  const uint32_t* bitmap = job.w.bitmap + strip * shape.groups() * kLanes * kGroupSteps;
+  const uint32_t* entries = job.w.entries + strip * shape.entries() * kEntryWords;
+  const float* x = job.permuted + job.TileOffset(n0);
+  alignas(64) float sums[kStripRows * kN * 16] = {};
+  if (shape.groups() > 0) StartStrip(ring, entries);
+  for (int64_t group = 0; group < shape.groups(); ++group, x += kN * kGroupK) {
+    NextGroup<As>(ring, bitmap, entries, job.w.values, job.w.segments, group);
+    for (int block = 0; block < kStripRows / kRows; ++block) {
+      MultiplyBlock<kRows, kN>(ring, x, block, sums);
+    }
+  }
+  const int64_t row = strip * kStripRows;
+  const int64_t rows = std::min<int64_t>(kStripRows, shape.m - row);
+  float bias[kStripRows] = {};
+  if (job.bias != nullptr) std::memcpy(bias, job.bias + row, rows * sizeof(float));
+  for (int n = 0; n < kN; ++n) {
+    float out[kStripRows];
+    AddUp(sums + n * 16, kN * 16, out);
+    for (int i = 0; i < kStripRows; ++i) out[i] += bias[i];
+    StoreRow(out, job.y_type, rows, job.y, (n0 + n) * shape.m + row);
+  }
+}
+
+template <typename As>
+FLASHJAX_TARGET void MatmulStripsAs(const MatmulJob& job, int64_t first, int64_t strips) {
+  using Tile = void (*)(Ring<float>*, const MatmulJob&, int64_t, int64_t);
+  constexpr Tile kTiles[kTileN] = {MatmulTile<As, 1>, MatmulTile<As, 2>, MatmulTile<As, 3>,
+                                   MatmulTile<As, 4>, MatmulTile<As, 5>, MatmulTile<As, 6>,
+                                   MatmulTile<As, 7>, MatmulTile<As, 8>};
+  const std::unique_ptr<Ring<float>> ring(new Ring<float>);
+  for (int64_t strip = first; strip < first + strips; ++strip) {
+    for (int64_t n0 = 0; n0 < job.n; n0 += kTileN) {
+      kTiles[std::min<int64_t>(kTileN, job.n - n0) - 1](ring.get(), job, strip, n0);
+    }
+  }
+}
+
+FLASHJAX_TARGET void MatmulStrips(const MatmulJob& job, int64_t first, int64_t strips) {
+  if (job.w.type == HalfType::kFloat16) {
+    MatmulStripsAs<FromHalf>(job, first, strips);
+  } else {
+    MatmulStripsAs<FromBfloat16>(job, first, strips);
+  }
+}
+
+FLASHJAX_TARGET void PermuteX(const MatmulJob& job, int64_t first, int64_t steps) {
+  const int64_t k = job.w.shape.k;
+  for (int64_t n = 0; n < job.n; ++n) {
+    const int64_t n0 = n / kTileN * kTileN;
+    const int64_t width = std::min<int64_t>(kTileN, job.n - n0);
+    float* out =
+        job.permuted + job.TileOffset(n0) + (n - n0) * kStreamPositions + first * width * kStepK;
+    for (int64_t step = first; step < first + steps; ++step, out += width * kStepK) {
+      const int64_t begin = n * k + step * kStepK;
+      const int64_t size = std::clamp<int64_t>(k - step * kStepK, 0, kStepK);
+      float row[kStepK];
+      if (size < kStepK) std::fill(row, row + kStepK, 0.0f);
+      if (job.x_type == FloatType::kFloat32) {
+        std::memcpy(row, static_cast<const float*>(job.x) + begin, size * sizeof(float));
+      } else {
+        ToFloat(static_cast<const uint16_t*>(job.x) + begin,
+                job.x_type == FloatType::kFloat16 ? HalfType::kFloat16 : HalfType::kBfloat16, size,
+                row);
+      }
+      for (int t = 0; t < 4; ++t) {
+        for (int i = 0; i < kStreamPositions; i += 2) {
+          std::memcpy(out + t * width * kStreamPositions + i, row + PositionColumn(t, i),
+                      2 * sizeof(float));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace flashjax
+
+#endif  // FLASHJAX_CPU_SIMD_MATMUL_INC_H_
