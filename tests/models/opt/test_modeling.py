@@ -12,8 +12,6 @@ from flashjax.models.opt.config import ACTIVATIONS
 
 DATA = Path(__file__).parent / "data"
 VARIANTS = sorted(path.parent.name for path in DATA.glob("*/config.json"))
-    path.stem for path in DATA.glob("*.npz") if (DATA / path.stem).is_dir()
-)
 MASKS = ("none", "left", "mixed")
 
 
