@@ -23,8 +23,8 @@ inline ::xla::ffi::Error CheckPacked(const char* op, const LscdShape& shape, con
   FLASHJAX_RETURN_IF_ERROR(CheckDtype(op, "bitmap", bitmap, {DataType::U32}));
   FLASHJAX_RETURN_IF_ERROR(CheckDtype(op, "entries", entries, {DataType::U32}));
   FLASHJAX_RETURN_IF_ERROR(CheckDtype(op, "values", values, {DataType::U32}));
-  FLASHJAX_RETURN_IF_ERROR(CheckShape(op, "bitmap", bitmap,
-                                      {shape.strips(), shape.groups(), kLanes, kGroupSteps}));
+  FLASHJAX_RETURN_IF_ERROR(
+      CheckShape(op, "bitmap", bitmap, {shape.strips(), shape.groups(), kLanes, kGroupSteps}));
   FLASHJAX_RETURN_IF_ERROR(
       CheckShape(op, "entries", entries, {shape.strips(), shape.entries(), kEntryWords}));
   return CheckShape(op, "values", values, {-1, kSegmentWords, kLanes});

@@ -31,9 +31,8 @@ ffi::Error Unpack(cudaStream_t stream, Words bitmap, Words entries, Words values
   if (!transposed) shape = LscdShape{shape.k, shape.m};
   FLASHJAX_RETURN_IF_ERROR(CheckPacked(kOp, shape, bitmap, entries, values));
   return CudaStatus(
-      kOp, LaunchLscdUnpack(WordData(bitmap), WordData(entries), WordData(values), shape.m,
-                            shape.k, transposed, static_cast<uint16_t*>(dense->untyped_data()),
-                            stream));
+      kOp, LaunchLscdUnpack(WordData(bitmap), WordData(entries), WordData(values), shape.m, shape.k,
+                            transposed, static_cast<uint16_t*>(dense->untyped_data()), stream));
 }
 
 ffi::Error PackSizes(cudaStream_t stream, ffi::AnyBuffer dense, ffi::Result<Words> chain_segments) {
@@ -59,9 +58,8 @@ ffi::Error Pack(cudaStream_t stream, ffi::AnyBuffer dense, Words chain_segments,
   FLASHJAX_RETURN_IF_ERROR(CheckShape(kOp, "counts", *counts, {shape.strips()}));
   return CudaStatus(
       kOp, LaunchLscdPack(static_cast<const uint16_t*>(dense.untyped_data()), shape.m, shape.k,
-                          WordData(chain_segments), values->dimensions()[0],
-                          ResultData(bitmap), ResultData(entries), ResultData(values),
-                          ResultData(counts), stream));
+                          WordData(chain_segments), values->dimensions()[0], ResultData(bitmap),
+                          ResultData(entries), ResultData(values), ResultData(counts), stream));
 }
 
 }  // namespace

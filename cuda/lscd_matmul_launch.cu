@@ -1,11 +1,10 @@
-#include "cuda/lscd_matmul_launch.h"
-
 #include <cuda.h>
 
 #include <algorithm>
 #include <type_traits>
 
 #include "cpu/lscd_layout.h"
+#include "cuda/lscd_matmul_launch.h"
 #include "cuda/lscd_mma.cuh"
 #include "cuda/lscd_wgmma.cuh"
 
@@ -72,9 +71,8 @@ cudaError_t LaunchStreamK(Kernel kernel, const X& x, const Problem& problem, Out
   const int64_t slot = SlotBytes(Config::kWarps, kTileN);
   const int64_t slots = static_cast<int64_t>(problem.args.workspace_bytes) / slot;
   const int64_t units = CeilDiv(problem.args.m, Config::kTileM) * problem.w.groups;
-  const int64_t grid = std::min({units, slots,
-                                 int64_t{resident} *
-                                     DeviceAttribute(cudaDevAttrMultiProcessorCount)});
+  const int64_t grid =
+      std::min({units, slots, int64_t{resident} * DeviceAttribute(cudaDevAttrMultiProcessorCount)});
   if (grid < 1 || units * grid > INT32_MAX) return cudaErrorInvalidValue;
   // Flags and partial sums lie in one block each, so that one memset clears all flags.
   out.partials = static_cast<float4*>(problem.args.workspace);
@@ -123,8 +121,7 @@ template <typename T, int kTileN>
 cudaError_t LaunchWgmma(const Problem& problem, int64_t n0, int64_t n) {
   static const EncodeTiled encode = FindEncodeTiled();
   if (encode == nullptr) return cudaErrorNotSupported;
-  const cuuint64_t size[2] = {static_cast<cuuint64_t>(problem.args.k),
-                              static_cast<cuuint64_t>(n)};
+  const cuuint64_t size[2] = {static_cast<cuuint64_t>(problem.args.k), static_cast<cuuint64_t>(n)};
   const cuuint64_t stride[1] = {static_cast<cuuint64_t>(problem.args.k) * 2};
   const cuuint32_t box[2] = {kStepK, kTileN}, ones[2] = {1, 1};
   CUtensorMap x;
@@ -180,8 +177,7 @@ const char* LscdKernelUnavailable(const LscdMatmulArgs& args) {
 
 cudaError_t LaunchLscdMatmul(const LscdMatmulArgs& args, cudaStream_t stream) {
   if (args.n == 0 || args.m == 0) return cudaSuccess;
-  const PackedWeight w =
-      MakePackedWeight(args.bitmap, args.entries, args.values, args.m, args.k);
+  const PackedWeight w = MakePackedWeight(args.bitmap, args.entries, args.values, args.m, args.k);
   LscdKernel kernel = args.kernel;
   if (kernel == LscdKernel::kAuto) {
     kernel = WgmmaUnavailable(args) == nullptr ? LscdKernel::kWgmma : LscdKernel::kMma;
@@ -190,9 +186,8 @@ cudaError_t LaunchLscdMatmul(const LscdMatmulArgs& args, cudaStream_t stream) {
   const int64_t widest = kernel == LscdKernel::kMma ? 32 : 128;
   for (int64_t n0 = 0; n0 < args.n; n0 += widest) {
     const int64_t n = std::min(widest, args.n - n0);
-    const cudaError_t error = args.is_bfloat16
-                                  ? LaunchTile<__nv_bfloat16>(kernel, problem, n0, n)
-                                  : LaunchTile<__half>(kernel, problem, n0, n);
+    const cudaError_t error = args.is_bfloat16 ? LaunchTile<__nv_bfloat16>(kernel, problem, n0, n)
+                                               : LaunchTile<__half>(kernel, problem, n0, n);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -12,15 +12,15 @@ namespace flashjax {
 enum class LscdKernel : int64_t { kAuto = 0, kMma = 1, kWgmma = 2 };
 
 struct LscdMatmulArgs {
-  const void* x;             // (n, k), float16 or bfloat16
-  const uint32_t* bitmap;    // the packed layout, cpu/lscd_layout.h
+  const void* x;           // (n, k), float16 or bfloat16
+  const uint32_t* bitmap;  // the packed layout, cpu/lscd_layout.h
   const uint32_t* entries;
   const uint32_t* values;
-  const float* bias;         // (m,) or nullptr
-  void* y;                   // (n, m), the type of x or float32
-  void* workspace;           // 16-byte aligned; its contents do not matter
+  const float* bias;  // (m,) or nullptr
+  void* y;            // (n, m), the type of x or float32
+  void* workspace;    // 16-byte aligned; its contents do not matter
   size_t workspace_bytes;
-  int64_t n, m, k;           // k may exceed W's columns by what rounds it up to the layout's
+  int64_t n, m, k;  // k may exceed W's columns by what rounds it up to the layout's
   bool is_bfloat16;
   bool is_float_output;
   LscdKernel kernel;

@@ -63,8 +63,7 @@ __device__ __forceinline__ void Mma(__half, float* c, const uint32_t* a, const u
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-__device__ __forceinline__ void Mma(__nv_bfloat16, float* c, const uint32_t* a,
-                                    const uint32_t* b) {
+__device__ __forceinline__ void Mma(__nv_bfloat16, float* c, const uint32_t* a, const uint32_t* b) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
@@ -151,8 +150,7 @@ __global__ void __launch_bounds__(MmaConfig<kTileN>::kThreads, 2)
       const bool any = group + 1 < piece.group1;
       if (any) loader.Load(x, group + 1);
       reader.LoadAhead(any);
-      const uint32_t stage =
-          stages + buffer * Config::kStageBytes + lane % 8 * Config::kRowBytes;
+      const uint32_t stage = stages + buffer * Config::kStageBytes + lane % 8 * Config::kRowBytes;
 #pragma unroll
       for (int step = 0; step < kGroupSteps; ++step) {
         const uint32_t word = reader.BeginStep(step);

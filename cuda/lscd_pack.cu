@@ -67,8 +67,8 @@ __device__ uint32_t Pad(uint32_t mask, int stream, int count) {
 
 template <bool kWrite>
 __global__ void __launch_bounds__(kLanes)
-    PackKernel(const Dense dense, const LscdShape shape, uint32_t* chain_segments,
-               uint32_t* bitmap, uint32_t* entries, uint16_t* values, uint32_t* counts) {
+    PackKernel(const Dense dense, const LscdShape shape, uint32_t* chain_segments, uint32_t* bitmap,
+               uint32_t* entries, uint16_t* values, uint32_t* counts) {
   __shared__ __align__(16) StepTile tiles[2];
   const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
   const int64_t chain = blockIdx.x, steps = shape.steps();
@@ -99,15 +99,14 @@ __global__ void __launch_bounds__(kLanes)
     const int c0 = __popc(mask & 0xffffu), c1 = __popc(mask >> 16);
     const int most = __reduce_max_sync(
         kAllLanes, max(n0 + c0 + __popc(mask_ahead & 0xffffu), n1 + c1 + __popc(mask_ahead >> 16)));
-    const int bound = kSegmentWords * ((most + kSegmentWords - 1) / kSegmentWords -
-                                       (kRingSegments - kPrefetch));
+    const int bound =
+        kSegmentWords * ((most + kSegmentWords - 1) / kSegmentWords - (kRingSegments - kPrefetch));
     uint32_t stored = mask;
     if (n0 + c0 < bound) stored = Pad(stored, 0, bound - n0);
     if (n1 + c1 < bound) stored = Pad(stored, 1, bound - n1);
 
     if (kWrite) {
-      uint32_t* entry =
-          entries + (strip * shape.entries() + step / kEntrySteps) * kEntryWords;
+      uint32_t* entry = entries + (strip * shape.entries() + step / kEntrySteps) * kEntryWords;
       if (step % kEntrySteps == 0) {
         const int least = __reduce_min_sync(kAllLanes, min(n0, n1)) / kSegmentWords;
         if (lane == 0) {

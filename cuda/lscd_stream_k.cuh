@@ -1,9 +1,9 @@
 // Persistent stream-K: every CTA takes an equal share of all (tile, k-group) units, so that any
 // shape fills the GPU, and tiles cut between CTAs are summed in a fixed order.
 //
-// A tile's owner is the CTA that holds its first group; it works on that tile last. The others write
-// their part to the workspace and raise a flag per warp; each begins with that tile, so that the
-// owner hardly waits. Ranks run against blockIdx.x: an owner waits only for CTAs with smaller
+// A tile's owner is the CTA that holds its first group; it works on that tile last. The others
+// write their part to the workspace and raise a flag per warp; each begins with that tile, so that
+// the owner hardly waits. Ranks run against blockIdx.x: an owner waits only for CTAs with smaller
 // blockIdx.x, which the GPU starts first, so that it never waits for one that cannot start.
 //
 // The workspace: uint32 flags[slots][warps] (zero at launch), then
@@ -99,15 +99,18 @@ __device__ __forceinline__ void FinishPiece(float* acc, const Output& out, const
     return;
   }
   const int tile_end = (piece.tile + 1) * share.groups;
-  int others = 0;
-  while (share.Begin(share.rank + 1 + others) < tile_end) ++others;
-  for (int i = lane; i < others; i += kLanes) {
-    while (LoadAcquire(out.flags + (share.rank + 1 + i) * kWarps + warp) == 0) {
+  int end = share.rank + 1;
+  while (share.Begin(end) < tile_end) ++end;
+  // A lane a flag, with a uniform branch: divergent control flow here would cost the main loop its
+  // uniform registers.
+  for (int first = share.rank + 1; first < end; first += kLanes) {
+    const uint32_t* flag = out.flags + min(first + lane, end - 1) * kWarps + warp;
+    while (!__all_sync(0xffffffffu, LoadAcquire(flag) != 0)) {
     }
   }
-  __syncwarp();
-#pragma unroll 2
-  for (int rank = share.rank + 1; rank <= share.rank + others; ++rank) {
+  constexpr int kInFlight = kParts <= 2 ? 4 : kParts == 4 ? 2 : 1;  // ranks whose loads overlap
+#pragma unroll kInFlight
+  for (int rank = share.rank + 1; rank < end; ++rank) {
     const float4* other = slot(rank);
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {

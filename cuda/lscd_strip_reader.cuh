@@ -1,4 +1,5 @@
-// A warp's walk over a strip: bitmap and schedule one group ahead, values through a ring of segments.
+// A warp's walk over a strip: bitmap and schedule one group ahead, values through a ring of
+// segments.
 //
 // `Ring` says how segments are copied (bulk copies on sm_90, cp.async on sm_80). It has `data` (the
 // shared memory of kRingStride bytes), slot() (the slot that the next Wait() is for), Copy(source,

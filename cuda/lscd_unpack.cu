@@ -7,87 +7,85 @@
 namespace flashjax {
 namespace {
 
-// A CTA expands kPieceGroups groups of four strips, a warp a strip; every step goes through shared
-// memory so that whole rows are written.
+// A warp expands kPieceGroups groups of a strip. Every step goes through the warp's own shared
+// memory so that it is written in 16-byte chunks of whole 32-byte sectors.
 constexpr int kUnpackWarps = 4;
-constexpr int kUnpackRows = kUnpackWarps * kStripRows;
 constexpr int kPieceGroups = 8;
 
-// (m, k): a warp writes its own strip, rows of 64 k = 128 bytes.
+// (m, k): 16 rows of 64 k.
 struct RowMajor {
-  static constexpr int kStride = kStepK + 8;  // uint16: 16-byte aligned rows, few conflicts
-  static constexpr int kTileSize = kUnpackRows * kStride;
+  static constexpr int kStride = kStepK + 8;  // uint16: 16-byte aligned rows without bank conflicts
+  static constexpr int kTileSize = kStripRows * kStride;
+  static constexpr int kRowChunks = kStepK / 8;
 
   __device__ static void Put(uint16_t* tile, int row, int column, uint32_t pair) {
     *reinterpret_cast<uint32_t*>(tile + row * kStride + column) = pair;
   }
-  __device__ static void Write(const uint16_t* tile, const LscdShape& shape, int64_t m0,
-                               int64_t k0, uint16_t* dense) {
-    const bool whole = shape.k % 8 == 0;
-    constexpr int kChunks = kStepK / 8;
-    for (int i = threadIdx.x; i < kUnpackRows * kChunks; i += kUnpackWarps * kLanes) {
-      const int64_t m = m0 + i / kChunks, k = k0 + i % kChunks * 8;
-      if (m >= shape.m || k >= shape.k) continue;
-      const uint16_t* source = tile + i / kChunks * kStride + i % kChunks * 8;
-      uint16_t* out = dense + m * shape.k + k;
-      if (whole) {
-        *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(source);
-      } else {
-        for (int j = 0; j < 8 && k + j < shape.k; ++j) out[j] = source[j];
-      }
-    }
-  }
+  __device__ static int64_t Row(int64_t m0, int64_t, int i) { return m0 + i; }
+  __device__ static int64_t Column(int64_t, int64_t k0, int i) { return k0 + i; }
 };
 
-// (k, m): the four strips are 64 adjacent columns, rows of 128 bytes.
+// (k, m): 64 rows of 16 m.
 struct ColumnMajor {
-  static constexpr int kStride = kUnpackRows + 8;
+  static constexpr int kStride = kStripRows + 8;
   static constexpr int kTileSize = kStepK * kStride;
+  static constexpr int kRowChunks = kStripRows / 8;
 
   __device__ static void Put(uint16_t* tile, int row, int column, uint32_t pair) {
     tile[column * kStride + row] = static_cast<uint16_t>(pair);
     tile[(column + 1) * kStride + row] = static_cast<uint16_t>(pair >> 16);
   }
-  __device__ static void Write(const uint16_t* tile, const LscdShape& shape, int64_t m0,
-                               int64_t k0, uint16_t* dense) {
-    const bool whole = shape.m % 8 == 0;
-    constexpr int kChunks = kUnpackRows / 8;
-    for (int i = threadIdx.x; i < kStepK * kChunks; i += kUnpackWarps * kLanes) {
-      const int64_t k = k0 + i / kChunks, m = m0 + i % kChunks * 8;
-      if (m >= shape.m || k >= shape.k) continue;
-      const uint16_t* source = tile + i / kChunks * kStride + i % kChunks * 8;
-      uint16_t* out = dense + k * shape.m + m;
-      if (whole) {
-        *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(source);
-      } else {
-        for (int j = 0; j < 8 && m + j < shape.m; ++j) out[j] = source[j];
-      }
-    }
-  }
+  __device__ static int64_t Row(int64_t, int64_t k0, int i) { return k0 + i; }
+  __device__ static int64_t Column(int64_t m0, int64_t, int i) { return m0 + i; }
+};
+
+struct DenseOutput {
+  uint16_t* data;
+  int64_t rows, columns;
+  bool aligned;  // rows can be written 16 bytes at a time
 };
 
 template <typename Order>
-__global__ void __launch_bounds__(kUnpackWarps * kLanes)
-    UnpackKernel(const PackedWeight w, const LscdShape shape, uint16_t* dense) {
+__device__ __forceinline__ void WriteTile(const uint16_t* tile, const DenseOutput& out, int64_t m0,
+                                          int64_t k0, int lane) {
+#pragma unroll
+  for (int i = lane; i < kStripRows * kStepK / 8; i += kLanes) {
+    const int tile_row = i / Order::kRowChunks, tile_column = i % Order::kRowChunks * 8;
+    const int64_t row = Order::Row(m0, k0, tile_row), column = Order::Column(m0, k0, tile_column);
+    if (row >= out.rows || column >= out.columns) continue;
+    const uint16_t* source = tile + tile_row * Order::kStride + tile_column;
+    uint16_t* destination = out.data + row * out.columns + column;
+    if (out.aligned) {
+      *reinterpret_cast<uint4*>(destination) = *reinterpret_cast<const uint4*>(source);
+    } else {
+      for (int j = 0; j < 8 && column + j < out.columns; ++j) destination[j] = source[j];
+    }
+  }
+}
+
+template <typename Order>
+__global__ void __launch_bounds__(kUnpackWarps* kLanes)
+    UnpackKernel(const PackedWeight w, const DenseOutput out) {
   extern __shared__ __align__(128) uint8_t shared[];
-  uint16_t* tiles = reinterpret_cast<uint16_t*>(shared + kUnpackWarps * kRingStride);
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, g = lane / 4, t = lane % 4;
+  const int strip = blockIdx.x * kUnpackWarps + warp;
+  if (strip >= w.strips) return;
   const int group0 = blockIdx.y * kPieceGroups;
   const int group1 = min(group0 + kPieceGroups, w.groups);
-  const int64_t m0 = int64_t{blockIdx.x} * kUnpackRows;
+  uint16_t* tiles = reinterpret_cast<uint16_t*>(shared + kUnpackWarps * kRingStride) +
+                    warp * 2 * Order::kTileSize;
 
   StripReader<AsyncRing> reader(w, lane);
   reader.ring.data = SharedAddress(shared) + warp * kRingStride;
-  reader.Begin(blockIdx.x * kUnpackWarps + warp, group0, group1);
+  reader.Begin(strip, group0, group1);
   reader.WaitForFirstStep();
-  int buffer = 0;
 #pragma unroll 1
   for (int group = group0; group < group1; ++group) {
     reader.LoadAhead(group + 1 < group1);
 #pragma unroll
     for (int step = 0; step < kGroupSteps; ++step) {
       const uint32_t word = reader.BeginStep(step);
-      uint16_t* tile = tiles + buffer * Order::kTileSize;
+      uint16_t* tile = tiles + step % 2 * Order::kTileSize;
       uint32_t a[4][4];
       DecodeFragment<0>(word, reader.p, reader.q, a[0]);
       DecodeFragment<1>(word, reader.p, reader.q, a[1]);
@@ -97,29 +95,27 @@ __global__ void __launch_bounds__(kUnpackWarps * kLanes)
       for (int f = 0; f < 4; ++f) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int row = warp * kStripRows + 8 * (i % 2) + g;
-          Order::Put(tile, row, 16 * f + 8 * (i / 2) + 2 * t, a[f][i]);
+          Order::Put(tile, 8 * (i % 2) + g, 16 * f + 8 * (i / 2) + 2 * t, a[f][i]);
         }
       }
-      // One barrier a step is enough: the other buffer was read before the previous one.
-      __syncthreads();
-      Order::Write(tile, shape, m0, int64_t{group} * kGroupK + step * kStepK, dense);
-      buffer ^= 1;
+      // One barrier a step is enough: the other tile was read before the previous one.
+      __syncwarp();
+      WriteTile<Order>(tile, out, int64_t{strip} * kStripRows,
+                       int64_t{group} * kGroupK + step * kStepK, lane);
     }
     reader.NextGroup();
   }
 }
 
 template <typename Order>
-cudaError_t Launch(const PackedWeight& w, const LscdShape& shape, uint16_t* dense,
-                   cudaStream_t stream) {
-  constexpr int kSharedBytes = kUnpackWarps * kRingStride + 2 * Order::kTileSize * 2;
+cudaError_t Launch(const PackedWeight& w, const DenseOutput& out, cudaStream_t stream) {
+  constexpr int kSharedBytes = kUnpackWarps * (kRingStride + 2 * Order::kTileSize * 2);
   const cudaError_t error = cudaFuncSetAttribute(
       UnpackKernel<Order>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;
-  const dim3 grid(static_cast<unsigned>(CeilDiv(shape.m, kUnpackRows)),
+  const dim3 grid(static_cast<unsigned>(CeilDiv(w.strips, kUnpackWarps)),
                   static_cast<unsigned>(CeilDiv(w.groups, kPieceGroups)));
-  UnpackKernel<Order><<<grid, kUnpackWarps * kLanes, kSharedBytes, stream>>>(w, shape, dense);
+  UnpackKernel<Order><<<grid, kUnpackWarps * kLanes, kSharedBytes, stream>>>(w, out);
   return cudaGetLastError();
 }
 
@@ -130,8 +126,9 @@ cudaError_t LaunchLscdUnpack(const uint32_t* bitmap, const uint32_t* entries,
                              uint16_t* dense, cudaStream_t stream) {
   if (m == 0 || k == 0) return cudaSuccess;
   const PackedWeight w = MakePackedWeight(bitmap, entries, values, m, k);
-  return transposed ? Launch<ColumnMajor>(w, LscdShape{m, k}, dense, stream)
-                    : Launch<RowMajor>(w, LscdShape{m, k}, dense, stream);
+  DenseOutput out{dense, transposed ? k : m, transposed ? m : k, false};
+  out.aligned = out.columns % 8 == 0 && reinterpret_cast<uintptr_t>(dense) % 16 == 0;
+  return transposed ? Launch<ColumnMajor>(w, out, stream) : Launch<RowMajor>(w, out, stream);
 }
 
 }  // namespace flashjax

@@ -1,7 +1,7 @@
 // y = x W^T on Hopper (sm_90a): packed weights are expanded into wgmma's A registers.
 //
-// A CTA is 16 consumer warps (four warpgroups), each with a strip of 16 rows, and a warpgroup of which
-// one thread brings x (a whole one, because registers are given back by warpgroup).
+// A CTA is 16 consumer warps (four warpgroups), each with a strip of 16 rows, and a warpgroup of
+// which one thread brings x (a whole one, because registers are given back by warpgroup).
 //
 //   weights  values: 2 KB bulk copies into a ring a warp, completion on mbarriers;
 //            bitmap and schedule: plain loads one group (256 k) ahead
@@ -18,8 +18,8 @@
 
 #include "cuda/common/ptx.cuh"
 #include "cuda/common/wgmma.cuh"
-#include "cuda/lscd_strip_reader.cuh"
 #include "cuda/lscd_stream_k.cuh"
+#include "cuda/lscd_strip_reader.cuh"
 
 namespace flashjax {
 

@@ -38,7 +38,8 @@ __device__ __forceinline__ void ReleaseRegisters() {
 }
 
 // The descriptor of a K-major B tile of rows of 128 bytes with the 128-byte swizzle: `low` holds
-// address / 16 and a leading offset of 1 (unused here); the stride between groups of 8 rows is 1024 B.
+// address / 16 and a leading offset of 1 (unused here); the stride between groups of 8 rows is 1024
+// B.
 __device__ __forceinline__ uint32_t WgmmaDescriptorLow(uint32_t address) {
   return ((address & 0x3ffffu) >> 4) | 0x10000u;
 }
