@@ -569,7 +569,11 @@ class CheckpointWriter:
 
     def _flush(self) -> None:
         path = self._part(len(self._shards))
+        # safetensors would make the file readable for its owner alone.
+        path.touch()
+        mode = path.stat().st_mode
         save_file(self._tensors, path, metadata=format_metadata(self._entries))
+        path.chmod(mode)
         self._shards.append(list(self._tensors))
         self._tensors, self._entries = {}, {}
 

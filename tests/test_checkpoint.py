@@ -171,6 +171,13 @@ def test_folder_round_trip(tmp_path, shard_bytes):
     assert not list(tmp_path.glob("part-*"))
 
 
+def test_files_have_the_usual_mode(tmp_path):
+    write(tmp_path, {"a": np.zeros(3, np.float32)}, ())
+    (tmp_path / "other").touch()
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
 def test_empty_folder_round_trip(tmp_path):
     write(tmp_path, {}, ())
     assert CheckpointReader(tmp_path).names() == []

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flashjax.checkpoint import CheckpointError, read_json
-from flashjax.cli.report import format_bytes
+from flashjax.cli.report import device_name, format_bytes
 
 _PACKAGES = ("flashjax", "jax", "jaxlib", "flax", "numpy", "safetensors", "tokenizers")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -73,7 +73,7 @@ def system_info() -> dict[str, Any]:
         "versions": {"python": platform.python_version()}
         | {name: _version(name) for name in _PACKAGES},
         "backend": backend,
-        "devices": [f"{d.id}: {d.platform} ({d.device_kind})" for d in jax.devices()],
+        "devices": [f"{d.id}: {device_name(d)}" for d in jax.devices()],
         "cpu_count": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),
@@ -169,13 +169,13 @@ def show_folder(folder: Path, as_json: bool, every_tensor: bool) -> None:
 
 def read_tensors(folder: Path) -> list[TensorInfo]:
     """Reads what a folder holds; dense matrices of layers are read to count zeros."""
-    from flashjax.models.opt.params import _open
+    from flashjax.models.opt.hf_folder import open_weights
 
     if not folder.is_dir():
         what = "a file" if folder.exists() else "nothing"
         raise CheckpointError(f"{folder}: expected a model folder, got {what}")
     tensors = []
-    with _open(folder) as reader:
+    with open_weights(folder) as reader:
         sparse = getattr(reader, "sparse", {})
         for name in reader.names():
             shape, dtype = reader.shape(name), reader.dtype(name)

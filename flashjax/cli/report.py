@@ -1,6 +1,8 @@
 """Numbers that several commands show."""
 
 import dataclasses
+import platform
+from pathlib import Path
 from typing import Any
 
 
@@ -77,6 +79,19 @@ def weight_lines(weights: WeightBytes) -> list[tuple[str, str]]:
     ]
 
 
+def device_name(device: Any) -> str:
+    """A device's platform and kind; for a CPU the name the system has for it."""
+    kind = device.device_kind
+    if device.platform == "cpu":
+        try:
+            lines = Path("/proc/cpuinfo").read_text().splitlines()
+        except OSError:
+            lines = []
+        names = [li.split(":", 1)[1].strip() for li in lines if "model name" in li]
+        kind = names[0] if names else platform.processor() or platform.machine()
+    return f"{device.platform} ({kind})"
+
+
 def device_line(model: Any) -> str:
     """The device and the implementation of the sparse product."""
     import jax
@@ -85,7 +100,7 @@ def device_line(model: Any) -> str:
     from flashjax.nn import sparse_layers
 
     device = jax.devices()[0]
-    name = f"{device.platform} ({device.device_kind})"
+    name = device_name(device)
     named = {layer.implementation for _, layer in sparse_layers(model)}
     if not named:
         return f"{name}, dense layers alone"
