@@ -1,0 +1,161 @@
+"""Matrices, implementations and error bounds shared by the CPU and the GPU suites."""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flashjax as fj
+
+HALVES = ("float16", "bfloat16")
+
+# (implementation, platform); the same test bodies run for each.
+IMPLEMENTATIONS = [
+    pytest.param(("cpu", "cpu"), id="cpu"),
+    pytest.param(("xla", "cpu"), id="xla"),
+    pytest.param(("cuda", "gpu"), id="cuda", marks=pytest.mark.gpu),
+    pytest.param(("xla", "gpu"), id="xla-gpu", marks=pytest.mark.gpu),
+]
+DEFAULTS = [
+    pytest.param((None, "cpu"), id="cpu"),
+    pytest.param((None, "gpu"), id="gpu", marks=pytest.mark.gpu),
+]
+
+# (K, M): ones, primes, less and more than a tile, several chains of strips.
+SHAPES = [
+    (1, 1),
+    (1, 40),
+    (13, 7),
+    (64, 16),
+    (257, 33),
+    (300, 131),
+    (1031, 97),
+    (2048, 1040),
+]
+
+ROWS = [0, 1, 2, 3, 7, 8, 16, 17, 33, 64, 65, 100, 257]
+
+
+def on_platform(platform: str):
+    """Makes a device of the platform the default one."""
+    if platform == "cpu":
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    return contextlib.nullcontext()
+
+
+def random_dense(k: int, m: int, sparsity: float, dtype: str, seed=0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    dense = rng.standard_normal((k, m), np.float32)
+    # No zeros but those that are asked for.
+    dense = np.copysign(np.maximum(np.abs(dense), 1e-3), dense)
+    dense[rng.random((k, m)) < sparsity] = 0
+    return dense.astype(jnp.dtype(dtype))
+
+
+def _zero_tile_next_to_dense(k, row, column):
+    return (row // 64 + column // 16) % 2 == 0
+
+
+def _one_dense_input(k, row, column):
+    return row == k // 2
+
+
+def _one_dense_output(k, row, column):
+    return column == 5
+
+
+def _banded(k, row, column):
+    return abs(row - 2 * column) < 9
+
+
+def _alternating(k, row, column):
+    return (row + column) % 2 == 0
+
+
+def _alternating_pairs(k, row, column):
+    return (row // 2 + column) % 2 == 0
+
+
+def _one_lane(k, row, column):
+    # All that the fragments of one lane of a warp hold: the most uneven streams.
+    return (column % 8 == 3) & (row % 8 < 2)
+
+
+def _dense_then_empty(k, row, column):
+    return row < k // 3
+
+
+def _corners(k, row, column):
+    return ((row == 0) | (row == k - 1)) & ((column == 0) | (column == column.max()))
+
+
+PATTERNS = {
+    function.__name__[1:]: function
+    for function in (
+        _zero_tile_next_to_dense,
+        _one_dense_input,
+        _one_dense_output,
+        _banded,
+        _alternating,
+        _alternating_pairs,
+        _one_lane,
+        _dense_then_empty,
+        _corners,
+    )
+}
+
+
+def pattern_dense(name: str, k: int, m: int, dtype: str) -> np.ndarray:
+    dense = random_dense(k, m, 0.0, dtype)
+    keep = PATTERNS[name](k, np.arange(k)[:, None], np.arange(m)[None])
+    return np.where(keep, dense, np.zeros_like(dense))
+
+
+def random_x(shape: tuple[int, ...], dtype: str, seed=1) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal(shape, np.float32).astype(jnp.dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _dense_half_product(x, dense, bias, dtype):
+    y = jnp.dot(x.astype(dtype), dense, preferred_element_type=dtype)
+    return y if bias is None else y + bias.astype(dtype)[None]
+
+
+def check_product(y, x, dense, bias=None):
+    """Compares with float64, by the rounding of y and float32 accumulation.
+
+    And by the project's measure: the largest error is at most twice that of the dense
+    product in half precision on the same device (unless y is of the other half type).
+    """
+    got = np.asarray(y).astype(np.float64)
+    x64, w64 = np.asarray(x).astype(np.float64), dense.astype(np.float64)
+    expected = x64 @ w64
+    magnitude = np.abs(x64) @ np.abs(w64)
+    if bias is not None:
+        bias64 = np.asarray(bias).astype(np.float64)
+        expected, magnitude = expected + bias64, magnitude + np.abs(bias64)
+    assert got.shape == expected.shape
+    error = np.abs(got - expected)
+    info = jnp.finfo(y.dtype)
+    accumulation = 4 * (dense.shape[0] + 2) * 2.0**-24 * magnitude
+    rounding = 0.5 * float(info.eps) * (np.abs(expected) + accumulation)
+    np.testing.assert_array_less(
+        error, accumulation + rounding + float(info.smallest_subnormal)
+    )
+    if not expected.size or not dense.size or y.dtype not in (dense.dtype, np.float32):
+        return
+    half = _dense_half_product(
+        x.reshape(-1, dense.shape[0]), dense, bias, jnp.dtype(dense.dtype)
+    )
+    half_error = np.abs(np.asarray(half).reshape(got.shape) - expected).max()
+    assert error.max() <= 2 * half_error + float(jnp.finfo(jnp.float32).eps)
+
+
+def packed_and_x(shape, sparsity, rows, dtype, seed=0):
+    """A dense matrix, the same packed, and x (rows, K)."""
+    dense = random_dense(*shape, sparsity, dtype, seed)
+    return dense, fj.SparseMatrix.from_dense(dense), random_x((rows, shape[0]), dtype)
