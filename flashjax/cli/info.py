@@ -133,6 +133,7 @@ def show_folder(folder: Path, as_json: bool, every_tensor: bool) -> None:
     tensors = read_tensors(folder)
     config = folder / "config.json"
     model_type = read_json(config).get("model_type") if config.is_file() else None
+    model_type = str(model_type or "unknown")
     groups = {title: _sum(group) for title, group in _group(tensors).items()}
     total = _sum(tensors)
     if as_json:
@@ -163,7 +164,7 @@ def show_folder(folder: Path, as_json: bool, every_tensor: bool) -> None:
     row = total
     table.add_row("total", str(row["matrices"] or ""), _form(row), *_numbers(row))
     console = _console()
-    console.print(f"{escape(str(folder))}: model type {escape(str(model_type))}")
+    console.print(f"{escape(str(folder))}: model type {escape(model_type)}")
     console.print(table)
 
 

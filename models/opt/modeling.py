@@ -173,11 +173,7 @@ class OPT(nnx.Module):
     def __init__(
         self, config: OPTConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
     ):
-        dtype = jnp.dtype(dtype)
-        if dtype not in (jnp.float32, jnp.float16, jnp.bfloat16):
-            raise ValueError(
-                f"dtype must be float32, float16 or bfloat16, got {dtype.name}"
-            )
+        dtype = check_dtype(dtype)
         self.config = config
         self.dtype = dtype
         embed = partial(
@@ -347,6 +343,21 @@ class OPT(nnx.Module):
             precision=_precision(x.dtype),
             preferred_element_type=jnp.float32,
         )
+
+
+def check_dtype(dtype: DTypeLike) -> np.dtype:
+    """Returns a model's dtype as numpy's.
+
+    Raises:
+      ValueError: it is not float32, float16 or bfloat16.
+    """
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found not in (jnp.float32, jnp.float16, jnp.bfloat16):
+        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype!r}")
+    return found
 
 
 def positions_from_mask(mask: ArrayLike) -> jax.Array:

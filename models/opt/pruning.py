@@ -1,5 +1,6 @@
 """Pruning a stored OPT: Hugging Face folder in, sparse folder out."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,7 +17,7 @@ from flashjax import prune
 from flashjax.checkpoint import CheckpointError, CheckpointWriter, atomic_folder
 from flashjax.checkpoint import read_json as _read_json
 
-from . import params
+from .hf_folder import Target, convert, open_opt
 
 METHODS = {"magnitude": prune.magnitude}
 
@@ -101,21 +102,15 @@ def prune_pretrained(
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     METHODS[method](np.zeros(1, np.float16), sparsity)  # checks sparsity
-    folder = params._local_folder(folder_or_hub_name, None)
-    if Path(out).resolve() == folder.resolve():
-        raise CheckpointError(
-            f"{out}: expected a folder other than the model to prune, got the same"
-        )
-    config = params._load_config(folder)
-    with (
-        params._open(folder) as reader,
-        atomic_folder(out, overwrite=overwrite) as temporary,
-    ):
-        names = params._canonical_names(folder, reader)
-        settled = params._settle_tying(config, reader, names)
-        targets = params._targets(settled)
-        params._check(folder, reader, names, targets)
-        _write_config(folder, temporary, settled.tie_word_embeddings, dtype)
+    with contextlib.ExitStack() as stack:
+        stored = stack.enter_context(open_opt(folder_or_hub_name))
+        folder, targets = stored.folder, stored.targets
+        if Path(out).resolve() == folder.resolve():
+            raise CheckpointError(
+                f"{out}: expected a folder other than the model to prune, got the same"
+            )
+        temporary = stack.enter_context(atomic_folder(out, overwrite=overwrite))
+        _write_config(folder, temporary, stored.config.tie_word_embeddings, dtype)
 
         layer_bytes = 2 * sum(
             target.shape[0] * target.shape[1]
@@ -126,23 +121,18 @@ def prune_pretrained(
         result = PruneResult(0, 0, 0, 0, 0)
         sizes = {name: int(np.prod(target.shape)) for name, target in targets.items()}
         total, done = sum(sizes.values()), 0
-        canonical = {stored: name for name, stored in names.items()}
-        # In the order of the files: sharded pickles are read one file at a time.
-        for stored in reader.names():
-            if stored not in canonical:
-                continue
-            name = canonical[stored]
+        for stored_name, name in stored.names.items():
             if progress is not None:
                 progress(name, done, total)
-            array = reader.load(stored)
+            array = stored.reader.load(stored_name)
             pruned = _is_pruned(targets[name])
             if pruned:
-                array = _prune(METHODS[method], array, sparsity, stored)
-            array, fits = params._convert(array, dtype)
+                array = _prune(METHODS[method], array, sparsity, stored_name)
+            array, fits = convert(array, dtype)
             if not fits:
                 raise CheckpointError(
-                    f"{folder}: values too large for {dtype.name} in {stored}; prune "
-                    "to bfloat16"
+                    f"{folder}: values too large for {dtype.name} in {stored_name}; "
+                    "prune to bfloat16"
                 )
             if pruned:
                 nonzeros = int(np.count_nonzero(array))
@@ -167,7 +157,7 @@ def prune_pretrained(
     )
 
 
-def _is_pruned(target: params._Target) -> bool:
+def _is_pruned(target: Target) -> bool:
     return target.attribute == "kernel" and bool(_PRUNED.fullmatch(target.module))
 
 

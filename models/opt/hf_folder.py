@@ -1,0 +1,315 @@
+"""Finding and reading an OPT in the Hugging Face layout, whoever wrote it."""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import jax.numpy as jnp
+import numpy as np
+
+from flashjax.checkpoint import (
+    INDEX_NAME,
+    WEIGHTS_NAME,
+    CheckpointError,
+    CheckpointReader,
+    read_json,
+)
+
+from .config import OPTConfig
+from .modeling import POSITION_OFFSET
+from .torch_reader import TorchReader, has_torch_weights
+
+_LOG = logging.getLogger(__name__)
+_EMBED_TOKENS = "model.decoder.embed_tokens.weight"
+_LM_HEAD = "lm_head.weight"
+_LISTED = 8
+# What comes before a tensor's own name, depending on the class that saved it:
+# OPTForCausalLM, OPTModel or OPTDecoder, perhaps wrapped for training.
+_PREFIX = re.compile(r"^(?:module\.|_orig_mod\.)*(?:model\.)*(?:decoder\.)?")
+_HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
+
+
+class Reader(Protocol):
+    """What CheckpointReader and TorchReader have in common."""
+
+    def names(self) -> list[str]:
+        """The names of all tensors, in the order in which to read them."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, (out, in) for a linear layer."""
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype of a tensor."""
+
+    def load(self, name: str) -> np.ndarray:
+        """Reads one tensor."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """Where a tensor of a checkpoint belongs.
+
+    Attributes:
+      module: path of the layer, such as "layers.0.fc1".
+      attribute: of the layer; kernels are transposed, (in, out) instead of (out, in).
+      shape: in the checkpoint.
+    """
+
+    module: str
+    attribute: str
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredOPT:
+    """An open checkpoint whose tensors were checked against its configuration.
+
+    Attributes:
+      folder: where it is.
+      config: the architecture. Output and token embeddings are tied as they are stored,
+        whatever config.json says.
+      reader: reads tensors by the name they are stored under.
+      targets: where every tensor belongs, by the name OPTForCausalLM gives it.
+      names: that name by the stored one, in the order in which to read: pickles are
+        read one file at a time.
+    """
+
+    folder: Path
+    config: OPTConfig
+    reader: Reader
+    targets: dict[str, Target]
+    names: dict[str, str]
+
+    def is_sparse(self, stored_name: str) -> bool:
+        """Whether a tensor is stored in flashjax.checkpoint's sparse form."""
+        return stored_name in getattr(self.reader, "sparse", {})
+
+
+@contextlib.contextmanager
+def open_opt(
+    folder_or_hub_name: str | os.PathLike, revision: str | None = None
+) -> Iterator[StoredOPT]:
+    """Opens a checkpoint and checks all of it but the values.
+
+    Args:
+      folder_or_hub_name: a local folder, or the name of a model on the hub.
+      revision: branch, tag or commit on the hub.
+
+    Yields:
+      The open checkpoint.
+
+    Raises:
+      CheckpointError: see from_pretrained().
+    """
+    folder = local_folder(folder_or_hub_name, revision)
+    config = _load_config(folder)
+    with open_weights(folder) as reader:
+        names = _canonical_names(folder, reader)
+        config = _settle_tying(config, reader, names)
+        targets = opt_targets(config)
+        _check(folder, reader, names, targets)
+        canonical = {stored: name for name, stored in names.items()}
+        ordered = {n: canonical[n] for n in reader.names() if n in canonical}
+        yield StoredOPT(folder, config, reader, targets, ordered)
+
+
+@contextlib.contextmanager
+def open_weights(folder: Path) -> Iterator[Reader]:
+    """Opens the weights of a model folder, safetensors first, then pickles."""
+    reader_type = CheckpointReader
+    if not _has_safetensors(folder) and has_torch_weights(folder):
+        reader_type = TorchReader
+    with reader_type(folder) as reader:
+        yield reader
+
+
+def _has_safetensors(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME))
+
+
+def opt_targets(config: OPTConfig) -> dict[str, Target]:
+    """Every tensor that a checkpoint of this architecture has."""
+    hidden, ffn, proj = config.hidden_size, config.ffn_size, config.word_embed_proj_dim
+    bias = config.enable_bias
+    positions = config.max_positions + POSITION_OFFSET
+    targets: dict[str, Target] = {}
+
+    def add(prefix, module, tensor, attribute, shape):
+        targets[f"{prefix}{module}.{tensor}"] = Target(module, attribute, shape)
+
+    def linear(module, inputs, outputs, *, bias, prefix="model.decoder."):
+        add(prefix, module, "weight", "kernel", (outputs, inputs))
+        if bias:
+            add(prefix, module, "bias", "bias", (outputs,))
+
+    def norm(module):
+        if config.layer_norm_elementwise_affine:
+            add("model.decoder.", module, "weight", "scale", (hidden,))
+            add("model.decoder.", module, "bias", "bias", (hidden,))
+
+    def embed(module, shape):
+        add("model.decoder.", module, "weight", "embedding", shape)
+
+    embed("embed_tokens", (config.vocab_size, proj))
+    embed("embed_positions", (positions, hidden))
+    if config.has_projections:
+        linear("project_in", proj, hidden, bias=False)
+        linear("project_out", hidden, proj, bias=False)
+    for i in range(config.num_layers):
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            linear(f"layers.{i}.self_attn.{name}", hidden, hidden, bias=bias)
+        norm(f"layers.{i}.self_attn_layer_norm")
+        linear(f"layers.{i}.fc1", hidden, ffn, bias=bias)
+        linear(f"layers.{i}.fc2", ffn, hidden, bias=bias)
+        norm(f"layers.{i}.final_layer_norm")
+    if config.has_final_layer_norm:
+        norm("final_layer_norm")
+    if not config.tie_word_embeddings:
+        linear("lm_head", proj, config.vocab_size, bias=False, prefix="")
+    return targets
+
+
+def local_folder(
+    folder_or_hub_name: str | os.PathLike, revision: str | None = None
+) -> Path:
+    """The folder itself, or that of the hub's copy, downloaded where necessary.
+
+    Raises:
+      CheckpointError: there is no such folder, and the hub has no such model or cannot
+        be reached.
+    """
+    path = Path(folder_or_hub_name)
+    name = os.fspath(folder_or_hub_name)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path}: expected a model folder, got a file")
+    if not isinstance(folder_or_hub_name, str) or not _HUB_NAME.match(name):
+        raise CheckpointError(f"{path}: expected a model folder, got nothing")
+    return _download(name, revision)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    # Importing the client takes a while, and local folders do not need it.
+    from huggingface_hub import snapshot_download
+
+    def fetch(*patterns):
+        folder = snapshot_download(name, revision=revision, allow_patterns=patterns)
+        return Path(folder)
+
+    try:
+        # Many repositories hold the same weights in several formats: take one.
+        folder = fetch("*.json", "*.txt", "*.safetensors")
+        if not _has_safetensors(folder):
+            folder = fetch("*.json", "*.txt", "pytorch_model*.bin")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"{name!r} is no local folder and could not be had from the Hugging Face "
+            f"hub: {reason[0]}"
+        ) from error
+    return folder
+
+
+def _load_config(folder: Path) -> OPTConfig:
+    config = OPTConfig.from_hf(folder)
+    if read_json(folder / "config.json").get("quantization_config"):
+        raise CheckpointError(
+            f"{folder}: expected float16, bfloat16 or float32 weights, got a quantized "
+            "checkpoint (config.json has a quantization_config)"
+        )
+    return config
+
+
+def _canonical_names(folder: Path, reader: Reader) -> dict[str, str]:
+    """The checkpoint's own names by the names that OPTForCausalLM gives."""
+    names: dict[str, str] = {}
+    for stored in reader.names():
+        name = _PREFIX.sub("", stored, count=1)
+        if name == "version":  # left over by fairseq
+            continue
+        if name != _LM_HEAD:
+            name = f"model.decoder.{name}"
+        if name in names:
+            raise CheckpointError(
+                f"{folder}: {names[name]!r} and {stored!r} are the same weight"
+            )
+        names[name] = stored
+    return names
+
+
+def _settle_tying(
+    config: OPTConfig, reader: Reader, names: dict[str, str]
+) -> OPTConfig:
+    """Follows PyTorch where a checkpoint holds an output layer that should be tied."""
+    if not config.tie_word_embeddings or _LM_HEAD not in names:
+        return config
+    if _EMBED_TOKENS not in names:
+        names[_EMBED_TOKENS] = names.pop(_LM_HEAD)
+        return config
+    pair = names[_EMBED_TOKENS], names[_LM_HEAD]
+    same = reader.shape(pair[0]) == reader.shape(pair[1]) and np.array_equal(
+        *(reader.load(name).astype(np.float32) for name in pair), equal_nan=True
+    )
+    if same:
+        del names[_LM_HEAD]
+        return config
+    _LOG.warning(
+        "tie_word_embeddings is set, but %s and %s differ; they are not tied", *pair
+    )
+    return dataclasses.replace(config, tie_word_embeddings=False)
+
+
+def _check(
+    folder: Path,
+    reader: Reader,
+    names: dict[str, str],
+    targets: dict[str, Target],
+) -> None:
+    """Reports every tensor that does not fit, before anything large is read."""
+    wrong = []
+    for name in sorted(names.keys() & targets.keys()):
+        stored, expected = names[name], targets[name].shape
+        shape, dtype = reader.shape(stored), reader.dtype(stored)
+        if shape != expected:
+            wrong.append(f"{stored} expected shape {expected}, got {shape}")
+        elif not jnp.issubdtype(dtype, jnp.floating):
+            wrong.append(f"{stored} expected a floating dtype, got {dtype}")
+    problems = {
+        "missing": sorted(targets.keys() - names.keys()),
+        "unexpected": sorted(names[n] for n in names.keys() - targets.keys()),
+        "wrong": wrong,
+    }
+    lines = [
+        f"{len(found)} {kind}: {listed(found)}"
+        for kind, found in problems.items()
+        if found
+    ]
+    if lines:
+        raise CheckpointError(
+            f"{folder}: the tensors are not those of the OPT that config.json "
+            "describes: " + "; ".join(lines)
+        )
+
+
+def listed(found: list[str]) -> str:
+    """Names for a message, the first few of them."""
+    more = f", and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+    return ", ".join(found[:_LISTED]) + more
+
+
+def convert(array: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, bool]:
+    """The array in this dtype, and whether all finite values stayed finite."""
+    if array.dtype == dtype:
+        return array, True
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        converted = array.astype(dtype)
+    if jnp.finfo(dtype).max >= jnp.finfo(array.dtype).max:
+        return converted, True
+    infinite = np.isinf(converted)
+    return converted, not infinite.any() or bool(np.isinf(array[infinite]).all())
