@@ -1,0 +1,1 @@
+"""Parts of `train_demo.py`: text, training, pruning and reports."""
