@@ -1,0 +1,162 @@
+"""What the op becomes on each platform; needs no GPU."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flashjax as fj
+from flashjax import _native, matmul
+
+from . import op_cases
+
+K, M = 520, 300
+
+with_cuda_module = pytest.mark.skipif(
+    _native.cuda is None,
+    reason=f"{fj.cuda_unavailable_reason()}: build with nvcc on the PATH",
+)
+
+
+@pytest.fixture(scope="module")
+def w():
+    return fj.SparseMatrix.from_dense(op_cases.random_dense(K, M, 0.7, "float16"))
+
+
+def lower(f, *args, platforms=("cuda",)):
+    return jax.jit(f).trace(*args).lower(lowering_platforms=platforms).as_text()
+
+
+def targets(text):
+    return re.findall(r"stablehlo\.custom_call @(flashjax\w+)", text)
+
+
+def largest_buffer(text):
+    """Elements of the largest array that occurs."""
+    shapes = re.findall(r"tensor<((?:\d+x)+)\w+>", text)
+    return max(math.prod(map(int, s.rstrip("x").split("x"))) for s in shapes)
+
+
+def x_of(rows, dtype="float16", k=K):
+    return jnp.ones((rows, k), dtype)
+
+
+@with_cuda_module
+@pytest.mark.parametrize("rows", [1, 8, 100, matmul.KERNEL_ROWS["cuda"]])
+def test_few_rows_use_the_kernel_and_no_dense_weight(w, rows):
+    text = lower(fj.sparse_matmul, x_of(rows), w)
+    assert targets(text) == ["flashjax_lscd_matmul_cuda"]
+    # Not even as many elements as the weight has, whatever their type; but the
+    # workspace, which is not larger than it must be for all multiprocessors.
+    workspace = _native.cuda.workspace_bytes(rows, M, K)
+    assert f"tensor<{workspace}xui8>" in text
+    text = text.replace(f"{workspace}xui8", "1xui8")
+    assert largest_buffer(text) < K * M
+
+
+@with_cuda_module
+def test_many_rows_expand_and_multiply(w):
+    text = lower(fj.sparse_matmul, x_of(matmul.KERNEL_ROWS["cuda"] + 1), w)
+    assert targets(text) == ["flashjax_lscd_unpack_cuda"]
+    assert text.count("stablehlo.dot_general") == 1
+
+
+@with_cuda_module
+def test_unlike_dtypes_expand_and_multiply(w):
+    text = lower(fj.sparse_matmul, x_of(4, "float32"), w)
+    assert targets(text) == ["flashjax_lscd_unpack_cuda"]
+
+
+@with_cuda_module
+@pytest.mark.parametrize(
+    ("preferred", "written"),
+    [(None, "f16"), ("float16", "f16"), ("float32", "f32"), ("bfloat16", "f32")],
+)
+def test_result_dtypes_of_the_kernel(w, preferred, written):
+    def f(x, w):
+        return fj.sparse_matmul(x, w, preferred_element_type=preferred)
+
+    text = lower(f, x_of(4), w)
+    (call,) = re.findall(r"custom_call @flashjax_lscd_matmul_cuda.*", text)
+    assert f"-> (tensor<4x{M}x{written}>" in call
+
+
+@with_cuda_module
+def test_rows_of_x_are_padded_to_16_bytes():
+    for k, padded in ((512, 512), (513, 520)):
+        dense = op_cases.random_dense(k, 40, 0.5, "bfloat16")
+        w = fj.SparseMatrix.from_dense(dense)
+        text = lower(fj.sparse_matmul, x_of(4, "bfloat16", k), w)
+        (call,) = re.findall(r"custom_call @flashjax_lscd_matmul_cuda.*", text)
+        assert f"(tensor<4x{padded}xbf16>" in call
+        assert ("stablehlo.pad" in text) == (k != padded)
+
+
+@with_cuda_module
+def test_vmap_is_one_call(w):
+    text = lower(jax.vmap(fj.sparse_matmul, in_axes=(0, None)), jnp.stack([x_of(3)]), w)
+    assert targets(text) == ["flashjax_lscd_matmul_cuda"]
+
+
+@with_cuda_module
+def test_gradient_expands_the_weights(w):
+    def loss(x, w):
+        return jnp.sum(fj.sparse_matmul(x, w, preferred_element_type=jnp.float32))
+
+    text = lower(jax.grad(loss), x_of(3), w)
+    assert "flashjax_lscd_unpack_cuda" in targets(text)
+    assert not any(target.endswith("_cpu") for target in targets(text))
+
+
+@with_cuda_module
+def test_to_dense(w):
+    text = lower(lambda w: w.to_dense(), w)
+    assert targets(text) == ["flashjax_lscd_unpack_cuda"]
+
+
+@with_cuda_module
+def test_symbolic_batch():
+    dense = op_cases.random_dense(K, M, 0.7, "float16")
+    w = fj.SparseMatrix.from_dense(dense)
+    (n,) = jax.export.symbolic_shape("n")
+    checks = [jax.export.DisabledSafetyCheck.custom_call("flashjax_lscd_matmul_cuda")]
+    exported = jax.export.export(
+        jax.jit(fj.sparse_matmul), platforms=["cuda"], disabled_checks=checks
+    )(jax.ShapeDtypeStruct((n, K), jnp.float16), w)
+    assert targets(exported.mlir_module()) == ["flashjax_lscd_matmul_cuda"]
+
+
+@with_cuda_module
+def test_lowering_for_two_platforms(w):
+    text = lower(fj.sparse_matmul, x_of(4), w, platforms=("cpu", "cuda"))
+    assert sorted(targets(text)) == [
+        "flashjax_lscd_matmul_cpu",
+        "flashjax_lscd_matmul_cuda",
+    ]
+
+
+def test_cpu_lowering(w):
+    text = lower(fj.sparse_matmul, x_of(4), w, platforms=("cpu",))
+    assert targets(text) == ["flashjax_lscd_matmul_cpu"]
+    assert largest_buffer(text) < K * M
+    rows = matmul.KERNEL_ROWS["cpu"] + 1
+    text = lower(fj.sparse_matmul, x_of(rows), w, platforms=("cpu",))
+    assert targets(text) == ["flashjax_lscd_unpack_cpu"]
+
+
+@pytest.mark.parametrize("platform", ["tpu", "rocm"])
+def test_other_platforms_use_plain_jax(w, platform):
+    text = lower(fj.sparse_matmul, x_of(4), w, platforms=(platform,))
+    assert targets(text) == []
+    assert "stablehlo.dot_general" in text
+
+
+def test_a_named_kernel_is_not_replaced_on_another_platform(w):
+    def f(x, w):
+        return fj.sparse_matmul(x, w, implementation="cpu")
+
+    with pytest.raises(NotImplementedError, match="tpu"):
+        lower(f, np.ones((4, K), np.float16), w, platforms=("tpu",))
