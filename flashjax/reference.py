@@ -145,7 +145,14 @@ def dense_product(
     """`x @ dense + bias` with float32 accumulation; x (..., K), dense (K, M)."""
     if x.dtype != dense.dtype:
         x, dense = x.astype(jnp.float32), dense.astype(jnp.float32)
-    y = jnp.dot(x, dense, preferred_element_type=jnp.float32)
+    y = jnp.dot(
+        x, dense, precision=precision(x.dtype), preferred_element_type=jnp.float32
+    )
     if bias is not None:
         y = y + bias.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + bias.shape)
     return y.astype(out_dtype)
+
+
+def precision(dtype: np.dtype) -> jax.lax.Precision | None:
+    """Keeps float32 operands in float32: the default on a GPU rounds them to TF32."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
