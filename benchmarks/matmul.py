@@ -4,9 +4,9 @@
 
 Both are timed in the same process through the public op inside jit. A program is a
 sequence of products with different x that go round through copies of the weight (more
-than 300 MB, so that they do not come from the L2 cache); many programs are queued before the host
-waits, so the time is the device's. The median of several repetitions is taken. Dense
-is the faster of the two memory orders of the weight.
+than 300 MB, so that they do not come from the L2 cache); many programs are queued
+before the host waits, so the time is the device's. The median of several repetitions
+is taken. Dense is the faster of the two memory orders of the weight.
 
 Prints a table and writes `benchmarks/results/matmul-DEVICE.json`.
 """
