@@ -1,0 +1,615 @@
+import builtins
+import contextlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from flashjax.checkpoint import CheckpointError, CheckpointReader
+from flashjax.models import opt
+from flashjax.models.opt import OPT, OPTConfig
+from flashjax.models.opt.tokenizer import load_tokenizer
+from flashjax.nn import SparseDense
+
+DATA = Path(__file__).parent / "data"
+VARIANTS = sorted(path.parent.name for path in DATA.glob("*/config.json"))
+TOKENS = np.array([[2, 5, 9, 11, 4]], np.int32)
+LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+FC1 = "model.decoder.layers.0.fc1.weight"
+LM_HEAD = "lm_head.weight"
+EMBED = "model.decoder.embed_tokens.weight"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of a stored float16 model: pre-norm, tied, one safetensors file."""
+    return Path(shutil.copytree(DATA / "pre_norm", tmp_path / "model"))
+
+
+@contextlib.contextmanager
+def edited(folder):
+    """The tensors of a folder with one file, written back afterwards."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    yield tensors
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def leaves(model):
+    """All arrays by path; packed kernels unpacked."""
+    found = {}
+    for path, leaf in nnx.to_flat_state(nnx.state(model)):
+        value = leaf.get_value()
+        dense = value.to_dense() if hasattr(value, "to_dense") else value
+        found[".".join(map(str, path))] = np.asarray(dense)
+    return found
+
+
+def assert_same(model, other):
+    ours, theirs = leaves(model), leaves(other)
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        assert array.dtype == theirs[name].dtype, name
+        assert array.tobytes() == theirs[name].tobytes(), name
+
+
+def prune(folder, share=0.8):
+    """Zeroes a share of every linear layer of the decoder in a folder."""
+    rng = np.random.default_rng(0)
+    with edited(folder) as tensors:
+        for name, array in tensors.items():
+            if name.split(".")[-2] in LINEARS and array.ndim == 2:
+                array[rng.random(array.shape) < share] = 0
+
+
+def sparse_layers(model):
+    return [
+        path for path, node in nnx.iter_modules(model) if isinstance(node, SparseDense)
+    ]
+
+
+# Loading.
+
+
+def test_parameters_are_the_stored_ones():
+    model, tokenizer = opt.from_pretrained(DATA / "pre_norm", dtype=jnp.float16)
+    stored = load_file(DATA / "pre_norm/model.safetensors")
+    layer = model.layers[0]
+    np.testing.assert_array_equal(layer.fc1.kernel[...], stored[FC1].T)
+    np.testing.assert_array_equal(model.embed_tokens.embedding[...], stored[EMBED])
+    assert tokenizer is None
+    assert model.dtype == jnp.float16
+    assert len(leaves(model)) == len(stored)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
+def test_dtype(dtype):
+    model, _ = opt.from_pretrained(DATA / "pre_norm", dtype=dtype, sparse=False)
+    stored = load_file(DATA / "pre_norm/model.safetensors")
+    kernel = model.layers[0].fc1.kernel[...]
+    assert kernel.dtype == dtype
+    np.testing.assert_array_equal(kernel, stored[FC1].T.astype(dtype))
+
+
+def test_default_dtype_is_float16():
+    model, _ = opt.from_pretrained(str(DATA / "pre_norm"))
+    assert model.dtype == jnp.float16
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: name.removeprefix("model."),
+        lambda name: name.removeprefix("model.decoder."),
+        lambda name: f"module.{name}",
+        lambda name: f"_orig_mod.model.{name}",
+    ],
+)
+def test_names_of_other_classes(folder, rename):
+    with edited(folder) as tensors:
+        renamed = {rename(name): array for name, array in tensors.items()}
+        tensors.clear()
+        tensors.update(renamed)
+    expected, _ = opt.from_pretrained(DATA / "pre_norm")
+    assert_same(opt.from_pretrained(folder)[0], expected)
+
+
+def test_tied_output_layer_may_be_stored_twice(folder):
+    with edited(folder) as tensors:
+        tensors[LM_HEAD] = tensors[EMBED].copy()
+        tensors["model.decoder.version"] = np.ones(1, np.float32)
+    model, _ = opt.from_pretrained(folder)
+    assert model.lm_head is None
+    assert_same(model, opt.from_pretrained(DATA / "pre_norm")[0])
+
+
+def test_tied_output_layer_may_be_the_only_one(folder):
+    with edited(folder) as tensors:
+        tensors[LM_HEAD] = tensors.pop(EMBED)
+    assert_same(
+        opt.from_pretrained(folder)[0], opt.from_pretrained(DATA / "pre_norm")[0]
+    )
+
+
+def test_output_layer_that_differs_is_not_tied(folder, caplog):
+    with edited(folder) as tensors:
+        head = tensors[LM_HEAD] = tensors[EMBED] + np.float16(1)
+    with caplog.at_level(logging.WARNING):
+        model, _ = opt.from_pretrained(folder)
+    assert "lm_head.weight differ" in caplog.text
+    assert not model.config.tie_word_embeddings
+    np.testing.assert_array_equal(model.lm_head.kernel[...], head.T)
+
+
+def test_tokenizer_is_loaded(folder):
+    shutil.copytree(DATA / "tokenizer", folder, dirs_exist_ok=True)
+    _, tokenizer = opt.from_pretrained(folder)
+    assert tokenizer.encode("the cat").ids[0] == 2
+
+
+# Pickles.
+
+
+def write_pickles(folder, files):
+    torch = pytest.importorskip("torch", reason="pip install 'flashjax[torch]'")
+    tensors = {
+        name: torch.from_numpy(array)
+        for name, array in load_file(folder / "model.safetensors").items()
+    }
+    (folder / "model.safetensors").unlink()
+    if files == 1:
+        torch.save(tensors, folder / "pytorch_model.bin")
+        return
+    weight_map = {}
+    for i, name in enumerate(tensors):
+        weight_map[name] = f"pytorch_model-{i % files + 1:05}-of-{files:05}.bin"
+    for file in set(weight_map.values()):
+        part = {n: t for n, t in tensors.items() if weight_map[n] == file}
+        torch.save(part, folder / file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("files", [1, 3])
+def test_pickles(folder, files):
+    write_pickles(folder, files)
+    assert_same(
+        opt.from_pretrained(folder)[0], opt.from_pretrained(DATA / "pre_norm")[0]
+    )
+
+
+def test_pickle_of_bfloat16_in_the_old_format(folder):
+    torch = pytest.importorskip("torch", reason="pip install 'flashjax[torch]'")
+    stored = load_file(folder / "model.safetensors")
+    tensors = {n: torch.from_numpy(a).bfloat16() for n, a in stored.items()}
+    tensors[LM_HEAD] = tensors[EMBED]
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+    model, _ = opt.from_pretrained(folder, dtype=jnp.bfloat16)
+    expected = stored[FC1].astype(ml_dtypes.bfloat16).T
+    np.testing.assert_array_equal(model.layers[0].fc1.kernel[...], expected)
+
+
+def test_safetensors_are_preferred_to_pickles(folder):
+    (folder / "pytorch_model.bin").write_bytes(b"never read")
+    opt.from_pretrained(folder)
+
+
+def test_pickles_without_torch(folder, monkeypatch):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    original = builtins.__import__
+
+    def no_torch(name, *args, **kwargs):
+        if name == "torch":
+            raise ImportError("No module named 'torch'")
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", no_torch)
+    with pytest.raises(CheckpointError, match=r"pip install 'flashjax\[torch\]'"):
+        opt.from_pretrained(folder)
+
+
+def test_pickle_that_would_run_code(folder):
+    torch = pytest.importorskip("torch", reason="pip install 'flashjax[torch]'")
+
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(folder / "was_run"),)
+
+    (folder / "model.safetensors").unlink()
+    torch.save({"x": Code()}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: expected a whole"):
+        opt.from_pretrained(folder)
+    assert not (folder / "was_run").exists()
+
+
+@pytest.mark.parametrize("kind", ["truncated", "garbage", "empty", "list", "shard"])
+def test_damaged_pickles(folder, kind):
+    torch = pytest.importorskip("torch", reason="pip install 'flashjax[torch]'")
+    write_pickles(folder, 1 if kind != "shard" else 2)
+    path = folder / "pytorch_model.bin"
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:2000])
+    elif kind == "garbage":
+        path.write_bytes(b"garbage" * 100)
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "list":
+        torch.save([torch.ones(2)], path)
+    else:
+        (folder / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(CheckpointError, match="pytorch_model"):
+        opt.from_pretrained(folder)
+
+
+# Sparse layers.
+
+
+def test_auto_packs_layers_that_are_half_zeros(folder):
+    prune(folder, 0.8)
+    with edited(folder) as tensors:
+        tensors[FC1][...] = 1
+        tensors[FC1][::2] = -0.0  # exactly half, and zeros of the other sign
+        tensors[FC1.replace("fc1", "fc2")][...] = 1
+    model, _ = opt.from_pretrained(folder)
+    assert len(sparse_layers(model)) == 2 * 6 - 1
+    layer = model.layers[0]
+    assert isinstance(layer.fc1, SparseDense)
+    assert isinstance(layer.fc2, nnx.Linear)
+    bias = load_file(folder / "model.safetensors")[FC1.replace("weight", "bias")]
+    np.testing.assert_array_equal(layer.fc1.bias[...], bias)
+    dense, _ = opt.from_pretrained(folder, sparse=False)
+    assert not sparse_layers(dense)
+    expected = dense(TOKENS)
+    scale = float(jnp.abs(expected).max())
+    np.testing.assert_allclose(model(TOKENS), expected, atol=0.01 * scale)
+
+
+def test_sparse_argument(folder):
+    assert not sparse_layers(opt.from_pretrained(folder)[0])
+    assert len(sparse_layers(opt.from_pretrained(folder, sparse=True)[0])) == 12
+    prune(folder)
+    assert not sparse_layers(opt.from_pretrained(folder, sparse=False)[0])
+    assert not sparse_layers(opt.from_pretrained(folder, dtype=jnp.float32)[0])
+
+
+def test_sparse_without_bias():
+    model, _ = opt.from_pretrained(DATA / "no_bias", sparse=True)
+    dense, _ = opt.from_pretrained(DATA / "no_bias")
+    assert model.layers[0].fc1.bias is None
+    expected = dense(TOKENS)
+    scale = float(jnp.abs(expected).max())
+    np.testing.assert_allclose(model(TOKENS), expected, atol=0.01 * scale)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"dtype": jnp.int32}, "dtype must be float32, float16 or bfloat16"),
+        ({"dtype": "half a float"}, "got 'half a float'"),
+        ({"sparse": "yes"}, "'auto', True or False, got 'yes'"),
+        ({"sparse": 1}, "'auto', True or False, got 1"),
+        ({"sparse": True, "dtype": jnp.float32}, "got float32"),
+    ],
+)
+def test_wrong_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        opt.from_pretrained(DATA / "pre_norm", **kwargs)
+
+
+# Saving.
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_dense_round_trip(name, tmp_path):
+    model, _ = opt.from_pretrained(DATA / name)
+    opt.save_pretrained(model, None, tmp_path / "out")
+    loaded, tokenizer = opt.from_pretrained(tmp_path / "out")
+    assert tokenizer is None
+    assert loaded.config == model.config == OPTConfig.from_hf(DATA / name)
+    assert_same(loaded, model)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_round_trip_of_other_dtypes(dtype, tmp_path):
+    model, _ = opt.from_pretrained(DATA / "pre_norm", dtype=dtype)
+    opt.save_pretrained(model, None, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["torch_dtype"] == jnp.dtype(dtype).name
+    assert_same(opt.from_pretrained(tmp_path / "out", dtype=dtype)[0], model)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("shard_bytes", [1 << 30, 2000])
+def test_sparse_round_trip(folder, tmp_path, dtype, shard_bytes):
+    prune(folder)
+    model, _ = opt.from_pretrained(folder, dtype=dtype)
+    out = tmp_path / "out"
+    opt.save_pretrained(model, None, out, shard_bytes=shard_bytes)
+    assert (out / "model.safetensors").exists() == (shard_bytes > 2000)
+    with CheckpointReader(out) as reader:
+        assert len(reader.sparse) == 12
+        assert reader.sparse[FC1].shape == (24, 16)
+    loaded, _ = opt.from_pretrained(out, dtype=dtype)
+    assert sparse_layers(loaded) == sparse_layers(model)
+    assert_same(loaded, model)
+
+
+def test_sparse_folder_as_dense_model(folder, tmp_path):
+    prune(folder)
+    opt.save_pretrained(opt.from_pretrained(folder)[0], None, tmp_path / "out")
+    for kwargs in ({"sparse": False}, {"dtype": jnp.float32}):
+        model, _ = opt.from_pretrained(tmp_path / "out", **kwargs)
+        assert not sparse_layers(model)
+        assert_same(model, opt.from_pretrained(folder, **kwargs)[0])
+
+
+def test_stored_sparse_layer_stays_sparse_whatever_its_sparsity(tmp_path):
+    model, _ = opt.from_pretrained(DATA / "no_bias", sparse=True)
+    opt.save_pretrained(model, None, tmp_path / "out")
+    assert len(sparse_layers(opt.from_pretrained(tmp_path / "out")[0])) == 12
+
+
+def test_transformers_loads_a_saved_model(tmp_path):
+    torch = pytest.importorskip("torch", reason="pip install torch transformers")
+    transformers = pytest.importorskip("transformers")
+    for name in ("post_norm_projected", "no_final_norm_untied"):
+        model, _ = opt.from_pretrained(DATA / name, dtype=jnp.float32)
+        tokenizer = load_tokenizer(DATA / "tokenizer")
+        opt.save_pretrained(model, tokenizer, tmp_path / name)
+        theirs, report = transformers.OPTForCausalLM.from_pretrained(
+            tmp_path / name, output_loading_info=True
+        )
+        assert not report["missing_keys"]
+        assert not report["unexpected_keys"]
+        with torch.no_grad():
+            logits = theirs(torch.from_numpy(TOKENS).long()).logits
+        np.testing.assert_allclose(model(TOKENS), logits, atol=1e-4)
+        loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
+        assert loaded("the cat").input_ids == tokenizer.encode("the cat").ids
+        assert loaded.eos_token == "</s>"
+
+
+def test_existing_folder_is_kept(folder, tmp_path):
+    model, _ = opt.from_pretrained(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(CheckpointError, match="expected a new or empty folder"):
+        opt.save_pretrained(model, None, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    opt.save_pretrained(model, None, folder, overwrite=True)
+    assert_same(opt.from_pretrained(folder)[0], model)
+
+
+def test_failed_save_leaves_nothing(tmp_path, monkeypatch):
+    model, _ = opt.from_pretrained(DATA / "pre_norm")
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("flashjax.checkpoint.save_file", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        opt.save_pretrained(model, None, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("model", "tokenizer", "message"),
+    [
+        (nnx.Dict(), None, "expected an OPT model, got Dict"),
+        (None, "gpt2", r"expected a tokenizers\.Tokenizer or None, got builtins\.str"),
+    ],
+)
+def test_wrong_things_to_save(tmp_path, model, tokenizer, message):
+    if model is None:
+        model, _ = opt.from_pretrained(DATA / "pre_norm")
+    with pytest.raises(ValueError, match=message):
+        opt.save_pretrained(model, tokenizer, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+# Folders that are no model.
+
+
+def test_all_tensors_that_do_not_fit_are_named(folder):
+    with edited(folder) as tensors:
+        del tensors["model.decoder.layers.1.fc2.bias"]
+        del tensors["model.decoder.embed_positions.weight"]
+        tensors["model.decoder.layers.7.fc2.bias"] = np.ones(3, np.float16)
+        tensors[FC1] = np.ones((3, 4), np.float16)
+        tensors[EMBED] = np.ones((48, 16), np.int32)
+    with pytest.raises(CheckpointError) as error:
+        opt.from_pretrained(folder)
+    message = str(error.value)
+    assert str(folder) in message
+    assert "2 missing: model.decoder.embed_positions.weight, model.decoder" in message
+    assert "1 unexpected: model.decoder.layers.7.fc2.bias" in message
+    assert "fc1.weight expected shape (24, 16), got (3, 4)" in message
+    assert "embed_tokens.weight expected a floating dtype, got int32" in message
+
+
+def test_many_tensors_are_not_all_listed(folder):
+    edit_config(folder, num_hidden_layers=40)
+    with pytest.raises(CheckpointError, match=r"608 missing: .*, and 600 more$"):
+        opt.from_pretrained(folder)
+
+
+def test_two_names_of_one_weight(folder):
+    with edited(folder) as tensors:
+        tensors[FC1.removeprefix("model.")] = tensors[FC1]
+    with pytest.raises(CheckpointError, match="are the same weight"):
+        opt.from_pretrained(folder)
+
+
+def test_values_too_large_for_float16(folder):
+    with edited(folder) as tensors:
+        large = tensors[FC1].astype(np.float32)
+        large[0, 0], large[0, 1] = 1e5, np.inf
+        tensors[FC1] = large
+    with pytest.raises(CheckpointError, match=rf"too large for float16 in {FC1}"):
+        opt.from_pretrained(folder)
+    model, _ = opt.from_pretrained(folder, dtype=jnp.bfloat16)
+    assert np.isinf(model.layers[0].fc1.kernel[1, 0])
+
+
+def test_infinite_values_load(folder):
+    with edited(folder) as tensors:
+        special = tensors[FC1].astype(np.float32)
+        special[0, :3] = np.inf, -np.inf, np.nan
+        tensors[FC1] = special
+    for sparse in (False, True):
+        found = leaves(opt.from_pretrained(folder, sparse=sparse)[0])
+        kernel = found["layers.0.fc1.kernel"]
+        np.testing.assert_array_equal(kernel[:3, 0], special[0, :3])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'opt', got 'gpt2'"),
+        ({"hidden_size": -1}, "hidden_size must be a positive integer, got -1"),
+        ({"hidden_size": 20}, r"expected shape \(20,"),
+        ({"quantization_config": {"bits": 4}}, "quantized"),
+        ({"enable_bias": False}, "unexpected"),
+        ({"do_layer_norm_before": False}, "2 unexpected: model.decoder.final_layer"),
+        ({"tie_word_embeddings": False}, "1 missing: lm_head.weight"),
+    ],
+)
+def test_config_that_does_not_fit(folder, changes, message):
+    edit_config(folder, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        opt.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("size", [0, 4, 100, -1])
+def test_truncated_weights(folder, size):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        opt.from_pretrained(folder)
+
+
+def test_missing_shard(tmp_path):
+    folder = Path(shutil.copytree(DATA / "no_bias", tmp_path / "model"))
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="model-00002-of-00002"):
+        opt.from_pretrained(folder)
+
+
+def test_folders_that_are_no_model(tmp_path):
+    with pytest.raises(CheckpointError, match="expected a model folder with a config"):
+        opt.from_pretrained(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="expected a model folder, got a file"):
+        opt.from_pretrained(tmp_path / "file")
+    with pytest.raises(CheckpointError, match="expected a model folder, got nothing"):
+        opt.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="expected a model folder, got nothing"):
+        opt.from_pretrained("./nowhere")
+    shutil.copyfile(DATA / "pre_norm/config.json", tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match=r"expected model\.safetensors"):
+        opt.from_pretrained(tmp_path)
+
+
+# The hub.
+
+
+def test_hub_name_offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="'nobody/nothing' is no local folder"):
+        opt.from_pretrained("nobody/nothing")
+
+
+@pytest.mark.parametrize("safetensors", [True, False])
+def test_hub_download(monkeypatch, folder, safetensors):
+    if not safetensors:
+        write_pickles(folder, 1)
+    calls = []
+
+    def snapshot_download(name, *, revision, allow_patterns):
+        calls.append((name, revision, allow_patterns[-1]))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    model, _ = opt.from_pretrained("facebook/opt-125m", revision="main")
+    assert model.config.hidden_size == 16
+    first = ("facebook/opt-125m", "main", "*.safetensors")
+    second = ("facebook/opt-125m", "main", "pytorch_model*.bin")
+    assert calls == ([first] if safetensors else [first, second])
+
+
+# Memory.
+
+
+def save_ones(folder, num_layers):
+    config = OPTConfig(
+        vocab_size=1000, hidden_size=768, num_layers=num_layers, max_positions=64
+    )
+    model = nnx.eval_shape(lambda: OPT(config, dtype=jnp.float16, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), state)
+    opt.save_pretrained(nnx.merge(graph, ones), None, folder)
+    return 12 * config.hidden_size**2 * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
+def test_peak_memory_is_near_what_is_loaded(tmp_path):
+    """Loads 115 MB in a process of its own; two copies would take 230 MB."""
+    save_ones(tmp_path / "small", 1)
+    layer_bytes = save_ones(tmp_path / "large", 8)
+    script = """
+        import sys
+        import jax, jax.numpy as jnp
+        from flax import nnx
+        from flashjax.models import opt
+
+        def status(key):
+            with open("/proc/self/status") as file:
+                return next(int(l.split()[1]) << 10 for l in file if l.startswith(key))
+
+        # Compiled code is no part of the measure: another model goes first.
+        opt.from_pretrained(sys.argv[1])
+        before = status("VmRSS")
+        model, _ = opt.from_pretrained(sys.argv[2], sparse=False)
+        loaded = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
+        print(loaded, status("VmHWM") - before)
+    """
+    out = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            textwrap.dedent(script),
+            str(tmp_path / "small"),
+            str(tmp_path / "large"),
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    loaded, peak = map(int, out.split())
+    assert loaded > 8 * layer_bytes
+    assert peak < loaded + 2 * layer_bytes
+
+
+def test_loaded_model_has_the_structure_of_a_new_one():
+    config = OPTConfig.from_hf(DATA / "pre_norm")
+    loaded, _ = opt.from_pretrained(DATA / "pre_norm", dtype=jnp.float32)
+    fresh = OPT(config, rngs=nnx.Rngs(0))
+    assert nnx.graphdef(fresh) == nnx.graphdef(loaded)
