@@ -21,7 +21,8 @@ def speed_table(path: pathlib.Path) -> str:
     layers = {r["layer"]: f"{r['m']}x{r['k']}" for r in results}
     sparsities = sorted({r["sparsity"] for r in results})
     lines = [
-        f"Speed-up of `sparse_matmul` over `jnp.dot` (cuBLAS) on one {facts['device']}: "
+        "Speed-up of `sparse_matmul` over `jnp.dot` (cuBLAS) on one "
+        f"{facts['device']}: "
         f"{results[0]['dtype']}, random patterns, geometric mean over the layers "
         f"{', '.join(layers.values())} of OPT; weights cold in L2, median device time, "
         "both in the same process. "
