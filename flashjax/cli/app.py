@@ -217,4 +217,4 @@ def main() -> None:
     """Runs the command line."""
     # An ended process must clean up like an interrupted one.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    app()
+    app(prog_name="flashjax")

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import typer
 from rich.console import Console
 from rich.markup import escape
 
@@ -137,17 +138,14 @@ class _Printer:
             if index:
                 self._console.print()
             self._console.print(f"[dim]\\[{index + 1}/{len(self._prompts)}][/dim]")
-        self._write(f"[bold]{escape(self._prompts[index])}[/bold]")
+        # Not console.print(), which interprets markup, tabs and emoji codes.
+        typer.secho(self._prompts[index], bold=True, nl=False)
 
     def row(self, row: int, prompt_ids: list[int], tokens: Iterable[int]) -> None:
         self.open(row)
         for piece in opt.stream_text(tokens, self._tokenizer, prompt_ids):
-            self._write(escape(piece))
+            typer.echo(piece, nl=False)
         self._console.print()
-
-    def _write(self, markup: str) -> None:
-        self._console.print(markup, end="")
-        self._console.file.flush()
 
 
 def _run_batch(

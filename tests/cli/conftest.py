@@ -1,33 +1,19 @@
 """A tiny OPT with a tokenizer, and a way to run the command line."""
 
 import dataclasses
-import subprocess
+import json
+import shutil
+import signal
 import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+from cli_support import byte_tokenizer
 from flax import nnx
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from flashjax.models import opt
-
-TEXT = "the quick brown fox jumps over the lazy dog"
-
-
-def byte_tokenizer() -> Tokenizer:
-    """One token a byte, with OPT's special tokens in front."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<s>", "<pad>", "</s>", "<unk>"]
-    vocab = {token: i for i, token in enumerate([*special, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(special)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="</s> $A", special_tokens=[("</s>", 2)]
-    )
-    return tokenizer
+from flashjax.models.opt.pruning import prune_pretrained
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +38,42 @@ def dense_folder(tmp_path_factory, config) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def sparse_folder(tmp_path_factory, dense_folder) -> Path:
+    """The same OPT, pruned to 70%."""
+    folder = tmp_path_factory.mktemp("models") / "sparse"
+    prune_pretrained(dense_folder, folder, sparsity=0.7)
+    return folder
+
+
+@pytest.fixture(params=["missing", "file", "empty", "foreign", "truncated", "config"])
+def bad_folder(request, tmp_path, dense_folder) -> tuple[Path, str]:
+    """What is no model, and a part of what the error says about it."""
+    folder = tmp_path / "bad"
+    if request.param == "missing":
+        return folder, "expected a model folder, got nothing"
+    if request.param == "file":
+        folder.write_text("hello")
+        return folder, "expected a model folder, got a file"
+    if request.param == "empty":
+        folder.mkdir()
+        return folder, "expected"
+    shutil.copytree(dense_folder, folder)
+    if request.param == "truncated":
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        return folder, "expected a whole safetensors file"
+    config = json.loads((folder / "config.json").read_text())
+    if request.param == "foreign":
+        config["model_type"] = "llama"
+        message = "llama"
+    else:
+        config["num_hidden_layers"] = 3
+        message = "layers.2"
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, message
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
     """How a command ended."""
@@ -69,29 +91,14 @@ def cli(capsys, monkeypatch):
     def run(*args) -> Result:
         monkeypatch.setattr(sys, "argv", ["flashjax", *map(str, args)])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+        finally:
+            signal.signal(signal.SIGTERM, before)
         captured = capsys.readouterr()
         code = ended.value.code
         return Result(0 if code is None else code, captured.out, captured.err)
 
     return run
-
-
-def run_process(*args, **kwargs) -> subprocess.CompletedProcess:
-    """Runs the command line in a process of its own."""
-    command = [sys.executable, "-m", "flashjax.cli", *map(str, args)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False, **kwargs
-    )
-
-
-def assert_error(result, *parts) -> None:
-    """A command failed with one line on stderr and nothing else."""
-    assert result.code == 1, result
-    lines = result.err.strip().splitlines()
-    assert len(lines) == 1, result.err
-    assert lines[0].startswith("flashjax: error: ")
-    for part in parts:
-        assert part in lines[0], lines[0]
-    assert "Traceback" not in result.out + result.err

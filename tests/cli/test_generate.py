@@ -1,0 +1,174 @@
+"""``flashjax generate``."""
+
+import io
+import shutil
+import sys
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cli_support import assert_error
+
+from flashjax.cli import generate as command
+from flashjax.models import opt
+
+PROMPTS = ["hello", "a longer prompt", "x"]
+
+
+def expected_texts(folder, prompts, *, dtype=jnp.float16, **options):
+    model, tokenizer = opt.from_pretrained(folder, dtype=dtype)
+    options = {"max_new_tokens": 8, "eos_token_id": -1} | options
+    texts = []
+    for prompt in prompts:
+        ids = np.asarray([tokenizer.encode(prompt).ids])
+        out = np.asarray(opt.generate(model, ids, **options))[0, ids.shape[1] :]
+        texts.append(prompt + tokenizer.decode(out.tolist()))
+    return texts
+
+
+def generate(cli, folder, *args):
+    return cli("generate", folder, "-n", 8, "--ignore-eos", *args)
+
+
+@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+def test_prompt(cli, sparse_folder, stream):
+    result = generate(cli, sparse_folder, "-p", "hello", "--quiet", stream)
+    assert (result.code, result.err) == (0, "")
+    assert result.out == expected_texts(sparse_folder, ["hello"])[0] + "\n"
+
+
+@pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_several_prompts(cli, sparse_folder, stream, batch):
+    args = [a for p in PROMPTS for a in ("--prompt", p)]
+    result = generate(cli, sparse_folder, *args, "-q", stream, "--batch", batch)
+    blocks = [
+        f"[{i + 1}/3]\n{text}\n"
+        for i, text in enumerate(expected_texts(sparse_folder, PROMPTS))
+    ]
+    assert result.out == "\n".join(blocks)
+
+
+def test_report(cli, sparse_folder):
+    result = generate(cli, sparse_folder, "-p", "hello")
+    assert result.code == 0
+    assert "implementation cpu" in result.out
+    assert "tokens/s (8 tokens in" in result.out
+    assert "12 layers, 70.0% zeros" in result.out
+    assert "131.07 kB dense" in result.out
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["--dense"], "no sparse layers"),
+        (["--dtype", "float32"], "no sparse layers"),
+        (["--dtype", "bfloat16"], "70.0% zeros"),
+        (["--implementation", "xla"], "implementation xla"),
+        (["--implementation", "cpu"], "implementation cpu"),
+    ],
+)
+def test_variants(cli, sparse_folder, options, line):
+    result = generate(cli, sparse_folder, "-p", "hello", *options)
+    assert result.code == 0, result.err
+    assert line in result.out
+
+
+def test_sampling_options(cli, sparse_folder):
+    args = ("-p", "hello", "-q", "-t", 0.9, "--top-k", 20, "--top-p", 0.9)
+    result = generate(cli, sparse_folder, *args, "--seed", 5)
+    options = {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 5}
+    expected = expected_texts(sparse_folder, ["hello"], **options)
+    assert result.out == expected[0] + "\n"
+    other = generate(cli, sparse_folder, *args, "--seed", 6)
+    assert other.out != result.out
+
+
+def test_stops_at_the_end_token():
+    assert list(command.until_end([5, 6, 2, 7], {2})) == [5, 6, 2]
+    assert list(command.until_end([5, 6], set())) == [5, 6]
+
+
+def test_file(cli, sparse_folder, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("hello\n\n  a longer prompt  \r\nx")
+    result = generate(cli, sparse_folder, "--file", path, "-q")
+    for text in expected_texts(sparse_folder, PROMPTS):
+        assert text in result.out
+
+
+def test_stdin(cli, sparse_folder, monkeypatch):
+    stdin = SimpleNamespace(buffer=io.BytesIO(b"hello\n"))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    result = generate(cli, sparse_folder, "--file", "-", "-q")
+    assert result.out == expected_texts(sparse_folder, ["hello"])[0] + "\n"
+
+
+def test_markup_is_not_interpreted(cli, sparse_folder):
+    prompt = "[bold]x[/]\t:smile:"
+    result = generate(cli, sparse_folder, "-p", prompt, "-q")
+    assert result.out == expected_texts(sparse_folder, [prompt])[0] + "\n"
+
+
+def test_bad_folders(cli, bad_folder):
+    folder, message = bad_folder
+    assert_error(generate(cli, folder, "-p", "hello"), message)
+
+
+@pytest.mark.parametrize(
+    ("options", "messages"),
+    [
+        ([], ["expected --prompt or --file, got neither"]),
+        (["-p", ""], ["expected prompts with text, got an empty one"]),
+        (["-p", "x" * 70], ["64 positions", "71 tokens"]),
+        (["-p", "x", "-n", "1000"], ["64 positions", "max_new_tokens=1000"]),
+        (["-p", "x", "-n", "-1"], ["max_new_tokens", "got -1"]),
+        (["-p", "x", "-t", "-1"], ["temperature", "-1"]),
+        (["-p", "x", "-t", "nan"], ["temperature", "nan"]),
+        (["-p", "x", "-t", "1", "--top-p", "1.5"], ["top_p", "1.5"]),
+        (["-p", "x", "-t", "1", "--top-k", "0"], ["top_k", "0"]),
+        (["-p", "x", "--seed", "-1"], ["seed", "-1"]),
+        (["-p", "x", "--batch", "0"], ["--batch: expected at least 1, got 0"]),
+        (["-p", "x", "-n", "8", "--implementation", "cuda"], ["'cuda' cannot run"]),
+    ],
+)
+def test_bad_options(cli, sparse_folder, options, messages):
+    assert_error(cli("generate", sparse_folder, *options), *messages)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        (b"", "got no text"),
+        (b" \n\n", "got no text"),
+        (b"ok\xff", "expected UTF-8 text"),
+    ],
+)
+def test_bad_files(cli, sparse_folder, tmp_path, content, message):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert_error(generate(cli, sparse_folder, "-f", path), "--file", message)
+
+
+def test_file_is_a_folder(cli, sparse_folder, tmp_path):
+    assert_error(generate(cli, sparse_folder, "-f", tmp_path), "Is a directory")
+
+
+def test_no_tokenizer(cli, sparse_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(sparse_folder, folder)
+    (folder / "tokenizer.json").unlink()
+    assert_error(generate(cli, folder, "-p", "x"), "expected a tokenizer.json, got no")
+
+
+def test_interrupted(cli, sparse_folder, monkeypatch):
+    def interrupt(*unused, **unused_too):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(opt, "generate_stream", interrupt)
+    result = generate(cli, sparse_folder, "-p", "hello")
+    assert result.code == 130
+    assert result.err.strip() == "flashjax: interrupted"

@@ -1,0 +1,87 @@
+"""``flashjax info``."""
+
+import json
+import shutil
+
+import jax
+import pytest
+from cli_support import assert_error
+from safetensors.numpy import load_file
+
+import flashjax as fj
+
+
+def test_system(cli):
+    result = cli("info")
+    assert (result.code, result.err) == (0, "")
+    assert fj.__version__ in result.out
+    assert jax.__version__ in result.out
+    assert "kernel cpu" in result.out
+    reason = fj.cuda_unavailable_reason()
+    assert (f"no: {reason}" if reason else "cuda available  yes") in result.out
+
+
+def test_system_json(cli):
+    system = json.loads(cli("info", "--json").out)
+    assert system["cuda"]["available"] == fj.cuda_available()
+    assert len(system["devices"]) == len(jax.devices())
+    assert set(system["implementations"]) == {"cpu", "cuda", "xla"}
+
+
+def test_folder(cli, sparse_folder):
+    result = cli("info", sparse_folder)
+    assert (result.code, result.err) == (0, "")
+    rows = [line.split() for line in result.out.splitlines()]
+    layers = [row for row in rows if row[:1] == ["layer"]]
+    assert [row[1:5] for row in layers] == [
+        ["0", "6", "sparse", "70.0%"],
+        ["1", "6", "sparse", "70.0%"],
+    ]
+    assert rows[-1][:4] == ["total", "12", "sparse", "70.0%"]
+
+
+@pytest.mark.parametrize("which", ["sparse_folder", "dense_folder"])
+def test_folder_json(cli, which, request):
+    folder = request.getfixturevalue(which)
+    content = json.loads(cli("info", folder, "--json").out)
+    tensors = load_file(folder / "model.safetensors")
+    stored = sum(array.nbytes for array in tensors.values())
+    total = content["total"]
+    assert total["stored_bytes"] == stored
+    assert total["stored_bytes"] == sum(t["stored_bytes"] for t in content["tensors"])
+    sparse = which == "sparse_folder"
+    assert total["sparsity"] == pytest.approx(0.7 if sparse else 0, abs=1e-3)
+    assert total["stored_sparse"] == (12 if sparse else 0)
+    assert (total["dense_bytes"] == stored) != sparse
+    assert list(content["groups"]) == ["layer 0", "layer 1", "other tensors"]
+    assert content["model_type"] == "opt"
+
+
+def test_every_tensor(cli, sparse_folder):
+    result = cli("info", sparse_folder, "--tensors")
+    assert "model.decoder.layers.1.self_attn.k_proj.weight" in result.out
+    assert "sparse float16" in result.out
+
+
+def test_foreign_model(cli, dense_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(dense_folder, folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    result = cli("info", folder)
+    assert "model type llama" in result.out
+    (folder / "config.json").unlink()
+    assert "model type unknown" in cli("info", folder).out
+
+
+@pytest.mark.parametrize("kind", ["missing", "file", "empty", "truncated"])
+def test_bad_folders(cli, dense_folder, tmp_path, kind):
+    folder = tmp_path / "bad"
+    if kind == "file":
+        folder.write_text("hello")
+    elif kind == "empty":
+        folder.mkdir()
+    elif kind == "truncated":
+        shutil.copytree(dense_folder, folder)
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+    assert_error(cli("info", folder), str(folder), "expected")

@@ -1,0 +1,92 @@
+"""The command line as a whole."""
+
+import errno
+import subprocess
+import sys
+
+import pytest
+from cli_support import run_process
+
+import flashjax as fj
+from flashjax.cli.errors import describe
+
+
+def test_version(cli):
+    assert cli("--version").out == f"flashjax {fj.__version__}\n"
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["prune"], ["info"]])
+def test_help(cli, command):
+    result = cli(*command, "--help")
+    assert result.code == 0
+    assert "Usage: flashjax" in result.out
+
+
+def test_help_loads_no_jax():
+    code = """
+import sys
+from flashjax import cli
+sys.argv = ["flashjax", "--help"]
+try:
+    cli.main()
+finally:
+    assert not {"jax", "flax", "numpy"} & set(sys.modules)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["nonsense"], ["generate"], ["generate", "x", "--batch", "two"], ["prune", "x"]],
+)
+def test_usage_errors(cli, args):
+    result = cli(*args)
+    assert result.code == 2
+    assert "Traceback" not in result.err
+
+
+def test_process(tmp_path):
+    result = run_process("info", tmp_path / "nothing")
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("flashjax: error: ")
+    assert "expected a model folder, got nothing" in result.stderr
+
+
+def test_debug_shows_the_traceback(cli, tmp_path):
+    from flashjax.checkpoint import CheckpointError
+
+    with pytest.raises(CheckpointError):
+        cli("info", tmp_path / "nothing", "--debug")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ValueError("one\n  two"), "one two"),
+        (OSError(errno.EACCES, "Permission denied", "x"), "Permission denied: 'x'"),
+        (MemoryError(), "out of memory"),
+        (KeyError("x"), "KeyError: 'x' (--debug shows where)"),
+        (RuntimeError("x"), "RuntimeError: x (--debug shows where)"),
+        (ValueError(), "ValueError:  (--debug shows where)"),
+    ],
+)
+def test_describe(error, text):
+    assert describe(error).endswith(text)
+
+
+def test_reader_that_goes_away(sparse_folder):
+    command = (
+        f"{sys.executable} -m flashjax.cli info {sparse_folder} --json | head -c 1"
+    )
+    result = subprocess.run(
+        ["bash", "-c", f"{command} | head -c 1"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout == "{"
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,232 @@
+"""``flashjax prune``."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from cli_support import assert_error
+from flax import nnx
+from safetensors.numpy import load_file
+
+from flashjax import checkpoint, prune
+from flashjax.checkpoint import CheckpointReader
+from flashjax.models import opt
+from flashjax.models.opt import pruning
+
+PRUNED = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_prune(cli, dense_folder, tmp_path, dtype):
+    out = tmp_path / "out"
+    result = cli("prune", dense_folder, out, "--sparsity", 0.6, "--dtype", dtype)
+    assert result.code == 0, result.err
+    assert "12 matrices pruned to 60.0% zeros" in result.out
+    assert "100%" in result.err  # the progress bar
+    half = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[dtype]
+    with CheckpointReader(dense_folder) as dense, CheckpointReader(out) as sparse:
+        assert dense.names() == sparse.names()
+        assert len(sparse.sparse) == 12
+        for name in dense.names():
+            expected = dense.load(name)
+            if name.split(".")[-2] in PRUNED and name.endswith("weight"):
+                assert name in sparse.sparse
+                expected = prune.magnitude(expected, 0.6)
+            loaded = sparse.load(name)
+            assert loaded.dtype == half
+            assert np.array_equal(loaded, expected.astype(half))
+    config = json.loads((out / "config.json").read_text())
+    assert config["torch_dtype"] == dtype
+    assert sorted(os.listdir(out)) == sorted(os.listdir(dense_folder))
+    model, tokenizer = opt.from_pretrained(out, dtype=dtype)
+    assert tokenizer.encode("a").ids[0] == 2
+    assert model.layers[0].fc1.kernel[...].sparsity == pytest.approx(0.6, abs=0.001)
+
+
+def test_quiet(cli, dense_folder, tmp_path):
+    result = cli("prune", dense_folder, tmp_path / "out", "-s", 0.5, "--quiet")
+    assert (result.code, result.out, result.err) == (0, "", "")
+
+
+def test_prune_a_sparse_folder_further(cli, sparse_folder, tmp_path):
+    out = tmp_path / "out"
+    assert cli("prune", sparse_folder, out, "-s", 0.9).code == 0
+    with CheckpointReader(out) as reader:
+        name = "model.decoder.layers.0.fc1.weight"
+        assert reader.nnz(name) == round(0.1 * 64 * 128)
+
+
+def test_shards(dense_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(pruning, "_MIN_SHARD_BYTES", 1)
+    pruning.prune_pretrained(dense_folder, tmp_path / "out", sparsity=0.5)
+    assert (tmp_path / "out" / checkpoint.INDEX_NAME).exists()
+    opt.from_pretrained(tmp_path / "out")
+
+
+def test_pytorch_folder(cli, dense_folder, tmp_path):
+    torch = pytest.importorskip("torch")
+    folder = tmp_path / "torch"
+    shutil.copytree(dense_folder, folder)
+    weights = folder / "model.safetensors"
+    state = {name: torch.tensor(a) for name, a in load_file(weights).items()}
+    torch.save(state, folder / "pytorch_model.bin")
+    weights.unlink()
+    assert cli("prune", folder, tmp_path / "a", "-s", 0.5).code == 0
+    assert cli("prune", dense_folder, tmp_path / "b", "-s", 0.5).code == 0
+    with CheckpointReader(tmp_path / "a") as a, CheckpointReader(tmp_path / "b") as b:
+        assert all(np.array_equal(a.load(n), b.load(n)) for n in b.names())
+
+
+def test_bad_folders(cli, bad_folder, tmp_path):
+    folder, message = bad_folder
+    before = sorted(os.listdir(tmp_path))
+    assert_error(cli("prune", folder, tmp_path / "out", "-s", 0.5), message)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("sparsity", ["nan", "inf", "-0.1", "1.01"])
+def test_bad_sparsity(cli, dense_folder, tmp_path, sparsity):
+    result = cli("prune", dense_folder, tmp_path / "out", f"--sparsity={sparsity}")
+    assert_error(result, "expected sparsity from 0 to 1, got")
+    assert os.listdir(tmp_path) == []
+
+
+def test_existing_output(cli, dense_folder, tmp_path):
+    out = tmp_path / "out"
+    assert cli("prune", dense_folder, out, "-s", 0.5).code == 0
+    before = (out / "model.safetensors").read_bytes()
+    assert_error(cli("prune", dense_folder, out, "-s", 0.9), "expected a new or empty")
+    assert (out / "model.safetensors").read_bytes() == before
+    assert cli("prune", dense_folder, out, "-s", 0.9, "--overwrite").code == 0
+    assert (out / "model.safetensors").read_bytes() != before
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_output_is_the_input(cli, dense_folder):
+    result = cli("prune", dense_folder, dense_folder, "-s", 0.9, "--overwrite")
+    assert_error(result, "expected a folder other than the model")
+    opt.from_pretrained(dense_folder)
+
+
+def test_values_out_of_range(cli, dense_folder, tmp_path):
+    folder = tmp_path / "large"
+    model, _ = opt.from_pretrained(dense_folder, dtype=jnp.float32)
+    kernel = model.layers[1].fc2.kernel
+    kernel.set_value(kernel[...].at[0, 0].set(1e5))
+    opt.save_pretrained(model, None, folder)
+    result = cli("prune", folder, tmp_path / "out", "-s", 0.5)
+    assert_error(result, "too large for float16", "layers.1.fc2", "bfloat16")
+    assert os.listdir(tmp_path) == ["large"]
+    args = ("prune", folder, tmp_path / "out", "-s", 0.5, "--dtype", "bfloat16")
+    assert cli(*args).code == 0
+
+
+def test_nan(cli, dense_folder, tmp_path):
+    folder = tmp_path / "nan"
+    model, _ = opt.from_pretrained(dense_folder, dtype=jnp.float32)
+    kernel = model.layers[1].fc2.kernel
+    kernel.set_value(kernel[...].at[0, 0].set(np.nan))
+    opt.save_pretrained(model, None, folder)
+    result = cli("prune", folder, tmp_path / "out", "-s", 0.5)
+    assert_error(result, "layers.1.fc2.weight", "without NaN, got 1 NaN")
+    assert os.listdir(tmp_path) == ["nan"]
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_disk_full(cli, dense_folder, sparse_folder, tmp_path, monkeypatch, existing):
+    out = tmp_path / "out"
+    if existing:
+        shutil.copytree(sparse_folder, out)
+    before = sorted(os.listdir(tmp_path))
+
+    def full(*unused, **unused_too):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    result = cli("prune", dense_folder, out, "-s", 0.5, "--overwrite")
+    assert_error(result, "not saved", "No space left on device", "bytes free")
+    assert sorted(os.listdir(tmp_path)) == before
+    if existing:
+        opt.from_pretrained(out)
+
+
+def test_file_too_large_for_the_system(dense_folder, tmp_path):
+    # 20 kB, less than the model's file takes.
+    code = 'ulimit -f 20; exec "$@"'
+    args = ["prune", dense_folder, tmp_path / "out", "-s", "0.5"]
+    command = ["bash", "-c", code, "bash", sys.executable, "-m", "flashjax.cli", *args]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "not saved, nothing was left behind: File too large" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_interrupted(cli, dense_folder, tmp_path, monkeypatch):
+    def interrupt(*unused, **unused_too):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_file", interrupt)
+    result = cli("prune", dense_folder, tmp_path / "out", "-s", 0.5)
+    assert result.code == 130
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+)
+def test_signals_leave_nothing(dense_folder, tmp_path, number, code):
+    # A hook that stops in the middle of the work until the signal comes.
+    script = """
+import sys, time
+from flashjax.models.opt import pruning
+def wait(array, sparsity):
+    if array.size > 1:
+        print("here", flush=True)
+        time.sleep(60)
+    return array
+pruning.METHODS["magnitude"] = wait
+from flashjax.cli import main
+main()
+"""
+    command = [sys.executable, "-c", script, "prune", dense_folder, tmp_path / "out"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "here\n"
+        assert [p.suffix for p in tmp_path.iterdir()] == [".tmp"]
+        time.sleep(0.1)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in err
+    assert os.listdir(tmp_path) == []
+
+
+def test_memory_stays_near_one_layer(tmp_path, config, monkeypatch):
+    import dataclasses
+
+    monkeypatch.setattr(pruning, "_MIN_SHARD_BYTES", 1)
+    config = dataclasses.replace(
+        config, hidden_size=256, ffn_size=1024, num_layers=12, num_heads=4
+    )
+    model = opt.OPT(config, rngs=nnx.Rngs(0))
+    opt.save_pretrained(model, None, tmp_path / "dense")
+    layer_bytes = 4 * 12 * 256 * 256
+    tracemalloc.start()
+    try:
+        pruning.prune_pretrained(tmp_path / "dense", tmp_path / "out", sparsity=0.5)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * layer_bytes  # of 12 that the model has
