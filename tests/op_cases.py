@@ -13,12 +13,15 @@ import flashjax as fj
 HALVES = ("float16", "bfloat16")
 
 # (implementation, platform); the same test bodies run for each.
-IMPLEMENTATIONS = [
+KERNELS = [
     pytest.param(("cpu", "cpu"), id="cpu"),
-    pytest.param(("xla", "cpu"), id="xla"),
     pytest.param(("cuda", "gpu"), id="cuda", marks=pytest.mark.gpu),
+]
+PLAIN = [
+    pytest.param(("xla", "cpu"), id="xla"),
     pytest.param(("xla", "gpu"), id="xla-gpu", marks=pytest.mark.gpu),
 ]
+IMPLEMENTATIONS = [*KERNELS, *PLAIN]
 DEFAULTS = [
     pytest.param((None, "cpu"), id="cpu"),
     pytest.param((None, "gpu"), id="gpu", marks=pytest.mark.gpu),
@@ -37,6 +40,20 @@ SHAPES = [
 ]
 
 ROWS = [0, 1, 2, 3, 7, 8, 16, 17, 33, 64, 65, 100, 257]
+
+
+def for_each(name: str, kernels: list, plain: list):
+    """Parametrizes a test by an implementation and a value of `name`.
+
+    Plain JAX takes longer to compile and has fewer cases of its own: it gets fewer.
+    """
+    params = [
+        pytest.param(*i.values, value, marks=i.marks, id=f"{value}-{i.id}")
+        for implementations, values in ((KERNELS, kernels), (PLAIN, plain))
+        for value in values
+        for i in implementations
+    ]
+    return pytest.mark.parametrize(("product", name), params, indirect=["product"])
 
 
 def on_platform(platform: str):
