@@ -4,6 +4,7 @@ Tensors are read, converted and put on the device one by one into a model that h
 arrays yet (`nnx.eval_shape`), so the host holds one tensor beside what is loaded.
 """
 
+import dataclasses
 import json
 import os
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from flashjax.checkpoint import CheckpointError, CheckpointWriter, atomic_folder
 from flashjax.nn import SparseDense
 from flashjax.sparse_matrix import SparseMatrix
 
+from .config import OPTConfig
 from .hf_folder import StoredOPT, convert, listed, open_opt, opt_targets
 from .modeling import OPT, check_dtype
 from .tokenizer import load_tokenizer, save_tokenizer
@@ -123,8 +125,7 @@ def save_pretrained(
 
 
 def _load(stored: StoredOPT, dtype: np.dtype, sparse: bool | Literal["auto"]) -> OPT:
-    config = stored.config
-    model = nnx.eval_shape(lambda: OPT(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = _abstract_model(stored.config, dtype)
     too_large = []
     for stored_name, name in stored.names.items():
         target = stored.targets[name]
@@ -154,6 +155,17 @@ def _load(stored: StoredOPT, dtype: np.dtype, sparse: bool | Literal["auto"]) ->
             f"{stored.folder}: values too large for {dtype.name} in "
             f"{listed(too_large)}; load as bfloat16 or float32"
         )
+    return model
+
+
+def _abstract_model(config: OPTConfig, dtype: np.dtype) -> OPT:
+    """A model without arrays."""
+    # Tracing many layers takes long, and all layers are alike.
+    one_layer = dataclasses.replace(config, num_layers=1)
+    model = nnx.eval_shape(lambda: OPT(one_layer, dtype=dtype, rngs=nnx.Rngs(0)))
+    for _ in range(config.num_layers - 1):
+        model.layers.append(nnx.clone(model.layers[0]))
+    model.config = config
     return model
 
 
