@@ -20,9 +20,16 @@ struct Vec {
 FLASHJAX_INLINE Vec Load(const float* in) { return {_mm512_load_ps(in)}; }
 FLASHJAX_INLINE void Store(float* out, Vec a) { _mm512_store_ps(out, a.v); }
 FLASHJAX_INLINE Vec MultiplyAdd(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-FLASHJAX_INLINE Vec Expand(const float* in, uint32_t mask) {
-  return {_mm512_maskz_expand_ps(static_cast<__mmask16>(mask), _mm512_loadu_ps(in))};
+template <HalfType kType>
+FLASHJAX_INLINE Vec Expand(const uint16_t* in, uint32_t mask) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in));
+  const __m512i words = kType == HalfType::kFloat16
+                            ? _mm512_castps_si512(_mm512_cvtph_ps(half))
+                            : _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+  return {_mm512_castsi512_ps(ExpandWords(mask, words))};
 }
+// Tells the compiler to keep it in a register rather than to load it for each use.
+FLASHJAX_INLINE void Keep(Vec* a) { asm("" : "+v"(a->v)); }
 constexpr int kAccumulators = 24;
 #elif FLASHJAX_SIMD >= 1
 struct Vec {
@@ -36,15 +43,24 @@ FLASHJAX_INLINE void Store(float* out, Vec a) {
 FLASHJAX_INLINE Vec MultiplyAdd(Vec a, Vec b, Vec c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
-FLASHJAX_INLINE __m256 ExpandHalf(const float* in, uint32_t mask) {
+template <HalfType kType>
+FLASHJAX_INLINE __m256 ExpandHalf(const uint16_t* in, uint32_t mask) {
   const __m256i ranks =
       _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kRanks.ranks[mask])));
-  const __m256 spread = _mm256_permutevar8x32_ps(_mm256_loadu_ps(in), ranks);
-  return _mm256_blendv_ps(spread, _mm256_setzero_ps(), _mm256_castsi256_ps(ranks));
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in));
+  const __m256 words =
+      kType == HalfType::kFloat16
+          ? _mm256_cvtph_ps(half)
+          : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(words, ranks), _mm256_setzero_ps(),
+                          _mm256_castsi256_ps(ranks));
 }
-FLASHJAX_INLINE Vec Expand(const float* in, uint32_t mask) {
-  return {ExpandHalf(in, mask & 0xFF), ExpandHalf(in + _mm_popcnt_u32(mask & 0xFF), mask >> 8)};
+template <HalfType kType>
+FLASHJAX_INLINE Vec Expand(const uint16_t* in, uint32_t mask) {
+  return {ExpandHalf<kType>(in, mask & 0xFF),
+          ExpandHalf<kType>(in + _mm_popcnt_u32(mask & 0xFF), mask >> 8)};
 }
+FLASHJAX_INLINE void Keep(Vec*) {}
 constexpr int kAccumulators = 6;
 #else
 struct Vec {
@@ -60,27 +76,31 @@ FLASHJAX_INLINE Vec MultiplyAdd(const Vec& a, const Vec& b, Vec c) {
   for (int i = 0; i < 16; ++i) c.v[i] += a.v[i] * b.v[i];
   return c;
 }
-FLASHJAX_INLINE Vec Expand(const float* in, uint32_t mask) {
+template <HalfType kType>
+FLASHJAX_INLINE Vec Expand(const uint16_t* in, uint32_t mask) {
   Vec a = {};
-  for (; mask != 0; mask &= mask - 1) a.v[__builtin_ctz(mask)] = *in++;
+  for (; mask != 0; mask &= mask - 1) {
+    const uint16_t half = *in++;
+    a.v[__builtin_ctz(mask)] =
+        kType == HalfType::kFloat16 ? HalfToFloat(half) : Bfloat16ToFloat(half);
+  }
   return a;
 }
+FLASHJAX_INLINE void Keep(Vec*) {}
 constexpr int kAccumulators = 1;
 #endif
 
-// Rows of the strip whose sums stay in registers together: 16, 8, 4, 2 or 1.
+// Rows of the strip whose sums stay in registers together: 8, 4, 2 or 1.
 constexpr int BlockRows(int n) {
-  int rows = kStripRows;
+  int rows = 8;
   while (rows > 1 && rows * n > kAccumulators) rows /= 2;
   return rows;
 }
 
 // Adds the ring's group for rows block * kRows ... of the strip (for kRows > 1: kRows / 2 rows g
 // and the rows g + 8, the two streams of a lane). x is the group's part of the permuted x.
-template <int kRows, int kN>
-FLASHJAX_INLINE void MultiplyBlock(const Ring<float>* ring, const float* x, int block,
-                                   float* sums) {
-  constexpr int kStride = Ring<float>::kStride;
+template <HalfType kType, int kRows, int kN>
+FLASHJAX_INLINE void MultiplyBlock(const Ring* ring, const float* x, int block, float* sums) {
   Vec sum[kRows][kN];
   const auto row_of = [block](int r) {
     return kRows == 1 ? block : block * (kRows / 2) + r / 2 + 8 * (r % 2);
@@ -92,16 +112,21 @@ FLASHJAX_INLINE void MultiplyBlock(const Ring<float>* ring, const float* x, int 
   }
   for (int j = 0; j < kGroupSteps; ++j) {
     for (int t = 0; t < 4; ++t, x += kN * kStreamPositions) {
+      const int first = Ring::Index(row_of(0) % 8, t, j) + row_of(0) / 8;
+      const uint16_t* masks = ring->masks + first;
+      const uint16_t* starts = ring->starts + first;
+      Vec xs[kN];
+#pragma GCC unroll 8
+      for (int n = 0; n < kN; ++n) {
+        xs[n] = Load(x + n * kStreamPositions);
+        if (kRows > 1) Keep(&xs[n]);
+      }
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        const int lane = 4 * (row_of(r) % 8) + t, s = row_of(r) / 8;
-        const int i = (lane * kGroupSteps + j) * 2 + s;
-        const Vec w =
-            Expand(ring->streams + (kLanes * s + lane) * kStride + ring->starts[i], ring->masks[i]);
+        const int i = Ring::Index(r / 2, 0, 0) + r % 2;
+        const Vec w = Expand<kType>(ring->streams + starts[i], masks[i]);
 #pragma GCC unroll 8
-        for (int n = 0; n < kN; ++n) {
-          sum[r][n] = MultiplyAdd(w, Load(x + n * kStreamPositions), sum[r][n]);
-        }
+        for (int n = 0; n < kN; ++n) sum[r][n] = MultiplyAdd(w, xs[n], sum[r][n]);
       }
     }
   }
@@ -140,9 +165,8 @@ FLASHJAX_INLINE void AddUp(const float* sums, int64_t stride, float* out) {
 #endif
 }
 
-template <typename As, int kN>
-FLASHJAX_TARGET void MatmulTile(Ring<float>* ring, const MatmulJob& job, int64_t strip,
-                                int64_t n0) {
+template <HalfType kType, int kN>
+FLASHJAX_TARGET void MatmulTile(Ring* ring, const MatmulJob& job, int64_t strip, int64_t n0) {
   constexpr int kRows = BlockRows(kN);
   const LscdShape& shape = job.w.shape;
   const uint32_t* bitmap = job.w.bitmap + strip * shape.groups() * kLanes * kGroupSteps;
@@ -151,9 +175,9 @@ FLASHJAX_TARGET void MatmulTile(Ring<float>* ring, const MatmulJob& job, int64_t
   alignas(64) float sums[kStripRows * kN * 16] = {};
   if (shape.groups() > 0) StartStrip(ring, entries);
   for (int64_t group = 0; group < shape.groups(); ++group, x += kN * kGroupK) {
-    NextGroup<As>(ring, bitmap, entries, job.w.values, job.w.segments, group);
+    NextGroup(ring, bitmap, entries, job.w.values, job.w.segments, group);
     for (int block = 0; block < kStripRows / kRows; ++block) {
-      MultiplyBlock<kRows, kN>(ring, x, block, sums);
+      MultiplyBlock<kType, kRows, kN>(ring, x, block, sums);
     }
   }
   const int64_t row = strip * kStripRows;
@@ -168,13 +192,13 @@ FLASHJAX_TARGET void MatmulTile(Ring<float>* ring, const MatmulJob& job, int64_t
   }
 }
 
-template <typename As>
+template <HalfType kType>
 FLASHJAX_TARGET void MatmulStripsAs(const MatmulJob& job, int64_t first, int64_t strips) {
-  using Tile = void (*)(Ring<float>*, const MatmulJob&, int64_t, int64_t);
-  constexpr Tile kTiles[kTileN] = {MatmulTile<As, 1>, MatmulTile<As, 2>, MatmulTile<As, 3>,
-                                   MatmulTile<As, 4>, MatmulTile<As, 5>, MatmulTile<As, 6>,
-                                   MatmulTile<As, 7>, MatmulTile<As, 8>};
-  const std::unique_ptr<Ring<float>> ring(new Ring<float>);
+  using Tile = void (*)(Ring*, const MatmulJob&, int64_t, int64_t);
+  constexpr Tile kTiles[kTileN] = {MatmulTile<kType, 1>, MatmulTile<kType, 2>, MatmulTile<kType, 3>,
+                                   MatmulTile<kType, 4>, MatmulTile<kType, 5>, MatmulTile<kType, 6>,
+                                   MatmulTile<kType, 7>, MatmulTile<kType, 8>};
+  const std::unique_ptr<Ring> ring(new Ring);
   for (int64_t strip = first; strip < first + strips; ++strip) {
     for (int64_t n0 = 0; n0 < job.n; n0 += kTileN) {
       kTiles[std::min<int64_t>(kTileN, job.n - n0) - 1](ring.get(), job, strip, n0);
@@ -184,9 +208,9 @@ FLASHJAX_TARGET void MatmulStripsAs(const MatmulJob& job, int64_t first, int64_t
 
 FLASHJAX_TARGET void MatmulStrips(const MatmulJob& job, int64_t first, int64_t strips) {
   if (job.w.type == HalfType::kFloat16) {
-    MatmulStripsAs<FromHalf>(job, first, strips);
+    MatmulStripsAs<HalfType::kFloat16>(job, first, strips);
   } else {
-    MatmulStripsAs<FromBfloat16>(job, first, strips);
+    MatmulStripsAs<HalfType::kBfloat16>(job, first, strips);
   }
 }
 

@@ -125,7 +125,7 @@ FLASHJAX_INLINE void Compress(const uint16_t* in, uint32_t mask, uint16_t* out) 
   const __m512i wide =
       _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
-                      _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(mask, wide)));
+                      _mm512_cvtepi32_epi16(CompressWords(mask, wide)));
 #elif FLASHJAX_SIMD >= 1
   for (int half = 0; half < 2; ++half) {
     const uint32_t bits = mask >> 8 * half & 0xFF;

@@ -11,19 +11,22 @@ namespace {
 // The window of a strip's streams: the segments of a lane's words become one linear array a stream.
 // A group needs at most 4 segments behind the first one that it adds and 3 more, so 8 slots do. The
 // first slot is repeated after the last: a step's values are then contiguous wherever they start.
-template <typename T>
 struct Ring {
   static constexpr int kSlots = 8, kWords = kSlots * kSegmentWords;
   static constexpr int kStride = kWords + kSegmentWords;
 
-  alignas(64) T streams[kStreams * kStride];
+  alignas(64) uint16_t streams[kStreams * kStride];
   // Of the current group, [32 lanes][4 steps][2 streams] like the bitmap: which positions are
-  // stored (bit i: position i) and where in the stream the step starts.
+  // stored (bit i: position i) and where in `streams` the step starts.
   alignas(64) uint16_t masks[kStreams * kGroupSteps];
   alignas(64) uint16_t starts[kStreams * kGroupSteps];
-  alignas(64) uint16_t next[kStreams];  // [32 lanes][2 streams] start of the next group
-  int64_t resident = 0;                 // segments (from 0) that the steps so far need
-  int64_t end = 0;                      // the slots hold segments end - kSlots .. end - 1
+  alignas(
+      64) uint16_t next[kStreams];  // [32 lanes][2 streams] start of the next group in the stream
+  int64_t resident = 0;             // segments (from 0) that the steps so far need
+  int64_t end = 0;                  // the slots hold segments end - kSlots .. end - 1
+
+  // Of step j of rows g (stream 0) and, one further, g + 8 (stream 1); 32 further are g + 1's.
+  static constexpr int Index(int g, int t, int j) { return ((4 * g + t) * kGroupSteps + j) * 2; }
 };
 
 #if FLASHJAX_SIMD == 1
@@ -40,63 +43,9 @@ struct RankTable {
 constexpr RankTable kRanks;
 #endif
 
-// What a stream's 16-bit words become in the ring: themselves, or floats.
-struct AsBits {
-  using Type = uint16_t;
-#if FLASHJAX_SIMD >= 2
-  static FLASHJAX_INLINE void Store(__m512i words, uint16_t* low, uint16_t* high) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(low), _mm512_cvtepi32_epi16(words));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(high),
-                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(words, 16)));
-  }
-#elif FLASHJAX_SIMD >= 1
-  static FLASHJAX_INLINE void Store(__m128i low_half, __m128i high_half, uint16_t* low,
-                                    uint16_t* high) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(low), low_half);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(high), high_half);
-  }
-#endif
-  static FLASHJAX_INLINE uint16_t Convert(uint16_t h) { return h; }
-};
-
-struct FromHalf {
-  using Type = float;
-#if FLASHJAX_SIMD >= 2
-  static FLASHJAX_INLINE void Store(__m512i words, float* low, float* high) {
-    _mm512_storeu_ps(low, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words)));
-    _mm512_storeu_ps(high, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(words, 16))));
-  }
-#elif FLASHJAX_SIMD >= 1
-  static FLASHJAX_INLINE void Store(__m128i low_half, __m128i high_half, float* low, float* high) {
-    _mm256_storeu_ps(low, _mm256_cvtph_ps(low_half));
-    _mm256_storeu_ps(high, _mm256_cvtph_ps(high_half));
-  }
-#endif
-  static FLASHJAX_INLINE float Convert(uint16_t h) { return HalfToFloat(h); }
-};
-
-struct FromBfloat16 {
-  using Type = float;
-#if FLASHJAX_SIMD >= 2
-  static FLASHJAX_INLINE void Store(__m512i words, float* low, float* high) {
-    _mm512_storeu_si512(low, _mm512_slli_epi32(words, 16));
-    _mm512_storeu_si512(high, _mm512_and_si512(words, _mm512_set1_epi32(0xFFFF0000)));
-  }
-#elif FLASHJAX_SIMD >= 1
-  static FLASHJAX_INLINE void Store(__m128i low_half, __m128i high_half, float* low, float* high) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(low),
-                        _mm256_slli_epi32(_mm256_cvtepu16_epi32(low_half), 16));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(high),
-                        _mm256_slli_epi32(_mm256_cvtepu16_epi32(high_half), 16));
-  }
-#endif
-  static FLASHJAX_INLINE float Convert(uint16_t h) { return Bfloat16ToFloat(h); }
-};
-
-// Spreads a segment over the streams, kStride apart; `streams` points into the first one.
-template <typename As>
-FLASHJAX_INLINE void LoadSegment(const uint32_t* segment, typename As::Type* streams) {
-  constexpr int kStride = Ring<typename As::Type>::kStride;
+// Spreads a segment over the streams, Ring::kStride apart; `streams` points into the first one.
+FLASHJAX_INLINE void LoadSegment(const uint32_t* segment, uint16_t* streams) {
+  constexpr int kStride = Ring::kStride;
 #if FLASHJAX_SIMD >= 2
   for (int first = 0; first < kLanes; first += 16) {
     __m512i a[16];
@@ -105,8 +54,10 @@ FLASHJAX_INLINE void LoadSegment(const uint32_t* segment, typename As::Type* str
     Transpose16x16Word(a);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) {
-      typename As::Type* low = streams + (first + i) * kStride;
-      As::Store(a[i], low, low + kLanes * kStride);
+      uint16_t* low = streams + (first + i) * kStride;
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(low), _mm512_cvtepi32_epi16(a[i]));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + kLanes * kStride),
+                          _mm512_cvtepi32_epi16(_mm512_srli_epi32(a[i], 16)));
     }
   }
 #elif FLASHJAX_SIMD >= 1
@@ -125,28 +76,28 @@ FLASHJAX_INLINE void LoadSegment(const uint32_t* segment, typename As::Type* str
         const __m256i high_words = _mm256_srli_epi32(a[i], 16);
         const __m256i both =
             _mm256_permute4x64_epi64(_mm256_packus_epi32(low_words, high_words), 0xD8);
-        typename As::Type* low = streams + (first + i) * kStride + word;
-        As::Store(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1), low,
-                  low + kLanes * kStride);
+        uint16_t* low = streams + (first + i) * kStride + word;
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm256_castsi256_si128(both));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(low + kLanes * kStride),
+                         _mm256_extracti128_si256(both, 1));
       }
     }
   }
 #else
   for (int lane = 0; lane < kLanes; ++lane) {
-    typename As::Type* low = streams + lane * kStride;
-    typename As::Type* high = low + kLanes * kStride;
+    uint16_t* low = streams + lane * kStride;
+    uint16_t* high = low + kLanes * kStride;
     for (int word = 0; word < kSegmentWords; ++word) {
-      low[word] = As::Convert(static_cast<uint16_t>(segment[word * kLanes + lane]));
-      high[word] = As::Convert(static_cast<uint16_t>(segment[word * kLanes + lane] >> 16));
+      low[word] = static_cast<uint16_t>(segment[word * kLanes + lane]);
+      high[word] = static_cast<uint16_t>(segment[word * kLanes + lane] >> 16);
     }
   }
 #endif
 }
 
 // Goes to the start of a strip. Segments that the strip before it has left in the ring stay.
-template <typename T>
-FLASHJAX_INLINE void StartStrip(Ring<T>* ring, const uint32_t* entry) {
-  constexpr int kSlots = Ring<T>::kSlots;
+FLASHJAX_INLINE void StartStrip(Ring* ring, const uint32_t* entry) {
+  constexpr int kSlots = Ring::kSlots;
   const int64_t base = entry[0];
   ring->resident = base + std::min<int64_t>(entry[1] & 0xFFFF, kSlots);
   if (base < ring->end - kSlots || base > ring->end) ring->end = base;
@@ -179,15 +130,17 @@ FLASHJAX_INLINE __m256i SwapBits(__m256i x) {
 #endif
 
 // Masks and starts of a group's steps, from its part of the bitmap.
-template <typename T>
-FLASHJAX_INLINE void ReadMasks(Ring<T>* ring, const uint32_t* bitmap) {
-  constexpr int kWrap = Ring<T>::kWords - 1;
+FLASHJAX_INLINE void ReadMasks(Ring* ring, const uint32_t* bitmap) {
+  constexpr int kWrap = Ring::kWords - 1, kStride = Ring::kStride;
 #if FLASHJAX_SIMD >= 2
   const __m512i nibble = _mm512_set1_epi8(0x0F);
   const __m512i counts =
       _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
   const __m512i spread = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
   const __m512i gather = _mm512_setr_epi32(3, 7, 11, 15, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  // Where the streams of lanes 0 .. 3 begin.
+  __m512i stream = _mm512_mullo_epi32(spread, _mm512_set1_epi32(kStride << 16 | kStride));
+  stream = _mm512_add_epi32(stream, _mm512_set1_epi32(kLanes * kStride << 16));
   for (int i = 0; i < kStreams * kGroupSteps; i += 32) {
     __m512i x = _mm512_loadu_si512(bitmap + i / 2);
     x = SwapBits<4, 0x00F0>(x);
@@ -205,7 +158,9 @@ FLASHJAX_INLINE void ReadMasks(Ring<T>* ring, const uint32_t* bitmap) {
     const __m512i start =
         _mm512_add_epi16(_mm512_permutexvar_epi32(spread, _mm512_castsi128_si512(old)),
                          _mm512_sub_epi16(sum, count));
-    _mm512_store_si512(ring->starts + i, _mm512_and_si512(start, _mm512_set1_epi16(kWrap)));
+    _mm512_store_si512(ring->starts + i,
+                       _mm512_add_epi16(_mm512_and_si512(start, _mm512_set1_epi16(kWrap)), stream));
+    stream = _mm512_add_epi16(stream, _mm512_set1_epi16(4 * kStride));
     _mm_store_si128(
         next, _mm_add_epi16(old, _mm512_castsi512_si128(_mm512_permutexvar_epi32(gather, sum))));
   }
@@ -215,6 +170,9 @@ FLASHJAX_INLINE void ReadMasks(Ring<T>* ring, const uint32_t* bitmap) {
       _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
   const __m256i spread = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
   const __m256i gather = _mm256_setr_epi32(3, 7, 0, 0, 0, 0, 0, 0);
+  // Where the streams of lanes 0 and 1 begin.
+  __m256i stream = _mm256_mullo_epi32(spread, _mm256_set1_epi32(kStride << 16 | kStride));
+  stream = _mm256_add_epi32(stream, _mm256_set1_epi32(kLanes * kStride << 16));
   for (int i = 0; i < kStreams * kGroupSteps; i += 16) {
     __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bitmap + i / 2));
     x = SwapBits<4, 0x00F0>(x);
@@ -233,7 +191,8 @@ FLASHJAX_INLINE void ReadMasks(Ring<T>* ring, const uint32_t* bitmap) {
         _mm256_add_epi16(_mm256_permutevar8x32_epi32(_mm256_castsi128_si256(old), spread),
                          _mm256_sub_epi16(sum, count));
     _mm256_store_si256(reinterpret_cast<__m256i*>(ring->starts + i),
-                       _mm256_and_si256(start, _mm256_set1_epi16(kWrap)));
+                       _mm256_add_epi16(_mm256_and_si256(start, _mm256_set1_epi16(kWrap)), stream));
+    stream = _mm256_add_epi16(stream, _mm256_set1_epi16(2 * kStride));
     _mm_storel_epi64(
         next, _mm_add_epi16(old, _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(sum, gather))));
   }
@@ -245,7 +204,7 @@ FLASHJAX_INLINE void ReadMasks(Ring<T>* ring, const uint32_t* bitmap) {
       for (int s = 0; s < 2; ++s) {
         const int i = (lane * kGroupSteps + j) * 2 + s;
         ring->masks[i] = static_cast<uint16_t>(mask >> 16 * s);
-        ring->starts[i] = ring->next[2 * lane + s] & kWrap;
+        ring->starts[i] = (kLanes * s + lane) * kStride + (ring->next[2 * lane + s] & kWrap);
         ring->next[2 * lane + s] += static_cast<uint16_t>(count >> 16 * s & 0x1F);
       }
     }
@@ -255,22 +214,30 @@ FLASHJAX_INLINE void ReadMasks(Ring<T>* ring, const uint32_t* bitmap) {
 
 // Goes to a group of the strip: its masks and starts, and the segments that it needs. Segments that
 // do not exist (in arrays that no packer made) are not read.
-template <typename As>
-FLASHJAX_INLINE void NextGroup(Ring<typename As::Type>* ring, const uint32_t* bitmap,
-                               const uint32_t* entries, const uint32_t* values, int64_t segments,
-                               int64_t group) {
-  using R = Ring<typename As::Type>;
+FLASHJAX_INLINE void NextGroup(Ring* ring, const uint32_t* bitmap, const uint32_t* entries,
+                               const uint32_t* values, int64_t segments, int64_t group) {
+  // Both are read from front to end, but a page holds only two segments, too few for the machine to
+  // fetch ahead by itself.
+  constexpr int kAhead = 4, kLine = 64 / sizeof(uint32_t);
+  constexpr int kGroupWords = kLanes * kGroupSteps, kSegmentSize = kSegmentWords * kLanes;
+  bitmap += group * kGroupWords;
+  for (int i = 0; i < kGroupWords; i += kLine) {
+    __builtin_prefetch(bitmap + kAhead * kGroupWords + i);
+  }
   const uint32_t word = entries[group * kGroupSteps / kEntrySteps * kEntryWords + 1] >>
                         (16 + group * kGroupSteps % kEntrySteps);
   ring->resident += CountHalves(word & 0xF);
   for (; ring->end < ring->resident; ++ring->end) {
     if (ring->end >= segments) continue;
-    const int slot = ring->end % R::kSlots;
-    const uint32_t* segment = values + ring->end * kSegmentWords * kLanes;
-    LoadSegment<As>(segment, ring->streams + slot * kSegmentWords);
-    if (slot == 0) LoadSegment<As>(segment, ring->streams + R::kWords);
+    const int slot = ring->end % Ring::kSlots;
+    const uint32_t* segment = values + ring->end * kSegmentSize;
+    for (int i = 0; i < kSegmentSize; i += kLine) {
+      __builtin_prefetch(segment + kAhead * kSegmentSize + i);
+    }
+    LoadSegment(segment, ring->streams + slot * kSegmentWords);
+    if (slot == 0) LoadSegment(segment, ring->streams + Ring::kWords);
   }
-  ReadMasks(ring, bitmap + group * kLanes * kGroupSteps);
+  ReadMasks(ring, bitmap);
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ FLASHJAX_INLINE void ExpandBits(const uint16_t* in, uint32_t mask, uint16_t* out
   const __m512i wide =
       _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)));
   _mm256_store_si256(reinterpret_cast<__m256i*>(out),
-                     _mm512_cvtepi32_epi16(_mm512_maskz_expand_epi32(mask, wide)));
+                     _mm512_cvtepi32_epi16(ExpandWords(mask, wide)));
 #elif FLASHJAX_SIMD >= 1
   for (int half = 0; half < 2; ++half) {
     const uint32_t bits = mask >> 8 * half & 0xFF;
@@ -33,14 +33,12 @@ FLASHJAX_INLINE void ExpandBits(const uint16_t* in, uint32_t mask, uint16_t* out
 }
 
 // Step j of the ring's group: 64 rows (k) of 16 values, `stride` apart.
-FLASHJAX_INLINE void UnpackStep(const Ring<uint16_t>* ring, int j, uint16_t* rows, int64_t stride) {
+FLASHJAX_INLINE void UnpackStep(const Ring* ring, int j, uint16_t* rows, int64_t stride) {
   for (int t = 0; t < 4; ++t) {
     alignas(32) uint16_t block[kStripRows][kStreamPositions];
     for (int row = 0; row < kStripRows; ++row) {
-      const int lane = 4 * (row % 8) + t, s = row / 8;
-      const int i = (lane * kGroupSteps + j) * 2 + s;
-      ExpandBits(ring->streams + (kLanes * s + lane) * ring->kStride + ring->starts[i],
-                 ring->masks[i], block[row]);
+      const int i = Ring::Index(row % 8, t, j) + row / 8;
+      ExpandBits(ring->streams + ring->starts[i], ring->masks[i], block[row]);
     }
 #if FLASHJAX_SIMD >= 1
     __m256i a[8], b[8];
@@ -76,7 +74,7 @@ FLASHJAX_TARGET void UnpackStrips(const LscdMatrix& w, int64_t first, int64_t st
   constexpr int kColumns = kUnpackStrips * kStripRows;
   const LscdShape& shape = w.shape;
   const int64_t groups = shape.groups(), entries_words = shape.entries() * kEntryWords;
-  std::unique_ptr<Ring<uint16_t>[]> rings(new Ring<uint16_t>[kUnpackStrips]);
+  std::unique_ptr<Ring[]> rings(new Ring[kUnpackStrips]);
   for (int64_t begin = first; begin < first + strips; begin += kUnpackStrips) {
     const int64_t count = std::min<int64_t>(kUnpackStrips, first + strips - begin);
     const int64_t column = begin * kStripRows;
@@ -87,8 +85,8 @@ FLASHJAX_TARGET void UnpackStrips(const LscdMatrix& w, int64_t first, int64_t st
     for (int64_t group = 0; group < groups; ++group) {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t strip = begin + i;
-        NextGroup<AsBits>(&rings[i], w.bitmap + strip * groups * kLanes * kGroupSteps,
-                          w.entries + strip * entries_words, w.values, w.segments, group);
+        NextGroup(&rings[i], w.bitmap + strip * groups * kLanes * kGroupSteps,
+                  w.entries + strip * entries_words, w.values, w.segments, group);
       }
       for (int j = 0; j < kGroupSteps; ++j) {
         alignas(64) uint16_t rows[kStepK][kColumns];
