@@ -15,7 +15,7 @@ PYTEST_ARGS ?=
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 NATIVE_SOURCES := CMakeLists.txt pyproject.toml flashjax/__init__.py \
-  $(wildcard cmake/*.cmake cpu/* cpu/simd/* cuda/* cuda/common/* bindings/*)
+  $(wildcard cmake/*.cmake cpu/* cuda/* cuda/common/* bindings/*)
 
 .PHONY: help demo test gpu-test lint format install requirements clean FORCE
 

@@ -1,30 +1,26 @@
 // flashjax._cpu: the FFI handlers of the CPU, the host packer, and what the build found.
 #include <nanobind/nanobind.h>
 
-#include "xla/ffi/api/c_api.h"
+#include "xla/ffi/api/ffi.h"
 
 namespace nb = nanobind;
 
-#define FLASHJAX_WEAK __attribute__((weak))
-
-extern "C" {
-FLASHJAX_WEAK XLA_FFI_Error* FlashjaxLscdMatmulCpu(XLA_FFI_CallFrame*);
-FLASHJAX_WEAK XLA_FFI_Error* FlashjaxLscdUnpackCpu(XLA_FFI_CallFrame*);
-}
+XLA_FFI_DECLARE_HANDLER_SYMBOL(FlashjaxLscdMatmulCpu);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(FlashjaxLscdUnpackCpu);
 
 // bindings/lscd_pack_py.cc
-FLASHJAX_WEAK void BindPack(nb::module_& m);
+void BindPack(nb::module_& m);
 
 namespace {
 
-void Add(nb::dict& out, const char* name, XLA_FFI_Handler* handler) {
-  if (handler) out[name] = nb::capsule(reinterpret_cast<void*>(handler));
+nb::capsule Capsule(XLA_FFI_Handler* handler) {
+  return nb::capsule(reinterpret_cast<void*>(handler));
 }
 
 nb::dict Registrations() {
   nb::dict out;
-  Add(out, "flashjax_lscd_matmul_cpu", FlashjaxLscdMatmulCpu);
-  Add(out, "flashjax_lscd_unpack_cpu", FlashjaxLscdUnpackCpu);
+  out["flashjax_lscd_matmul_cpu"] = Capsule(FlashjaxLscdMatmulCpu);
+  out["flashjax_lscd_unpack_cpu"] = Capsule(FlashjaxLscdUnpackCpu);
   return out;
 }
 
@@ -46,5 +42,5 @@ NB_MODULE(_cpu, m) {
       "xla_ffi_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
       "(major, minor) of the XLA FFI headers that this module was built with.");
   m.def("build_info", &BuildInfo, "What the build used, and why it left CUDA out if it did.");
-  if (BindPack) BindPack(m);
+  BindPack(m);
 }

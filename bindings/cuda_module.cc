@@ -6,31 +6,27 @@
 #include <string>
 
 #include "cuda/lscd_matmul_launch.h"
-#include "xla/ffi/api/c_api.h"
+#include "xla/ffi/api/ffi.h"
 
 namespace nb = nanobind;
 
-#define FLASHJAX_WEAK __attribute__((weak))
-
-extern "C" {
-FLASHJAX_WEAK XLA_FFI_Error* FlashjaxLscdMatmulCuda(XLA_FFI_CallFrame*);
-FLASHJAX_WEAK XLA_FFI_Error* FlashjaxLscdUnpackCuda(XLA_FFI_CallFrame*);
-FLASHJAX_WEAK XLA_FFI_Error* FlashjaxLscdPackSizesCuda(XLA_FFI_CallFrame*);
-FLASHJAX_WEAK XLA_FFI_Error* FlashjaxLscdPackCuda(XLA_FFI_CallFrame*);
-}
+XLA_FFI_DECLARE_HANDLER_SYMBOL(FlashjaxLscdMatmulCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(FlashjaxLscdUnpackCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(FlashjaxLscdPackSizesCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(FlashjaxLscdPackCuda);
 
 namespace {
 
-void Add(nb::dict& out, const char* name, XLA_FFI_Handler* handler) {
-  if (handler) out[name] = nb::capsule(reinterpret_cast<void*>(handler));
+nb::capsule Capsule(XLA_FFI_Handler* handler) {
+  return nb::capsule(reinterpret_cast<void*>(handler));
 }
 
 nb::dict Registrations() {
   nb::dict out;
-  Add(out, "flashjax_lscd_matmul_cuda", FlashjaxLscdMatmulCuda);
-  Add(out, "flashjax_lscd_unpack_cuda", FlashjaxLscdUnpackCuda);
-  Add(out, "flashjax_lscd_pack_sizes_cuda", FlashjaxLscdPackSizesCuda);
-  Add(out, "flashjax_lscd_pack_cuda", FlashjaxLscdPackCuda);
+  out["flashjax_lscd_matmul_cuda"] = Capsule(FlashjaxLscdMatmulCuda);
+  out["flashjax_lscd_unpack_cuda"] = Capsule(FlashjaxLscdUnpackCuda);
+  out["flashjax_lscd_pack_sizes_cuda"] = Capsule(FlashjaxLscdPackSizesCuda);
+  out["flashjax_lscd_pack_cuda"] = Capsule(FlashjaxLscdPackCuda);
   return out;
 }
 
