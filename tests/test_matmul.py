@@ -252,8 +252,9 @@ def test_gradient(product, small, dtypes):
         y = jnp.dot(x.astype(jnp.float32), dense.astype(jnp.float32))
         return y if bias is None else y + bias.astype(jnp.float32)[None, None]
 
-    got = jax.grad(loss, (0, 1))(x, bias, lambda x, b: product(x, w, bias=b))
-    expected = jax.grad(loss, (0, 1))(x, bias, dense_product)
+    gradient = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)
+    got = gradient(x, bias, lambda x, b: product(x, w, bias=b))
+    expected = gradient(x, bias, dense_product)
     # dy is rounded to the dtype of y.
     tolerance = 1e-5 if x_dtype == "float32" else 1e-2
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
@@ -272,12 +273,12 @@ def test_gradient_inside_jit_remat_and_vmap(product, small):
         return jnp.sum(jnp.sin(product(x, w)))
 
     expected = np.cos(np.asarray(x) @ w32) @ w32.T
-    for f in (
-        jax.jit(jax.grad(loss)),
+    transformed = [
         jax.grad(jax.checkpoint(loss)),
         jax.vmap(jax.grad(loss)),
         jax.grad(lambda x: jnp.sum(jax.vmap(loss)(x))),
-    ):
+    ]
+    for f in (jax.grad(loss), *map(jax.jit, transformed)):
         np.testing.assert_allclose(f(x), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -288,7 +289,7 @@ def test_second_derivative(product):
     w32 = dense.astype(np.float32)
 
     def hessian(f):
-        return jax.jacrev(jax.grad(lambda x: jnp.sum(f(x) ** 3)))(x)
+        return jax.jit(jax.jacrev(jax.grad(lambda x: jnp.sum(f(x) ** 3))))(x)
 
     expected = hessian(lambda x: jnp.dot(x, w32))
     got = hessian(lambda x: product(x, w))
@@ -356,9 +357,12 @@ def test_vmap_over_weights(product, x_axis):
     def loss(x, w):
         return jnp.sum(product(x, w, preferred_element_type="float32"))
 
-    f = jax.vmap(product, in_axes=(x_axis, 0))
-    g = jax.vmap(jax.grad(loss), in_axes=(x_axis, 0))
-    y, dx = f(x, stack), g(x, stack)
+    @jax.jit
+    def f(x, stack):
+        y = jax.vmap(product, in_axes=(x_axis, 0))(x, stack)
+        return y, jax.vmap(jax.grad(loss), in_axes=(x_axis, 0))(x, stack)
+
+    y, dx = f(x, stack)
     for i, dense in enumerate(denses):
         xi = x[i] if x_axis == 0 else x
         check_product(y[i], xi, dense)
@@ -455,13 +459,12 @@ def test_shard_map_over_rows(small, implementation, check_vma):
         out_specs=P("data"),
         check_vma=check_vma,
     )
-    check_product(mapped(x, bias), x, dense, bias)
+    check_product(jax.jit(mapped)(x, bias), x, dense, bias)
 
-    def loss(f, x, bias):
-        return jnp.sum(f(x, bias) ** 2)
+    def gradient(f):
+        return jax.jit(jax.grad(lambda *args: jnp.sum(f(*args) ** 2), (0, 1)))
 
-    got = jax.grad(functools.partial(loss, mapped), (0, 1))(x, bias)
-    expected = jax.grad(functools.partial(loss, f), (0, 1))(x, bias)
+    got, expected = gradient(mapped)(x, bias), gradient(f)(x, bias)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
@@ -479,9 +482,9 @@ def test_shard_map_result_varies_like_x(small, implementation):
 
     mesh = _mesh(AxisType.Auto)
     in_spec, out_spec = P("data"), P("data")
-    jax.shard_map(f, mesh=mesh, in_specs=in_spec, out_specs=out_spec)(x)
+    jax.eval_shape(jax.shard_map(f, mesh=mesh, in_specs=in_spec, out_specs=out_spec), x)
     with pytest.raises(ValueError, match="out_specs"):
-        jax.shard_map(f, mesh=mesh, in_specs=in_spec, out_specs=P())(x)
+        jax.eval_shape(jax.shard_map(f, mesh=mesh, in_specs=in_spec, out_specs=P()), x)
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "xla", None])
@@ -502,7 +505,7 @@ def test_sharded_operands_under_jit(small, implementation):
 # --- jax.export -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "xla", None])
+@pytest.mark.parametrize("implementation", ["xla", None])
 def test_export_with_a_symbolic_batch(small, implementation):
     _, w, x = small
     x = x[0]
