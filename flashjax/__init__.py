@@ -34,7 +34,7 @@ _MODULES = ("checkpoint", "linen", "nn", "prune")
 _HOMES = {
     "CheckpointError": "checkpoint",
     "SparseDense": "nn",
-    "SparseMatrix": "sparse_matrix",
+    "SparseMatrix": "nn",  # which makes it known to Flax
     "cuda_available": "_native",
     "cuda_unavailable_reason": "_native",
     "sparse_matmul": "matmul",

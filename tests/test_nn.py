@@ -1,6 +1,8 @@
 """SparseDense in NNX and Linen, and sparsify."""
 
 import pickle
+import subprocess
+import sys
 from typing import NamedTuple
 
 import flax.serialization
@@ -229,6 +231,26 @@ def test_tree_and_scan_and_vmap():
     assert_close(jax.vmap(layer)(x), layer(x))
     carry, _ = jax.lax.scan(lambda x, _: (layer(x), None), x, length=2)
     assert_close(carry, layer(layer(x)), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("wrap", [lambda matrix: matrix, nnx.Param, nnx.data])
+def test_matrix_in_a_module_of_ones_own(wrap):
+    class Own(nnx.Module):
+        def __init__(self):
+            self.w = wrap(SparseMatrix.from_dense(random((8, 4), jnp.float16)))
+
+    graph, state = nnx.split(Own())
+    assert len(jax.tree.leaves(state)) == 4
+    assert "SparseMatrix" in repr(nnx.merge(graph, state))
+
+
+def test_flax_knows_the_matrix_from_the_start():
+    code = """
+from flax import nnx
+import flashjax as fj
+assert nnx.is_data(fj.SparseMatrix.__new__(fj.SparseMatrix))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_repr_shows_no_arrays():

@@ -158,7 +158,7 @@ def generate(
 @app.command()
 @reported
 def prune(
-    folder: Annotated[Path, typer.Argument(help="Hugging Face model folder.")],
+    folder: Annotated[str, typer.Argument(help="Model folder or hub name.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     sparsity: Annotated[
         float, typer.Option("--sparsity", "-s", help="Share of zeros, 0 to 1.")

@@ -38,13 +38,15 @@ def run(
         TextColumn("{task.description}"),
     )
     bar = Progress(*columns, console=Console(stderr=True), disable=quiet)
-    with bar:
-        task = bar.add_task("reading", total=None)
+    task = bar.add_task("", total=None)
 
-        def progress(name: str, done: int, total: int) -> None:
-            name = name.removeprefix("model.decoder.")
-            bar.update(task, completed=done, total=total, description=escape(name))
+    def progress(name: str, done: int, total: int) -> None:
+        if not done:
+            bar.start()  # not before, so that errors of the input come alone
+        name = name.removeprefix("model.decoder.")
+        bar.update(task, completed=done, total=total, description=escape(name))
 
+    try:
         result = prune_pretrained(
             folder,
             out,
@@ -54,6 +56,9 @@ def run(
             overwrite=overwrite,
             progress=progress,
         )
+    finally:
+        if bar.live.is_started:
+            bar.stop()
     if quiet:
         return
     console = Console(highlight=False, soft_wrap=True)
