@@ -29,6 +29,7 @@ from .tokenizer import load_tokenizer, save_tokenizer
 AUTO_SPARSITY = 0.5
 
 _DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+_BLOCK_ROWS = 32
 _HALVES = (jnp.float16, jnp.bfloat16)
 # A file's tensors are held until it is written.
 _SHARD_BYTES = 1 << 30
@@ -115,12 +116,13 @@ def save_pretrained(
         writer = CheckpointWriter(temporary, shard_bytes=shard_bytes)
         for name, target in opt_targets(model.config).items():
             layer = _module(model, target.module)
-            if target.attribute == "kernel" and isinstance(layer, SparseDense):
+            if target.attribute != "kernel":
+                writer.add(name, np.asarray(getattr(layer, target.attribute)[...]))
+            elif isinstance(layer, SparseDense):
                 dense = np.asarray(layer.kernel.get_value().to_dense())
-                writer.add_sparse(name, dense.T)
+                writer.add_sparse(name, _transpose(dense))
             else:
-                array = np.asarray(getattr(layer, target.attribute)[...])
-                writer.add(name, array.T if target.attribute == "kernel" else array)
+                writer.add(name, _transpose(np.asarray(layer.kernel[...])))
         writer.close()
 
 
@@ -134,22 +136,21 @@ def _load(stored: StoredOPT, dtype: np.dtype, sparse: bool | Literal["auto"]) ->
             too_large.append(stored_name)
             continue
         layer = _module(model, target.module)
-        if target.attribute == "kernel" and _goes_sparse(
-            array, target.module, stored.is_sparse(stored_name), sparse
-        ):
+        if target.attribute != "kernel":
+            getattr(layer, target.attribute).set_value(jnp.asarray(array))
+            continue
+        kernel = _to_kernel(array)
+        if _goes_sparse(array, target.module, stored.is_sparse(stored_name), sparse):
             sparse_layer = SparseDense.from_matrix(
-                SparseMatrix.from_dense(array.T),
+                SparseMatrix.from_dense(kernel),
                 layer.bias,
                 dtype=layer.dtype,
                 preferred_element_type=layer.preferred_element_type,
             )
             _set_module(model, target.module, sparse_layer)
-            continue
-        value = jnp.asarray(array)
-        if target.attribute == "kernel":
-            value = value.T
-        # Without waiting, reading would run ahead of copying and pile up tensors.
-        getattr(layer, target.attribute).set_value(jax.block_until_ready(value))
+        else:
+            # Without waiting, reading would run ahead of copying and pile up tensors.
+            layer.kernel.set_value(jax.block_until_ready(jnp.asarray(kernel)))
     if too_large:
         raise CheckpointError(
             f"{stored.folder}: values too large for {dtype.name} in "
@@ -167,6 +168,28 @@ def _abstract_model(config: OPTConfig, dtype: np.dtype) -> OPT:
         model.layers.append(nnx.clone(model.layers[0]))
     model.config = config
     return model
+
+
+def _to_kernel(weight: np.ndarray) -> np.ndarray | jax.Array:
+    """Transposes (out, in) to (in, out) where that is fast.
+
+    That is a GPU, which then packs too, or else blocks that fit the host's caches.
+    """
+    if jax.default_backend() != "cpu":
+        return jnp.asarray(weight).T
+    return _transpose(weight)
+
+
+def _transpose(matrix: np.ndarray) -> np.ndarray:
+    """The transpose, contiguous; several times as fast as numpy's own copy."""
+    transposed = np.empty(matrix.shape[::-1], matrix.dtype)
+    # numpy copies its own dtypes faster than ml_dtypes' bfloat16.
+    bits = f"u{matrix.dtype.itemsize}"
+    source, result = matrix.view(bits), transposed.view(bits)
+    for i in range(0, len(matrix), _BLOCK_ROWS):
+        rows = slice(i, i + _BLOCK_ROWS)
+        result[:, rows] = source[rows].T
+    return transposed
 
 
 def _goes_sparse(
