@@ -12,14 +12,17 @@
 namespace flashjax {
 namespace {
 
-// 16 floats.
+// Vec: 16 floats. Sum: a register of partial sums, kSumSize of them.
 #if FLASHJAX_SIMD >= 2
 struct Vec {
   __m512 v;
 };
+using Sum = Vec;
+constexpr int kSumSize = 16, kSums = 24;
 FLASHJAX_INLINE Vec Load(const float* in) { return {_mm512_load_ps(in)}; }
-FLASHJAX_INLINE void Store(float* out, Vec a) { _mm512_store_ps(out, a.v); }
-FLASHJAX_INLINE Vec MultiplyAdd(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+FLASHJAX_INLINE Sum LoadSum(const float* in) { return {_mm512_load_ps(in)}; }
+FLASHJAX_INLINE void StoreSum(float* out, Sum a) { _mm512_store_ps(out, a.v); }
+FLASHJAX_INLINE Sum MultiplyAdd(Vec a, Vec b, Sum c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 template <HalfType kType>
 FLASHJAX_INLINE Vec Expand(const uint16_t* in, uint32_t mask) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in));
@@ -30,18 +33,19 @@ FLASHJAX_INLINE Vec Expand(const uint16_t* in, uint32_t mask) {
 }
 // Tells the compiler to keep it in a register rather than to load it for each use.
 FLASHJAX_INLINE void Keep(Vec* a) { asm("" : "+v"(a->v)); }
-constexpr int kAccumulators = 24;
 #elif FLASHJAX_SIMD >= 1
 struct Vec {
   __m256 low, high;
 };
+struct Sum {
+  __m256 v;
+};
+constexpr int kSumSize = 8, kSums = 8;
 FLASHJAX_INLINE Vec Load(const float* in) { return {_mm256_load_ps(in), _mm256_load_ps(in + 8)}; }
-FLASHJAX_INLINE void Store(float* out, Vec a) {
-  _mm256_store_ps(out, a.low);
-  _mm256_store_ps(out + 8, a.high);
-}
-FLASHJAX_INLINE Vec MultiplyAdd(Vec a, Vec b, Vec c) {
-  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+FLASHJAX_INLINE Sum LoadSum(const float* in) { return {_mm256_load_ps(in)}; }
+FLASHJAX_INLINE void StoreSum(float* out, Sum a) { _mm256_store_ps(out, a.v); }
+FLASHJAX_INLINE Sum MultiplyAdd(Vec a, Vec b, Sum c) {
+  return {_mm256_fmadd_ps(a.high, b.high, _mm256_fmadd_ps(a.low, b.low, c.v))};
 }
 template <HalfType kType>
 FLASHJAX_INLINE __m256 ExpandHalf(const uint16_t* in, uint32_t mask) {
@@ -61,19 +65,29 @@ FLASHJAX_INLINE Vec Expand(const uint16_t* in, uint32_t mask) {
           ExpandHalf<kType>(in + _mm_popcnt_u32(mask & 0xFF), mask >> 8)};
 }
 FLASHJAX_INLINE void Keep(Vec*) {}
-constexpr int kAccumulators = 6;
 #else
 struct Vec {
   float v[16];
+};
+constexpr int kSumSize = 4, kSums = 8;
+struct Sum {
+  float v[kSumSize];
 };
 FLASHJAX_INLINE Vec Load(const float* in) {
   Vec a;
   std::memcpy(a.v, in, sizeof(a.v));
   return a;
 }
-FLASHJAX_INLINE void Store(float* out, const Vec& a) { std::memcpy(out, a.v, sizeof(a.v)); }
-FLASHJAX_INLINE Vec MultiplyAdd(const Vec& a, const Vec& b, Vec c) {
-  for (int i = 0; i < 16; ++i) c.v[i] += a.v[i] * b.v[i];
+FLASHJAX_INLINE Sum LoadSum(const float* in) {
+  Sum a;
+  std::memcpy(a.v, in, sizeof(a.v));
+  return a;
+}
+FLASHJAX_INLINE void StoreSum(float* out, const Sum& a) { std::memcpy(out, a.v, sizeof(a.v)); }
+FLASHJAX_INLINE Sum MultiplyAdd(const Vec& a, const Vec& b, Sum c) {
+  for (int i = 0; i < 16; i += kSumSize) {
+    for (int j = 0; j < kSumSize; ++j) c.v[j] += a.v[i + j] * b.v[i + j];
+  }
   return c;
 }
 template <HalfType kType>
@@ -87,13 +101,12 @@ FLASHJAX_INLINE Vec Expand(const uint16_t* in, uint32_t mask) {
   return a;
 }
 FLASHJAX_INLINE void Keep(Vec*) {}
-constexpr int kAccumulators = 1;
 #endif
 
 // Rows of the strip whose sums stay in registers together: 8, 4, 2 or 1.
 constexpr int BlockRows(int n) {
   int rows = 8;
-  while (rows > 1 && rows * n > kAccumulators) rows /= 2;
+  while (rows > 1 && rows * n > kSums) rows /= 2;
   return rows;
 }
 
@@ -101,14 +114,14 @@ constexpr int BlockRows(int n) {
 // and the rows g + 8, the two streams of a lane). x is the group's part of the permuted x.
 template <HalfType kType, int kRows, int kN>
 FLASHJAX_INLINE void MultiplyBlock(const Ring* ring, const float* x, int block, float* sums) {
-  Vec sum[kRows][kN];
+  Sum sum[kRows][kN];
   const auto row_of = [block](int r) {
     return kRows == 1 ? block : block * (kRows / 2) + r / 2 + 8 * (r % 2);
   };
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int n = 0; n < kN; ++n) sum[r][n] = Load(sums + (row_of(r) * kN + n) * 16);
+    for (int n = 0; n < kN; ++n) sum[r][n] = LoadSum(sums + (row_of(r) * kN + n) * kSumSize);
   }
   for (int j = 0; j < kGroupSteps; ++j) {
     for (int t = 0; t < 4; ++t, x += kN * kStreamPositions) {
@@ -133,19 +146,20 @@ FLASHJAX_INLINE void MultiplyBlock(const Ring* ring, const float* x, int block, 
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int n = 0; n < kN; ++n) Store(sums + (row_of(r) * kN + n) * 16, sum[r][n]);
+    for (int n = 0; n < kN; ++n) StoreSum(sums + (row_of(r) * kN + n) * kSumSize, sum[r][n]);
   }
 }
 
-// The sum of each of 16 vectors that are `stride` apart, always in the same order.
+// Adds up the kSumSize partial sums of each of the 16 rows, which are `stride` apart, always in the
+// same order.
 FLASHJAX_INLINE void AddUp(const float* sums, int64_t stride, float* out) {
 #if FLASHJAX_SIMD >= 2
-  __m512i a[16];
+  __m512i a[kStripRows];
 #pragma GCC unroll 16
-  for (int row = 0; row < 16; ++row) a[row] = _mm512_load_si512(sums + row * stride);
+  for (int row = 0; row < kStripRows; ++row) a[row] = _mm512_load_si512(sums + row * stride);
   Transpose16x16Word(a);
 #pragma GCC unroll 4
-  for (int width = 8; width > 0; width /= 2) {
+  for (int width = kSumSize / 2; width > 0; width /= 2) {
 #pragma GCC unroll 8
     for (int i = 0; i < width; ++i) {
       a[i] = _mm512_castps_si512(
@@ -154,10 +168,10 @@ FLASHJAX_INLINE void AddUp(const float* sums, int64_t stride, float* out) {
   }
   _mm512_storeu_si512(out, a[0]);
 #else
-  for (int row = 0; row < 16; ++row) {
-    float a[16];
+  for (int row = 0; row < kStripRows; ++row) {
+    float a[kSumSize];
     std::memcpy(a, sums + row * stride, sizeof(a));
-    for (int width = 8; width > 0; width /= 2) {
+    for (int width = kSumSize / 2; width > 0; width /= 2) {
       for (int i = 0; i < width; ++i) a[i] += a[i + width];
     }
     out[row] = a[0];
@@ -172,7 +186,7 @@ FLASHJAX_TARGET void MatmulTile(Ring* ring, const MatmulJob& job, int64_t strip,
   const uint32_t* bitmap = job.w.bitmap + strip * shape.groups() * kLanes * kGroupSteps;
   const uint32_t* entries = job.w.entries + strip * shape.entries() * kEntryWords;
   const float* x = job.permuted + job.TileOffset(n0);
-  alignas(64) float sums[kStripRows * kN * 16] = {};
+  alignas(64) float sums[kStripRows * kN * kSumSize] = {};
   if (shape.groups() > 0) StartStrip(ring, entries);
   for (int64_t group = 0; group < shape.groups(); ++group, x += kN * kGroupK) {
     NextGroup(ring, bitmap, entries, job.w.values, job.w.segments, group);
@@ -186,7 +200,7 @@ FLASHJAX_TARGET void MatmulTile(Ring* ring, const MatmulJob& job, int64_t strip,
   if (job.bias != nullptr) std::memcpy(bias, job.bias + row, rows * sizeof(float));
   for (int n = 0; n < kN; ++n) {
     float out[kStripRows];
-    AddUp(sums + n * 16, kN * 16, out);
+    AddUp(sums + n * kSumSize, kN * kSumSize, out);
     for (int i = 0; i < kStripRows; ++i) out[i] += bias[i];
     StoreRow(out, job.y_type, rows, job.y, (n0 + n) * shape.m + row);
   }
