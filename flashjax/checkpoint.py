@@ -56,6 +56,9 @@ TREE_KEY = "flashjax_sparse"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
+# Elements that are converted at a time, so that temporaries stay in the cache.
+_BLOCK = 1 << 16
+
 _DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -110,9 +113,18 @@ def encode(dense: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             "a sparse weight must be a float16 or bfloat16 matrix, got "
             f"{dense.dtype} of shape {dense.shape}"
         )
-    # The bit patterns decide, so that no rounding or flushing can change the result.
-    stored = (dense.view(np.uint16).reshape(-1) & 0x7FFF) != 0
-    return np.packbits(stored, bitorder="little"), dense.reshape(-1)[stored]
+    flat = dense.reshape(-1)
+    bits = flat.view(np.uint16)
+    bitmap = np.empty(-(-flat.size // 8), np.uint8)
+    values = []
+    for start in range(0, flat.size, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        # The bit patterns decide, so that no flushing of subnormals can interfere.
+        stored = (bits[block] & 0x7FFF) != 0
+        packed = np.packbits(stored, bitorder="little")
+        bitmap[start // 8 : start // 8 + packed.size] = packed
+        values.append(np.compress(stored, flat[block]))
+    return bitmap, np.concatenate(values) if values else flat
 
 
 def decode(
@@ -163,8 +175,14 @@ def decode(
         values.size,
     )
     dense = np.zeros(size, values.dtype)
-    mask = np.unpackbits(bitmap, count=size, bitorder="little").view(np.bool_)
-    dense[mask] = values
+    done = 0
+    for start in range(0, size, _BLOCK):
+        part = bitmap[start // 8 : (start + _BLOCK) // 8]
+        mask = np.unpackbits(part, bitorder="little")
+        # Several times as fast as assigning through the mask.
+        places = np.flatnonzero(mask.view(np.bool_))
+        dense[start : start + _BLOCK][places] = values[done : done + places.size]
+        done += places.size
     return dense.reshape(shape)
 
 

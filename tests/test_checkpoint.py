@@ -35,7 +35,9 @@ def same_bits(a, b):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("shape", [(0, 0), (0, 5), (1, 1), (7, 13), (16, 64), (3, 0)])
+@pytest.mark.parametrize(
+    "shape", [(0, 0), (0, 5), (1, 1), (7, 13), (16, 64), (3, 0), (257, 511), (256, 512)]
+)
 @pytest.mark.parametrize("sparsity", [0.0, 0.6, 1.0])
 def test_round_trip(shape, dtype, sparsity):
     dense = random_sparse(shape, dtype, sparsity)
