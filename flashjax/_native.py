@@ -85,7 +85,7 @@ if cuda is not None:
 
 
 def _jax_platforms() -> str:
-    return jax.config.jax_platforms or ""
+    return jax.config.values.get("jax_platforms") or ""
 
 
 def _jax_cuda_plugins() -> list[str]:
