@@ -300,6 +300,8 @@ class OPT(nnx.Module):
             at = (zero, zero, start, zero)
             keys = jax.lax.dynamic_update_slice(cache.keys[layer], keys, at)
             values = jax.lax.dynamic_update_slice(cache.values[layer], values, at)
+            # Fused with what reads them, the updates would not happen in place.
+            keys, values = jax.lax.optimization_barrier((keys, values))
             all_keys.append(keys)
             all_values.append(values)
             return _attention(

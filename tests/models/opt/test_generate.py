@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import flashjax as fj
 from flashjax.models import opt
 
 # `opt.generate` is the function; this is the module that it comes from.
@@ -534,3 +535,66 @@ def test_under_jit(model):
         jax.jit(lambda ids: opt.generate(model, ids, max_new_tokens=1))(
             jnp.ones((1, 2), jnp.int32)
         )
+
+
+def _sparse_and_dense(dtype, **changes):
+    """A model with pruned layers, and the same one with the zeros stored."""
+    changes = {"hidden_size": 64, "ffn_size": 160, **changes}
+    models = [_model(dtype, **changes) for _ in "ab"]
+    for model in models:
+        for layer in model.layers:
+            attention = layer.self_attn
+            for linear in (layer.fc1, layer.fc2, attention.q_proj, attention.out_proj):
+                kernel = linear.kernel
+                kernel[...] = jnp.asarray(fj.prune.magnitude(kernel[...], 0.7))
+    return fj.sparsify(models[0]), models[1]
+
+
+@pytest.mark.parametrize("rows", [3, 80], ids=["kernel", "expand"])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_sparse_models_generate_as_dense_ones(dtype, rows):
+    sparse, dense = _sparse_and_dense(dtype, init_std=0.2)
+    ids, mask = _batch()
+    ids, mask = (np.resize(a, (rows, 8)) for a in (ids, mask))
+    options = {"max_new_tokens": NEW, "eos_token_id": -1}
+    out = opt.generate(sparse, ids, mask, **options)
+    np.testing.assert_array_equal(out, opt.generate(dense, ids, mask, **options))
+    streamed = list(opt.generate_stream(sparse, ids, mask, **options))
+    np.testing.assert_array_equal(np.stack(streamed, axis=1), out[:, 8:])
+    with _count_compilations() as events:
+        opt.generate(sparse, ids, mask, seed=3, **options)
+    assert not events
+
+
+@pytest.mark.parametrize(
+    "rows", [80, pytest.param(300, marks=pytest.mark.gpu)], ids=["cpu", "cuda"]
+)
+def test_expanded_weights_do_not_stay(rows):
+    # More rows than the kernel takes: every layer expands its weights.
+    sparse, dense = _sparse_and_dense(
+        jnp.float16, num_layers=12, hidden_size=128, ffn_size=512
+    )
+    graphdef, params = nnx.split(sparse)
+    request = generate_module._check(
+        sparse,
+        np.full((rows, 1), 3),
+        None,
+        max_new_tokens=2,
+        min_new_tokens=0,
+        temperature=0.0,
+        top_k=None,
+        top_p=None,
+        seed=0,
+        eos_token_id=None,
+    )
+    arguments = (graphdef, params, request.settings)
+    prefill = generate_module._prefill.lower(
+        *arguments, request.padded, request.mask, width=request.width
+    )
+    state = generate_module._start(graphdef, params, request)
+    decode = generate_module._decode.lower(*arguments, state, np.int32(2))
+    layers = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(dense.layers)))
+    if jax.default_backend() == "cpu":
+        layers *= 2  # it expands to float32
+    for program in (prefill, decode):
+        assert program.compile().memory_analysis().temp_size_in_bytes < layers / 2
