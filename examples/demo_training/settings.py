@@ -38,12 +38,12 @@ class Settings:
     max_positions: int = 512
     batch_size: int = 32
     chunk: int = 50
-    epochs: int = 40
+    epochs: int = 30
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.1
     dropout: tuple[float, ...] = (0.2,)
-    prune_epochs: int = 10
-    recover_epochs: int = 15
+    prune_epochs: int = 8
+    recover_epochs: int = 10
     prune_learning_rate: float = 7.5e-4
     prune_dropout: float = 0.1
     distill: float = 0.5
