@@ -249,7 +249,9 @@ def test_gradient(product, small, dtypes):
         return jnp.sum(y * weights)
 
     def dense_product(x, bias):
-        y = jnp.dot(x.astype(jnp.float32), dense.astype(jnp.float32))
+        y = jnp.dot(
+            x.astype(jnp.float32), dense.astype(jnp.float32), precision="highest"
+        )
         return y if bias is None else y + bias.astype(jnp.float32)[None, None]
 
     gradient = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)
