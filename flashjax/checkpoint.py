@@ -323,7 +323,7 @@ def parse_metadata(
     return {name: _parse_entry(what, name, entry) for name, entry in sparse.items()}
 
 
-def _parse_entry(what: str, name: str, entry: object) -> SparseEntry:
+def _parse_entry(what: str, name: str, entry: Any) -> SparseEntry:
     _expect(isinstance(entry, dict), what, f"entry {name!r}", "object", _kind(entry))
     shape, dtype = entry.get("shape"), entry.get("dtype")
     ok = isinstance(shape, list) and len(shape) == 2
@@ -473,7 +473,10 @@ class CheckpointReader:
         if name not in self.sparse:
             return parts[0]
         entry = self.sparse[name]
-        return decode(*parts, entry.shape, entry.dtype, f"{self.folder}: {name}")
+        bitmap, values = parts
+        return decode(
+            bitmap, values, entry.shape, entry.dtype, f"{self.folder}: {name}"
+        )
 
     def _slice(self, name: str, part: str):
         return self._files[self._tensors[name]].get_slice(part)
@@ -492,7 +495,7 @@ def _safetensors_files(folder: Path) -> dict[str, list[str]]:
         raise CheckpointError(
             f"{folder}: expected {WEIGHTS_NAME} or {INDEX_NAME}, got {found}"
         )
-    weight_map = read_json(index_path).get("weight_map")
+    weight_map: Any = read_json(index_path).get("weight_map")
     ok = isinstance(weight_map, dict) and len(weight_map) > 0
     _expect(ok, str(index_path), "'weight_map'", "names and files", _kind(weight_map))
     files: dict[str, list[str]] = {}

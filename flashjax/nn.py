@@ -94,6 +94,8 @@ class SparseDense(nnx.Module):
         # Only through __init__ does NNX set up an object, also for from_matrix().
         if _packed is not None:
             matrix, bias = _packed
+        elif rngs is None:
+            raise ValueError("SparseDense: expected rngs to be nnx.Rngs, got None")
         else:
             param_dtype = _half(param_dtype, "param_dtype")
             shape = (in_features, out_features)
@@ -116,7 +118,7 @@ class SparseDense(nnx.Module):
     def from_matrix(
         cls,
         matrix: SparseMatrix,
-        bias: ArrayLike | None = None,
+        bias: ArrayLike | nnx.Variable | None = None,
         *,
         dtype: DTypeLike | None = None,
         preferred_element_type: DTypeLike | None = None,
@@ -135,12 +137,13 @@ class SparseDense(nnx.Module):
         Raises:
           ValueError: bias has another shape.
         """
+        variable: Any = bias
         if bias is not None and not isinstance(bias, nnx.Variable):
-            bias = nnx.Param(jnp.asarray(bias))
-        if bias is not None and bias.shape != (matrix.shape[1],):
+            variable = nnx.Param(jnp.asarray(bias))
+        if variable is not None and variable.shape != (matrix.shape[1],):
             raise ValueError(
                 f"bias: expected shape ({matrix.shape[1]},) for a kernel of shape "
-                f"{matrix.shape}, got {bias.shape}"
+                f"{matrix.shape}, got {variable.shape}"
             )
         return cls(
             *matrix.shape,
@@ -148,7 +151,7 @@ class SparseDense(nnx.Module):
             preferred_element_type=preferred_element_type,
             implementation=implementation,
             rngs=None,
-            _packed=(matrix, bias),
+            _packed=(matrix, variable),
         )
 
     @classmethod
@@ -389,7 +392,7 @@ def _is_abstract(array: Any) -> bool:
     return isinstance(array, jax.core.Tracer | jax.ShapeDtypeStruct)
 
 
-def _cast(kernel: ArrayLike, name: str, dtype: DTypeLike | None) -> Any:
+def _cast(kernel: Any, name: str, dtype: DTypeLike | None) -> Any:
     """The kernel as a float16 or bfloat16 array where it was."""
     if _is_abstract(kernel):
         raise ValueError(
@@ -406,22 +409,25 @@ def _cast(kernel: ArrayLike, name: str, dtype: DTypeLike | None) -> Any:
     if dtype is None:
         dtype = kernel.dtype if kernel.dtype in _HALVES else jnp.float16
     dtype = _half(dtype, "dtype")
-    largest = float(jnp.finfo(dtype).max)
-    if kernel.dtype != dtype and kernel.size:
-        # NaN and infinities pass; only finite values must stay finite.
-        magnitude = abs(kernel.astype(np.float32))
-        if bool(((magnitude > largest) & (magnitude < np.inf)).any()):
-            raise ValueError(
-                f"{name}: expected magnitudes up to {largest:g} for {dtype.name}, got "
-                f"{float(magnitude[magnitude < np.inf].max()):g}"
-            )
-    return kernel.astype(dtype)
+    if kernel.dtype == dtype:
+        return kernel
+    xp: Any = jnp if isinstance(kernel, jax.Array) else np
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        cast = kernel.astype(dtype)
+    too_large = xp.isinf(cast) & xp.isfinite(kernel)
+    if too_large.any():
+        largest = float(abs(kernel[too_large].astype(np.float32)).max())
+        raise ValueError(
+            f"{name}: expected magnitudes up to {float(jnp.finfo(dtype).max):g} for "
+            f"{dtype.name}, got {largest:g}"
+        )
+    return cast
 
 
 def _check_linear(linear: nnx.Linear, path: str, dtype: DTypeLike | None) -> None:
     if not isinstance(linear, nnx.Linear):
         raise ValueError(f"{path}: expected an nnx.Linear, got {type(linear).__name__}")
-    default = nnx.Linear.__init__.__kwdefaults__
+    default = nnx.Linear.__init__.__kwdefaults__ or {}
     for name in ("dot_general", "promote_dtype"):
         if getattr(linear, name) is not default[name]:
             raise ValueError(

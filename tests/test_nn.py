@@ -165,6 +165,11 @@ def test_arguments_are_checked(arguments, message):
         SparseDense(4, 4, **arguments, rngs=nnx.Rngs(0))
 
 
+def test_no_rngs():
+    with pytest.raises(ValueError, match=r"expected rngs to be nnx\.Rngs, got None"):
+        SparseDense(4, 4, rngs=None)
+
+
 def test_negative_size():
     with pytest.raises(ValueError, match="at least 0, got"):
         SparseDense(4, -4, rngs=nnx.Rngs(0))
@@ -580,6 +585,13 @@ def test_infinities_and_nan_survive():
     linear.kernel.set_value(kernel)
     dense = SparseDense.from_linear(linear).kernel[...].to_dense()
     np.testing.assert_array_equal(np.asarray(dense, np.float32), kernel)
+
+
+def test_largest_values_round_down():
+    linear = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+    linear.kernel.set_value(jnp.full((1, 1), 65519.0))
+    dense = SparseDense.from_linear(linear).kernel[...].to_dense()
+    assert dense.item() == 65504
 
 
 def test_sparsify_in_jit():

@@ -65,13 +65,18 @@ def run(
     empty = [i + 1 for i, prompt in enumerate(prompts) if not prompt]
     if empty:
         raise ValueError(f"expected prompts with text, got an empty one: {empty[0]}")
-    sparse = False if dense or dtype == "float32" else "auto"
     model, tokenizer = opt.from_pretrained(
-        folder, dtype=jnp.dtype(dtype), sparse=sparse
+        folder, dtype=jnp.dtype(dtype), sparse=False if dense else "auto"
     )
     if tokenizer is None:
         raise ValueError(f"{folder}: expected a tokenizer.json, got none")
-    for _, layer in nn.sparse_layers(model):
+    layers = [layer for _, layer in nn.sparse_layers(model)]
+    if implementation is not None and not layers:
+        raise ValueError(
+            f"--implementation {implementation}: expected a model with sparse layers, "
+            f"got none in {folder} as {dtype}"
+        )
+    for layer in layers:
         layer.implementation = implementation
 
     console = Console(highlight=False, soft_wrap=True)

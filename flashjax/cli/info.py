@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flashjax.checkpoint import CheckpointError, read_json
+from flashjax.checkpoint import CheckpointError, CheckpointReader, read_json
 from flashjax.cli.report import device_name, format_bytes
 
 _PACKAGES = ("flashjax", "jax", "jaxlib", "flax", "numpy", "safetensors", "tokenizers")
@@ -177,12 +177,14 @@ def read_tensors(folder: Path) -> list[TensorInfo]:
         raise CheckpointError(f"{folder}: expected a model folder, got {what}")
     tensors = []
     with open_weights(folder) as reader:
-        sparse = getattr(reader, "sparse", {})
         for name in reader.names():
             shape, dtype = reader.shape(name), reader.dtype(name)
             dense_bytes = int(np.prod(shape)) * dtype.itemsize
             stored_bytes, zeros = dense_bytes, None
-            if name in sparse:
+            stored_sparse = isinstance(reader, CheckpointReader) and (
+                name in reader.sparse
+            )
+            if isinstance(reader, CheckpointReader) and stored_sparse:
                 stored_bytes = reader.stored_bytes(name)
                 zeros = int(np.prod(shape)) - reader.nnz(name)
             elif len(shape) == 2 and _LAYER.search(name):
@@ -195,7 +197,7 @@ def read_tensors(folder: Path) -> list[TensorInfo]:
                     name,
                     shape,
                     dtype.name,
-                    name in sparse,
+                    stored_sparse,
                     sparsity,
                     dense_bytes,
                     stored_bytes,
@@ -207,7 +209,7 @@ def read_tensors(folder: Path) -> list[TensorInfo]:
 def _group(tensors: list[TensorInfo]) -> dict[str, list[TensorInfo]]:
     """The tensors by layer, in order, and the others."""
     layers: dict[int, list[TensorInfo]] = {}
-    others = []
+    others: list[TensorInfo] = []
     for tensor in tensors:
         found = _LAYER.search(tensor.name)
         group = layers.setdefault(int(found.group(1)), []) if found else others
@@ -220,7 +222,7 @@ def _sum(tensors: list[TensorInfo]) -> dict[str, Any]:
     """Bytes of all tensors; sparsity and number of the layers' matrices."""
     matrices = [t for t in tensors if t.sparsity is not None]
     elements = sum(t.size for t in matrices)
-    zeros = sum(t.sparsity * t.size for t in matrices)
+    zeros = sum((t.sparsity or 0.0) * t.size for t in matrices)
     return {
         "matrices": len(matrices),
         "stored_sparse": sum(t.stored_sparse for t in matrices),

@@ -130,6 +130,10 @@ def test_bad_folders(cli, bad_folder):
         (["-p", "x", "-t", "1", "--top-k", "0"], ["top_k", "0"]),
         (["-p", "x", "--seed", "-1"], ["seed", "-1"]),
         (["-p", "x", "--batch", "0"], ["--batch: expected at least 1, got 0"]),
+        (
+            ["-p", "x", "--dense", "--implementation", "cpu"],
+            ["sparse layers, got none"],
+        ),
         (["-p", "x", "-n", "8", "--implementation", "cuda"], ["'cuda' cannot run"]),
     ],
 )
