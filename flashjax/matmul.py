@@ -33,11 +33,8 @@ IMPLEMENTATIONS = ("cuda", "cpu", "xla")
 KERNEL_ROWS = {"cuda": 256, "cpu": 64}
 
 _CUDA_K_MULTIPLE = 8  # 16-byte rows of x
-_CUDA_KERNEL = 0  # the launcher chooses
 
 _DTYPES = tuple(np.dtype(d) for d in (jnp.float16, jnp.bfloat16, jnp.float32))
-
-Packed = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def sparse_matmul(
@@ -90,7 +87,7 @@ def sparse_matmul(
         out_dtype=_result_dtype(x, w, preferred_element_type),
         implementation=implementation,
     )
-    return _jitted(call, *_vary_alike((x, w.packed, bias)))
+    return _jitted(call, x, w.packed, bias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +106,7 @@ class _Call:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(call: _Call, x: jax.Array, packed: Packed, bias: jax.Array | None):
+def _product(call: _Call, x: jax.Array, packed: packing.Packed, bias: jax.Array | None):
     return _batched(call)(x, packed, bias)
 
 
@@ -130,7 +127,10 @@ _product.defvjp(_product_fwd, _product_bwd)
 
 
 def _sparse_matmul(call, x, packed, bias):
-    return _product(call, x, packed, bias)
+    # Rows are folded into one dimension, which only the first one may be split over.
+    x = packing.gather(x, keep=min(x.ndim - 1, 1))
+    packed, bias = jax.tree.map(packing.gather, (packed, bias))
+    return _product(call, *_vary_alike((x, packed, bias)))
 
 
 # One name in jaxprs and profiles; eager calls are compiled once per shape.
@@ -184,12 +184,12 @@ def _map_batch(function, in_batched, args):
 # --- Implementations --------------------------------------------------------------
 
 
-def _forward(call: _Call, x: jax.Array, packed: Packed, bias: jax.Array | None):
+def _forward(call: _Call, x: jax.Array, packed: packing.Packed, bias: jax.Array | None):
     """(..., K) -> (..., M); the implementation is chosen when this is lowered."""
     return _dispatch(call, _FORWARD, x, packed, bias)
 
 
-def _backward(call: _Call, dy: jax.Array, packed: Packed):
+def _backward(call: _Call, dy: jax.Array, packed: packing.Packed):
     """(..., M) -> (..., K) in float32: the product with the transposed weights."""
     return _dispatch(call, _BACKWARD, dy, packed)
 
@@ -210,6 +210,7 @@ def _dispatch(call, functions, *args):
 
 
 def _xla(call, x, packed, bias):
+    packed = _after(x, packed)
     dense = reference.unpack(*packed, call.shape, call.dtype)
     return reference.dense_product(x, dense, bias, call.out_dtype)
 
@@ -217,6 +218,7 @@ def _xla(call, x, packed, bias):
 def _cpu(call, x, packed, bias):
     rows = math.prod(x.shape[:-1])
     if _exceeds(rows, KERNEL_ROWS["cpu"]) or _is_empty(call, rows):
+        packed = _after_on_cpu(x, packed)
         dense = packing.unpack_cpu(packed, call.shape, call.dtype, _FLOAT32)
         return reference.dense_product(x, dense, bias, call.out_dtype)
     x_rows = x.reshape(rows, call.shape[0])
@@ -244,7 +246,8 @@ def _cuda(call, x, packed, bias, kernel="auto"):
         or call.x_dtype != call.dtype
         or _is_empty(call, rows)
     ):
-        dense = packing.unpack_cuda(packed, call.shape, call.dtype)
+        packed = _after(x, packed)
+        dense = packing.unpack_cuda(packed, call.shape, call.dtype, for_dot=True)
         return reference.dense_product(x, dense, bias, call.out_dtype)
     x_rows = x.reshape(rows, k)
     # The kernel writes x's dtype or float32.
@@ -261,21 +264,48 @@ def _cuda(call, x, packed, bias, kernel="auto"):
 
 def _cuda_workspace_bytes(n: Any, m: int, k: int) -> int:
     """Bytes for the partial sums of tiles that several blocks share."""
+    assert _native.cuda is not None, "only lowered with the module"
     n = n if isinstance(n, int) else KERNEL_ROWS["cuda"]
     return _native.cuda.workspace_bytes(n, m, k)
 
 
 def _xla_transposed(call, dy, packed):
+    packed = _after(dy, packed)
     return _dense_transposed(dy, reference.unpack(*packed, call.shape, call.dtype))
 
 
 def _cpu_transposed(call, dy, packed):
+    packed = _after_on_cpu(dy, packed)
     dense = packing.unpack_cpu(packed, call.shape, call.dtype, _FLOAT32)
     return _dense_transposed(dy, dense)
 
 
 def _cuda_transposed(call, dy, packed):
-    return _dense_transposed(dy, packing.unpack_cuda(packed, call.shape, call.dtype))
+    packed = _after(dy, packed)
+    dense = packing.unpack_cuda(packed, call.shape, call.dtype, for_dot=True)
+    return _dense_transposed(dy, dense)
+
+
+def _after(x, packed):
+    """Makes weights that are going to be expanded wait for x.
+
+    They depend on nothing that is computed: XLA could expand those of all layers first,
+    or before a loop, and hold all dense matrices at once.
+    """
+    # Without tangents: weights have none.
+    return jax.lax.optimization_barrier((packed, jax.lax.stop_gradient(x)))[0]
+
+
+def _after_on_cpu(x, packed):
+    """`_after` for CPUs, where jax 0.10 drops the barrier before it schedules.
+
+    Adds a zero that XLA cannot prove to be one.
+    """
+    bitmap, *others = _after(x, packed)
+    x = jax.lax.stop_gradient(x).astype(jnp.bfloat16)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint16)
+    zero = jnp.sum(bits.astype(jnp.uint32) >> np.uint32(16), dtype=jnp.uint32)
+    return bitmap + zero, *others
 
 
 def _dense_transposed(dy, dense):
@@ -284,7 +314,11 @@ def _dense_transposed(dy, dense):
         dy, dense = dy.astype(jnp.float32), dense.astype(jnp.float32)
     dimensions = (((dy.ndim - 1,), (1,)), ((), ()))
     return jax.lax.dot_general(
-        dy, dense, dimensions, preferred_element_type=jnp.float32
+        dy,
+        dense,
+        dimensions,
+        precision=reference.precision(dy.dtype),
+        preferred_element_type=jnp.float32,
     )
 
 

@@ -15,10 +15,11 @@ from flashjax import _native, reference
 # The FFI attribute `weight_dtype`: what the 16-bit values are.
 WEIGHT_DTYPES = {np.dtype(np.float16): 0, np.dtype(jnp.bfloat16): 1}
 
-Packed = tuple[Any, Any, Any, Any]
+# What the kernels read: bitmap, entries, values.
+Packed = tuple[Any, Any, Any]
 
 
-def pack(dense: np.ndarray | jax.Array, threads: int = 0) -> Packed:
+def pack(dense: np.ndarray | jax.Array, threads: int = 0) -> tuple[Any, ...]:
     """Packs a (K, M) array where it lives: host arrays on the host, GPU arrays there.
 
     Args:
@@ -49,15 +50,16 @@ def pack(dense: np.ndarray | jax.Array, threads: int = 0) -> Packed:
         return tuple(map(jnp.asarray, packed))
 
 
-def _pack_on_host(dense: np.ndarray, threads: int) -> Packed:
+def _pack_on_host(dense: np.ndarray, threads: int) -> tuple[Any, ...]:
     dense = np.ascontiguousarray(dense, dense.dtype.newbyteorder("="))
     return _native.cpu.pack(dense.view(np.uint16), threads=threads)
 
 
-def _pack_on_gpu(dense: jax.Array) -> Packed:
+def _pack_on_gpu(dense: jax.Array) -> tuple[Any, ...]:
     """Two steps, because the number of segments depends on the data."""
-    shapes = reference.leaf_shapes(dense.shape)
-    chains = reference.chain_count(dense.shape)
+    k, m = dense.shape
+    shapes = reference.leaf_shapes((k, m))
+    chains = reference.chain_count((k, m))
     sizes = jax.ffi.ffi_call(
         "flashjax_lscd_pack_sizes_cuda", jax.ShapeDtypeStruct((chains,), jnp.uint32)
     )(dense)
@@ -78,8 +80,20 @@ def can_lower_for_cuda() -> bool:
     return _native.cuda_available()
 
 
+def gather(array: jax.Array, keep: int = 0) -> jax.Array:
+    """Undoes explicit sharding, but of the first `keep` dimensions.
+
+    The kernels work on whole matrices. Without explicit axes XLA does this by itself.
+    """
+    sharding = jax.typeof(array).sharding
+    spec = jax.P(*sharding.spec[:keep], *[None] * (array.ndim - keep))
+    if spec == sharding.spec:
+        return array
+    return jax.reshard(array, jax.NamedSharding(sharding.mesh, spec))
+
+
 def unpack(
-    packed: tuple[jax.Array, jax.Array, jax.Array],
+    packed: Packed,
     shape: tuple[int, int],
     dtype: np.dtype,
 ) -> jax.Array:
@@ -99,7 +113,7 @@ def unpack(
 
 
 def unpack_cpu(
-    packed: tuple[jax.Array, jax.Array, jax.Array],
+    packed: Packed,
     shape: tuple[int, int],
     dtype: np.dtype,
     out_dtype: np.dtype,
@@ -113,19 +127,26 @@ def unpack_cpu(
 
 
 def unpack_cuda(
-    packed: tuple[jax.Array, jax.Array, jax.Array],
+    packed: Packed,
     shape: tuple[int, int],
     dtype: np.dtype,
+    for_dot: bool = False,
 ) -> jax.Array:
-    """`unpack` for CUDA lowerings."""
-    return jax.ffi.ffi_call(
-        "flashjax_lscd_unpack_cuda",
-        _dense_type(packed, shape, dtype, dtype),
-        vmap_method="sequential",
-    )(*packed)
+    """`unpack` for CUDA lowerings.
+
+    With `for_dot` it is the transpose of a (M, K) array: the order that the kernel
+    writes fastest and cuBLAS prefers. XLA folds the transposition into a dot.
+    """
+    dense = _dense_type(packed, shape, dtype, dtype)
+    if for_dot:
+        dense = jax.eval_shape(jnp.transpose, dense)
+    out = jax.ffi.ffi_call(
+        "flashjax_lscd_unpack_cuda", dense, vmap_method="sequential"
+    )(*packed, transposed=not for_dot)
+    return out.T if for_dot else out
 
 
-def _dense_type(packed, shape, dtype, out_dtype):
+def _dense_type(packed: Packed, shape, dtype, out_dtype):
     # Evaluating the reference keeps what a bare ShapeDtypeStruct drops: the mesh and
     # the manual axes of the operands inside shard_map.
     return jax.eval_shape(

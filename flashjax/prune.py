@@ -10,9 +10,6 @@ import numpy as np
 
 Array = TypeVar("Array", np.ndarray, jax.Array)
 
-# Unsigned integers that hold a float's bits, by item size.
-_BITS = {2: np.uint16, 4: np.uint32, 8: np.uint64}
-
 
 def magnitude(dense: Array, sparsity: float) -> Array:
     """Zeroes the elements of smallest magnitude.
@@ -48,7 +45,7 @@ def magnitude(dense: Array, sparsity: float) -> Array:
             f"{type(dense).__name__}"
         )
     is_float = jnp.issubdtype(dense.dtype, jnp.floating)
-    if not is_float or dense.dtype.itemsize not in _BITS:
+    if not is_float or dense.dtype.itemsize not in (2, 4, 8):
         raise ValueError(
             "prune.magnitude: expected dtype float16, bfloat16, float32 or float64, "
             f"got {dense.dtype}"
@@ -81,8 +78,9 @@ def _check_sparsity(sparsity: float) -> float:
 def _magnitude(dense: np.ndarray, sparsity: float) -> np.ndarray:
     native = np.ascontiguousarray(dense, dense.dtype.newbyteorder("="))
     # Without its sign bit, a float's bit pattern orders like its magnitude.
-    unsigned = _BITS[native.dtype.itemsize]
-    keys = native.reshape(-1).view(unsigned) & unsigned(np.iinfo(unsigned).max >> 1)
+    bits = 8 * native.dtype.itemsize
+    unsigned = np.dtype(f"uint{bits}")
+    keys = native.reshape(-1).view(unsigned) & unsigned.type((1 << (bits - 1)) - 1)
     infinity = np.array(np.inf, native.dtype).view(unsigned)
     nans = int(np.count_nonzero(keys > infinity))
     if nans:

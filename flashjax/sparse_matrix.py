@@ -103,7 +103,9 @@ class SparseMatrix:
             raise ValueError(
                 f"SparseMatrix.from_dense: expected threads >= 0, got {threads!r}"
             )
-        return cls(*packing.pack(dense, threads), shape=dense.shape, dtype=dtype)
+        k, m = dense.shape
+        bitmap, entries, values, counts = packing.pack(dense, threads)
+        return cls(bitmap, entries, values, counts, shape=(k, m), dtype=dtype)
 
     def to_dense(self) -> jax.Array:
         """The dense (in_features, out_features) array; works inside `jax.jit`."""
@@ -226,4 +228,4 @@ def _show(shape: tuple[int | None, ...]) -> str:
 
 @jax.jit(static_argnums=(1, 2))
 def _to_dense(packed, shape, dtype):
-    return packing.unpack(packed, shape, dtype)
+    return packing.unpack(jax.tree.map(packing.gather, packed), shape, dtype)

@@ -489,19 +489,48 @@ def test_shard_map_result_varies_like_x(small, implementation):
         jax.eval_shape(jax.shard_map(f, mesh=mesh, in_specs=in_spec, out_specs=P()), x)
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "xla", None])
-def test_sharded_operands_under_jit(small, implementation):
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [P("data"), P(None, "data"), P(None, None, "data")])
+def test_sharded_operands_under_jit(axis_type, spec):
+    dense = op_cases.random_dense(72, 32, 0.6, "float16")
+    w = fj.SparseMatrix.from_dense(dense)
+    x = op_cases.random_x((4, 8, 72), "float16")
+    bias = op_cases.random_x((32,), "float32", seed=3)
+    mesh = _mesh(axis_type)
+
+    @jax.jit
+    def f(x, w, bias):
+        y, vjp = jax.vjp(lambda x, bias: fj.sparse_matmul(x, w, bias=bias), x, bias)
+        return y, *vjp(jnp.ones_like(y))
+
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(x, NamedSharding(mesh, spec))
+        sharded_bias = jax.device_put(bias, NamedSharding(mesh, P("data")))
+        y, dx, dbias = f(sharded, w, sharded_bias)
+        if axis_type == AxisType.Explicit:
+            assert jax.typeof(y).sharding.spec == P(*spec[:1], None, None)
+            assert jax.typeof(dx).sharding == jax.typeof(sharded).sharding
+            assert jax.typeof(dbias).sharding == jax.typeof(sharded_bias).sharding
+    check_product(y, x, dense, bias)
+    expected = np.broadcast_to(dense.astype(np.float32).sum(1), x.shape)
+    np.testing.assert_allclose(dx.astype(np.float32), expected, rtol=1e-2, atol=1e-2)
+    np.testing.assert_array_equal(dbias, np.full(32, 32))
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_weights(small, axis_type):
     dense, w, x = small
-    f = jax.jit(functools.partial(fj.sparse_matmul, implementation=implementation))
-    for axis_type in (AxisType.Auto, AxisType.Explicit):
-        mesh = _mesh(axis_type)
-        sharded = jax.device_put(x, NamedSharding(mesh, P("data")))
-        copy = jax.device_put(w, NamedSharding(mesh, P()))
-        with jax.set_mesh(mesh):
-            y = f(sharded, copy)
-            if axis_type == AxisType.Explicit:
-                assert jax.typeof(y).sharding.spec == P("data", None, None)
-        check_product(y, x, dense)
+    mesh = _mesh(axis_type)
+
+    def split_last(leaf):
+        even = leaf.shape[-1] % 4 == 0
+        spec = P(*[None] * (leaf.ndim - 1), "data" if even else None)
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    with jax.set_mesh(mesh):
+        w = jax.tree.map(split_last, w)
+        check_product(fj.sparse_matmul(x, w), x, dense)
+        np.testing.assert_array_equal(w.to_dense(), dense)
 
 
 # --- jax.export -------------------------------------------------------------------
