@@ -70,13 +70,16 @@ void Check(const char* operand, const Array& array, std::initializer_list<int64_
     ++i;
   }
   if (equal) return;
-  std::string message = std::string("unpack: ") + operand + ": expected shape (";
-  for (const int64_t size : sizes) message += (size < 0 ? "any" : std::to_string(size)) + ", ";
-  message += "), got (";
-  for (size_t axis = 0; axis < array.ndim(); ++axis) {
-    message += std::to_string(array.shape(axis)) + ", ";
+  std::string expected, got;
+  for (const int64_t size : sizes) {
+    expected += (expected.empty() ? "" : ", ") + (size < 0 ? "any" : std::to_string(size));
   }
-  throw nb::value_error((message + ")").c_str());
+  for (size_t axis = 0; axis < array.ndim(); ++axis) {
+    got += (axis == 0 ? "" : ", ") + std::to_string(array.shape(axis));
+  }
+  throw nb::value_error(
+      (std::string("unpack: ") + operand + ": expected shape (" + expected + "), got (" + got + ")")
+          .c_str());
 }
 
 nb::object Unpack(const Input<uint32_t, 4>& bitmap, const Input<uint32_t, 3>& entries,
