@@ -11,6 +11,8 @@ JAX ?= jax
 FLASHJAX_CUDA ?= AUTO
 export FLASHJAX_CUDA
 PYTEST_ARGS ?=
+# Much of the time is compiling for XLA, which uses one core.
+PYTEST := $(PY) -m pytest -n auto --maxprocesses=4
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
@@ -26,7 +28,7 @@ demo: $(VENV)/.installed ## set up, build, and generate text from the pruned dem
 	@$(PY) examples/demo.py
 
 test: $(VENV)/.installed ## set up, build, and run the tests
-	@$(PY) -m pytest $(PYTEST_ARGS)
+	@$(PYTEST) $(PYTEST_ARGS)
 
 gpu-test: $(VENV)/.installed ## the tests that need a GPU (set JAX="jax[cuda13]")
 	@$(PY) -m pytest -m gpu $(PYTEST_ARGS)
