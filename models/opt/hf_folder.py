@@ -121,11 +121,12 @@ def open_opt(
 @contextlib.contextmanager
 def open_weights(folder: Path) -> Iterator[Reader]:
     """Opens the weights of a model folder, safetensors first, then pickles."""
-    reader_type = CheckpointReader
     if not _has_safetensors(folder) and has_torch_weights(folder):
-        reader_type = TorchReader
-    with reader_type(folder) as reader:
-        yield reader
+        with TorchReader(folder) as torch_reader:
+            yield torch_reader
+    else:
+        with CheckpointReader(folder) as reader:
+            yield reader
 
 
 def _has_safetensors(folder: Path) -> bool:
@@ -199,7 +200,9 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     def fetch(*patterns):
-        folder = snapshot_download(name, revision=revision, allow_patterns=patterns)
+        folder = snapshot_download(
+            name, revision=revision, allow_patterns=list(patterns)
+        )
         return Path(folder)
 
     try:
@@ -253,16 +256,18 @@ def _settle_tying(
         names[_EMBED_TOKENS] = names.pop(_LM_HEAD)
         return config
     pair = names[_EMBED_TOKENS], names[_LM_HEAD]
-    same = reader.shape(pair[0]) == reader.shape(pair[1]) and np.array_equal(
-        *(reader.load(name).astype(np.float32) for name in pair), equal_nan=True
-    )
-    if same:
+    same_shape = reader.shape(pair[0]) == reader.shape(pair[1])
+    if same_shape and np.array_equal(_bytes(reader, pair[0]), _bytes(reader, pair[1])):
         del names[_LM_HEAD]
         return config
     _LOG.warning(
         "tie_word_embeddings is set, but %s and %s differ; they are not tied", *pair
     )
     return dataclasses.replace(config, tie_word_embeddings=False)
+
+
+def _bytes(reader: Reader, name: str) -> np.ndarray:
+    return reader.load(name).view(np.uint8)
 
 
 def _check(

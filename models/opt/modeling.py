@@ -106,10 +106,12 @@ class Attention(nnx.Module):
         """
         scale = np.asarray(self.head_dim**-0.5, x.dtype)
         queries = self.q_proj(x) * scale
-        return tuple(
-            jnp.swapaxes(h.reshape(*x.shape[:2], self.num_heads, self.head_dim), 1, 2)
-            for h in (queries, self.k_proj(x), self.v_proj(x))
-        )
+        shape = (*x.shape[:2], self.num_heads, self.head_dim)
+
+        def by_head(projected):
+            return jnp.swapaxes(projected.reshape(shape), 1, 2)
+
+        return by_head(queries), by_head(self.k_proj(x)), by_head(self.v_proj(x))
 
     def output(self, heads: jax.Array) -> jax.Array:
         """Maps (batch, num_heads, length, head_dim) to (batch, length, hidden)."""
@@ -184,7 +186,8 @@ class OPT(nnx.Module):
             rngs=rngs,
         )
         linear = partial(_linear, config, dtype=dtype, use_bias=False, rngs=rngs)
-        size, proj = config.hidden_size, config.word_embed_proj_dim
+        size = config.hidden_size
+        proj = config.word_embed_proj_dim or size
         self.embed_tokens = embed(config.vocab_size, proj)
         self.embed_positions = embed(config.max_positions + POSITION_OFFSET, size)
         self.project_in = nnx.data(None)
@@ -260,6 +263,7 @@ class OPT(nnx.Module):
         *,
         last_only: bool = False,
         logits_index: jax.Array | None = None,
+        output_table: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Appends tokens to a cache: the whole prompt (prefill) or one (decode).
 
@@ -278,6 +282,8 @@ class OPT(nnx.Module):
             checked for a Python int only.
           last_only: compute the logits of the last token alone.
           logits_index: (batch,) int32, compute the logits of that token alone.
+          output_table: what ``float32_output_table`` returned, to be used instead of
+            converting the embedding in every step.
 
         Returns:
           Logits in float32, (batch, length, vocab_size), or (batch, vocab_size) with
@@ -320,7 +326,18 @@ class OPT(nnx.Module):
         elif last_only:
             x = x[:, -1]
         cache = KVCache(tuple(all_keys), tuple(all_values), slot_mask)
-        return self._logits(self._finish(x)), cache
+        return self._logits(self._finish(x), output_table), cache
+
+    def float32_output_table(self) -> jax.Array | None:
+        """The tied embedding in float32, for CPUs, which multiply no half precision.
+
+        Returns:
+          (vocab_size, word_embed_proj_dim) float32; None where it would be no other
+          array: the model is float32 or has an output layer of its own.
+        """
+        if self.lm_head is not None or self.dtype == jnp.float32:
+            return None
+        return self.embed_tokens.embedding[...].astype(jnp.float32)
 
     def _embed(self, token_ids: jax.Array, positions: jax.Array) -> jax.Array:
         x = self.embed_tokens(token_ids)
@@ -335,12 +352,15 @@ class OPT(nnx.Module):
             x = self.project_out(x)
         return x
 
-    def _logits(self, x: jax.Array) -> jax.Array:
+    def _logits(self, x: jax.Array, table: jax.Array | None = None) -> jax.Array:
         if self.lm_head is not None:
             return self.lm_head(x).astype(jnp.float32)
+        if table is None:
+            table = self.embed_tokens.embedding[...]
+        x = x.astype(table.dtype)
         return jax.lax.dot_general(
             x,
-            self.embed_tokens.embedding[...],
+            table,
             (((x.ndim - 1,), (1,)), ((), ())),
             precision=_precision(x.dtype),
             preferred_element_type=jnp.float32,

@@ -206,7 +206,7 @@ def _goes_sparse(
         return False
     # Shifting the sign out counts -0.0 as zero.
     zeros = array.size - np.count_nonzero(array.view(np.uint16) << np.uint16(1))
-    return sparse is True or zeros >= AUTO_SPARSITY * array.size
+    return sparse is True or bool(zeros >= AUTO_SPARSITY * array.size)
 
 
 def _module(model: OPT, path: str) -> Any:
