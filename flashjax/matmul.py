@@ -211,7 +211,7 @@ def _dispatch(call, functions, *args):
 
 def _xla(call, x, packed, bias):
     packed = _after(x, packed)
-    dense = reference.unpack(*packed, call.shape, call.dtype)
+    dense = reference.unpack(packed, call.shape, call.dtype)
     return reference.dense_product(x, dense, bias, call.out_dtype)
 
 
@@ -271,7 +271,7 @@ def _cuda_workspace_bytes(n: Any, m: int, k: int) -> int:
 
 def _xla_transposed(call, dy, packed):
     packed = _after(dy, packed)
-    return _dense_transposed(dy, reference.unpack(*packed, call.shape, call.dtype))
+    return _dense_transposed(dy, reference.unpack(packed, call.shape, call.dtype))
 
 
 def _cpu_transposed(call, dy, packed):

@@ -104,7 +104,7 @@ def unpack(
     """
 
     def plain(packed):
-        return reference.unpack(*packed, shape, dtype)
+        return reference.unpack(packed, shape, dtype)
 
     branches = {"cpu": lambda packed: unpack_cpu(packed, shape, dtype, dtype)}
     if can_lower_for_cuda():
@@ -150,5 +150,5 @@ def _dense_type(packed: Packed, shape, dtype, out_dtype):
     # Evaluating the reference keeps what a bare ShapeDtypeStruct drops: the mesh and
     # the manual axes of the operands inside shard_map.
     return jax.eval_shape(
-        lambda packed: reference.unpack(*packed, shape, dtype).astype(out_dtype), packed
+        lambda packed: reference.unpack(packed, shape, dtype).astype(out_dtype), packed
     )

@@ -103,24 +103,22 @@ def _unpack_strips(
 
 
 def unpack(
-    bitmap: jax.Array,
-    entries: jax.Array,
-    values: jax.Array,
+    packed: tuple[jax.Array, jax.Array, jax.Array],
     shape: tuple[int, int],
     dtype: np.dtype,
 ) -> jax.Array:
     """Expands a packed matrix to a dense one, exactly.
 
     Args:
-      bitmap: uint32 (strips, groups, 32, 4).
-      entries: uint32 (strips, entries, 18).
-      values: uint32 (segments, 16, 32).
+      packed: bitmap (strips, groups, 32, 4), entries (strips, entries, 18) and values
+        (segments, 16, 32), all uint32.
       shape: (K, M), the logical shape.
       dtype: float16 or bfloat16, the type of the stored bit patterns.
 
     Returns:
       The dense array, (K, M) of `dtype`.
     """
+    bitmap, entries, values = packed
     k, m = shape
     strips, groups = bitmap.shape[:2]
     if k == 0 or m == 0 or values.shape[0] == 0:

@@ -20,10 +20,10 @@ def _packed(dense):
 
 def _unpack(packed, dense):
     # A new function, because jit remembers traces by function.
-    def unpack(*packed):
-        return reference.unpack(*packed, dense.shape, dense.dtype)
+    def unpack(packed):
+        return reference.unpack(packed, dense.shape, dense.dtype)
 
-    return jax.jit(unpack)(*packed)
+    return jax.jit(unpack)(packed)
 
 
 @pytest.mark.parametrize("dtype", op_cases.HALVES)
@@ -54,8 +54,8 @@ def test_unpack_in_chunks(monkeypatch):
     # Six strips, in chunks of four.
     monkeypatch.setattr(reference, "_CHUNK_POSITIONS", 4 * 16 * 256)
     packed = _packed(dense)
-    jaxpr = jax.make_jaxpr(lambda *p: reference.unpack(*p, (130, 90), jnp.float16))
-    assert "scan" in str(jaxpr(*packed))
+    jaxpr = jax.make_jaxpr(lambda p: reference.unpack(p, (130, 90), jnp.float16))
+    assert "scan" in str(jaxpr(packed))
     got = _unpack(packed, dense)
     np.testing.assert_array_equal(got, dense)
 

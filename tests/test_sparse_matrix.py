@@ -101,7 +101,7 @@ def test_plain_jax_unpacks_several_chains():
     w = fj.SparseMatrix.from_dense(dense)
     assert reference.chain_count(w.shape) > 1
     np.testing.assert_array_equal(
-        jax.jit(reference.unpack, static_argnums=(3, 4))(*w.packed, w.shape, w.dtype),
+        jax.jit(reference.unpack, static_argnums=(1, 2))(w.packed, w.shape, w.dtype),
         dense,
     )
 
