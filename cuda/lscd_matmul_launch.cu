@@ -58,6 +58,32 @@ struct Problem {
   }
 };
 
+// A memset that lets the product begin at once. It waits for its predecessor before it writes: the
+// workspace may still be in use.
+__global__ void ClearFlagsKernel(uint32_t* flags, int count) {
+#if __CUDA_ARCH__ >= 900
+  LaunchDependents();
+  WaitForPrevious();
+#endif
+  for (int i = threadIdx.x; i < count; i += blockDim.x) flags[i] = 0;
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t LaunchDependent(void (*kernel)(Parameters...), int grid, int threads, int shared_bytes,
+                            cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 // Sizes the grid, clears the flags that it uses and launches.
 template <typename Config, int kTileN, typename Kernel, typename X>
 cudaError_t LaunchStreamK(Kernel kernel, const X& x, const Problem& problem, Output out) {
@@ -79,10 +105,16 @@ cudaError_t LaunchStreamK(Kernel kernel, const X& x, const Problem& problem, Out
   const int64_t partial_bytes = slot - Config::kWarps * int64_t{sizeof(uint32_t)};
   out.flags = reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(problem.args.workspace) +
                                           grid * partial_bytes);
-  error = cudaMemsetAsync(out.flags, 0, grid * Config::kWarps * sizeof(uint32_t), problem.stream);
+  const int blocks = static_cast<int>(grid), flags = blocks * Config::kWarps;
+  if constexpr (Config::kDependentLaunch) {
+    error = LaunchDependent(ClearFlagsKernel, 1, 512, 0, problem.stream, out.flags, flags);
+    if (error != cudaSuccess) return error;
+    return LaunchDependent(kernel, blocks, Config::kThreads, Config::kSharedBytes, problem.stream,
+                           x, problem.w, out);
+  }
+  error = cudaMemsetAsync(out.flags, 0, flags * sizeof(uint32_t), problem.stream);
   if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(grid), Config::kThreads, Config::kSharedBytes, problem.stream>>>(
-      x, problem.w, out);
+  kernel<<<blocks, Config::kThreads, Config::kSharedBytes, problem.stream>>>(x, problem.w, out);
   return cudaGetLastError();
 }
 

@@ -20,6 +20,7 @@ namespace flashjax {
 
 template <int kTileN>
 struct MmaConfig {
+  static constexpr bool kDependentLaunch = false;  // sm_90
   static constexpr int kWarps = 4;
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kTileM = kWarps * kStripRows;
@@ -136,7 +137,8 @@ __global__ void __launch_bounds__(MmaConfig<kTileN>::kThreads, 2)
   while (unit < end) {
     const Piece piece(share, unit, end);
     const int strip = piece.tile * kWarps + warp;
-    reader.Begin(strip, piece.group0, piece.group1);
+    reader.Look(strip, piece.group0, piece.group1);
+    reader.Begin(strip, piece.group0);
     loader.Load(x, piece.group0);
     float acc[kTileN / 2];
 #pragma unroll

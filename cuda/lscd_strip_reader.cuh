@@ -24,28 +24,33 @@ struct StripReader {
 
   __device__ __forceinline__ StripReader(const PackedWeight& w, int lane) : w(w), lane(lane) {}
 
-  // Finds the streams' places and asks for the first segments. Strips past the last one read as
-  // zeros: they only keep their warpgroup company.
-  __device__ __forceinline__ void Begin(int new_strip, int group0, int group1) {
+  // Looks up where the streams of the next piece stand: loads that take a round trip to memory, so
+  // do it while something else is under way.
+  __device__ __forceinline__ void Look(int strip, int group0, int group1) {
+    if (strip < w.strips) ahead_ = FindRange(w, strip, group0, group1, lane);
+  }
+
+  // Begins the piece that was looked up: asks for the first segments. Strips past the last one
+  // read as zeros: they only keep their warpgroup company.
+  __device__ __forceinline__ void Begin(int new_strip, int group0) {
     strip = new_strip;
     bits_ = make_uint4(0, 0, 0, 0);
     schedule_ = 0;
     waits_ = 0;
     p = q = ring.data + lane * 4;
     if (!live()) return;
-    const SegmentRange range = FindRange(w, strip, group0, group1, lane);
     group_ = group0;
     next_bits_ = w.bitmap + (int64_t{strip} * w.groups + group0) * kLanes + lane;
     bits_ = LoadStreaming(next_bits_);
     schedule_ = GroupSchedule(w, strip, group0);
-    p = Wrap(ring.data + (ring.slot() * kSegmentWords + range.p) * kWordBytes + lane * 4);
-    q = Wrap(ring.data + (ring.slot() * kSegmentWords + range.q) * kWordBytes + lane * 4 + 2);
-    waits_ = range.resident - range.first;
-    next_ = range.first;
-    last_ = range.last;
+    p = Wrap(ring.data + (ring.slot() * kSegmentWords + ahead_.p) * kWordBytes + lane * 4);
+    q = Wrap(ring.data + (ring.slot() * kSegmentWords + ahead_.q) * kWordBytes + lane * 4 + 2);
+    waits_ = ahead_.resident - ahead_.first;
+    next_ = ahead_.first;
+    last_ = ahead_.last;
     __syncwarp();  // every lane has read the last of the previous piece
 #pragma unroll 1
-    while (next_ < range.resident + kPrefetch) Copy();
+    while (next_ < ahead_.resident + kPrefetch) Copy();
   }
 
   __device__ __forceinline__ void WaitForFirstStep() {
@@ -94,6 +99,7 @@ struct StripReader {
   const uint4* next_bits_ = nullptr;
   uint32_t schedule_ = 0, schedule_ahead_ = 0, waits_ = 0;
   uint32_t next_ = 0, last_ = 0;  // segments to copy: [next_, last_)
+  SegmentRange ahead_ = {};
   int group_ = 0;
 };
 

@@ -9,6 +9,9 @@
 //            beyond N and K) into a ring of stages that all warps share
 //   product  fragments are decoded into registers while the wgmma of the previous batch runs
 //   balance  stream-K over tiles of 256 rows (lscd_stream_k.cuh)
+//   launch   dependent on ClearFlagsKernel alone: the weights, which no kernel that allows
+//   dependents
+//            writes, are read at once; x, the workspace and y are not touched before the wait
 #ifndef FLASHJAX_CUDA_LSCD_WGMMA_CUH_
 #define FLASHJAX_CUDA_LSCD_WGMMA_CUH_
 
@@ -25,6 +28,7 @@ namespace flashjax {
 
 template <int kTileN>
 struct WgmmaConfig {
+  static constexpr bool kDependentLaunch = true;
   static constexpr int kWarps = 16;
   static constexpr int kThreads = (kWarps + 4) * 32;
   static constexpr int kTileM = kWarps * kStripRows;
@@ -74,6 +78,7 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
   constexpr int kBuffers = 2;  // batches of fragments in registers: one decoded, one multiplied
   constexpr int kStageBatches = kStageK / 16 / kBatch;
 
+  LaunchDependents();
   extern __shared__ uint8_t shared[];
   const int lane = threadIdx.x % 32;
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
@@ -82,22 +87,20 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
   const uint32_t ring_barriers = rings + kWarps * kRingStride;
   const uint32_t full = ring_barriers + kWarps * kRingSegments * 8, empty = full + kStages * 8;
 
-  if (warp < kWarps) {
-    if (lane < kRingSegments) BarrierInit(ring_barriers + (warp * kRingSegments + lane) * 8, 1);
-  } else if (warp == kWarps && lane < kStages) {
-    BarrierInit(full + lane * 8, 1);
-    BarrierInit(empty + lane * 8, kWarps);
-  }
-  BarrierInitFence();
-  __syncthreads();
-
   const Share share((w.m + Config::kTileM - 1) / Config::kTileM, w.groups);
   int unit = share.Begin(share.rank);
   const int end = share.Begin(share.rank + 1);
 
   if (warp >= kWarps) {
+    if (warp == kWarps && lane < kStages) {
+      BarrierInit(full + lane * 8, 1);
+      BarrierInit(empty + lane * 8, kWarps);
+      BarrierInitFence();
+    }
+    SyncThreads();
     ReleaseRegisters<32>();
     if (warp == kWarps && lane == 0) {
+      WaitForPrevious();
       constexpr int kGroupStages = kGroupK / kStageK;
       const int count = (end - unit) * kGroupStages, period = share.groups * kGroupStages;
       int k = unit % share.groups * kGroupStages, stage = 0;
@@ -119,14 +122,21 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
     }
     return;
   }
-  // 20 warps may start with 96 registers each; 16 x 112 + 4 x 32 is the same sum.
-  ClaimRegisters<112>();
 
+  // A warp's ring is its own: the first copies need not wait for the CTA.
   StripReader<BulkRing> reader(w, lane);
   reader.ring.data = rings + warp * kRingStride;
   reader.ring.barriers = ring_barriers + warp * kRingSegments * 8;
+  if (lane < kRingSegments) BarrierInit(reader.ring.barriers + lane * 8, 1);
+  BarrierInitFence();
+  __syncwarp();
   Piece piece(share, unit, end);
-  reader.Begin(piece.tile * kWarps + warp, piece.group0, piece.group1);
+  reader.Look(piece.tile * kWarps + warp, piece.group0, piece.group1);
+  reader.Begin(piece.tile * kWarps + warp, piece.group0);
+  SyncThreads();
+  // 20 warps may start with 96 registers each; 16 x 112 + 4 x 32 is the same sum.
+  ClaimRegisters<112>();
+
   int stage = 0;
   uint32_t phase = 0;
   bool holds_stage = false;  // the previous stage of x has not been handed back yet
@@ -137,6 +147,12 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
     float acc[kTileN / 2];
 #pragma unroll
     for (int i = 0; i < kTileN / 2; ++i) acc[i] = 0.0f;
+    const int next_unit = unit + piece.size();
+    // With 128 columns there are no registers left to keep what was found.
+    if (kTileN < 128 && next_unit < end) {
+      const Piece next(share, next_unit, end);
+      reader.Look(next.tile * kWarps + warp, next.group0, next.group1);
+    }
     reader.WaitForFirstStep();
     uint32_t a[kBuffers][kBatch][4];
     const int groups = piece.size();
@@ -191,11 +207,13 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
 
     const Piece done = piece;
     const int strip = reader.strip;
-    unit += done.size();
+    unit = next_unit;
     if (unit < end) {
       piece = Piece(share, unit, end);
-      reader.Begin(piece.tile * kWarps + warp, piece.group0, piece.group1);
+      if (kTileN == 128) reader.Look(piece.tile * kWarps + warp, piece.group0, piece.group1);
+      reader.Begin(piece.tile * kWarps + warp, piece.group0);
     }
+    WaitForPrevious();
     FinishPiece<T, kWarps, kTileN>(acc, out, w, share, done, strip, warp, lane);
     if (unit >= end) break;
   }

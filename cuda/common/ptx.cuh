@@ -10,6 +10,9 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// __syncthreads() that may be called from several places at once.
+__device__ __forceinline__ void SyncThreads() { asm volatile("bar.sync 0;" ::: "memory"); }
+
 // Zero-extended, so that the upper half of the register can stand in for a zero weight.
 __device__ __forceinline__ uint32_t LoadSharedU16(uint32_t address) {
   uint32_t v;
@@ -67,6 +70,16 @@ __device__ __forceinline__ void LoadMatrix4(uint32_t r[4], uint32_t address) {
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(address)
                : "memory");
+}
+
+// --- dependent launch (sm_90): the next kernel may start; what was before this one is complete.
+
+__device__ __forceinline__ void LaunchDependents() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+__device__ __forceinline__ void WaitForPrevious() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
 // --- mbarriers and bulk copies (sm_90)
