@@ -14,6 +14,7 @@ from flax import nnx
 
 from flashjax.models import opt
 from flashjax.models.opt.pruning import prune_pretrained
+from flashjax.nn import sparse_layers
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TEXT = "It was the best of times, it was the worst of times. " * 6
@@ -91,3 +92,19 @@ def test_errors(demo, folder, tmp_path, capsys, content):
     err = capsys.readouterr().err
     assert err.startswith(f"error: {broken}")
     assert len(err.splitlines()) == 1
+
+
+def test_model_of_the_repository(demo):
+    folder = demo.FOLDER
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 25_000_000
+    record = demo.read_record(folder)
+    assert record["sparsity"] >= 0.6
+    assert record["pruned_perplexity"] <= 1.05 * record["dense_perplexity"]
+    model, tokenizer = opt.from_pretrained(folder)
+    for _, layer in sparse_layers(model):
+        assert layer.kernel[...].sparsity >= 0.6
+    # The stored figure was computed in float32, this one runs the sparse layers.
+    perplexity, tokens = demo.excerpt_perplexity(model, tokenizer, folder)
+    excerpt = record["held_out"]["excerpt"]
+    assert tokens == excerpt["tokens"]
+    assert perplexity == pytest.approx(excerpt["pruned_perplexity"], rel=5e-3)
