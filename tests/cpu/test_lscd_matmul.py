@@ -210,7 +210,7 @@ def test_repeated_calls_give_the_same_bytes(simd):
 _ONE_THREAD = """
 import os, sys
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-import numpy as np, jax, flashjax
+import numpy as np, jax, flashjax._native
 a = np.load(sys.argv[1])
 packed = a["bitmap"], a["entries"], a["values"]
 result = jax.ShapeDtypeStruct((len(a["x"]), int(a["m"])), np.float32)
