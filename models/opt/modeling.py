@@ -427,7 +427,7 @@ def check_tokens(
             f"{config.max_positions} positions"
         )
     if not isinstance(token_ids, jax.core.Tracer):
-        low, high = int(token_ids.min()), int(token_ids.max())
+        low, high = _range(token_ids)
         if low < 0 or high >= config.vocab_size:
             raise ValueError(
                 f"token_ids must be in [0, {config.vocab_size}), got values from "
@@ -448,12 +448,18 @@ def check_tokens(
             f"got {attention_mask.shape}"
         )
     if not isinstance(attention_mask, jax.core.Tracer) and dtype != jnp.bool_:
-        low, high = int(attention_mask.min()), int(attention_mask.max())
+        low, high = _range(attention_mask)
         if low < 0 or high > 1:
             raise ValueError(
                 f"attention_mask must hold 0 and 1, got values from {low} to {high}"
             )
     return token_ids, jnp.asarray(attention_mask).astype(jnp.bool_)
+
+
+def _range(array: np.ndarray | jax.Array) -> tuple[int, int]:
+    # By numpy: under jit, jnp would turn what is known into a tracer.
+    values = np.asarray(array)
+    return int(values.min()), int(values.max())
 
 
 def _check_step(token_ids, mask, positions, cache, start):

@@ -134,7 +134,8 @@ def test_padding_does_not_change_real_tokens(tiny):
         np.array([[1, 1, 1, 5, 6, 7, 8]], np.int32), np.array([[0, 0, 0, 1, 1, 1, 1]])
     )
     right = tiny(
-        np.array([[5, 6, 7, 8, 9, 9]], np.int32), np.array([[1, 1, 1, 1, 0, 0]], bool)
+        np.array([[5, 6, 7, 8, 9, 9, 9]], np.int32),
+        np.array([[1, 1, 1, 1, 0, 0, 0]], bool),
     )
     np.testing.assert_allclose(left[:, 3:], expected, atol=1e-5)
     np.testing.assert_allclose(right[:, :4], expected, atol=1e-5)
@@ -195,7 +196,8 @@ def test_jit_and_grad(tiny):
     np.testing.assert_allclose(
         nnx.jit(lambda m, t: m(t))(tiny, tokens), tiny(tokens), atol=1e-5
     )
-    grads = nnx.grad(lambda m: jnp.mean(jnp.square(m(tokens))))(tiny)
+    loss_grad = nnx.jit(nnx.grad(lambda m: jnp.mean(jnp.square(m(tokens)))))
+    grads = loss_grad(tiny)
     leaves = jax.tree.leaves(grads)
     assert len(leaves) == len(jax.tree.leaves(nnx.state(tiny)))
     assert all(np.isfinite(leaf).all() for leaf in leaves)
