@@ -43,6 +43,7 @@ class _DecodeState:
     """What a step hands to the next; donated, so it is updated in place."""
 
     cache: KVCache
+    output_table: jax.Array | None  # of the model, where it saves conversions
     tokens: jax.Array  # (batch, width) int32, the generated tokens
     last: jax.Array  # (batch,) int32, the newest of them
     finished: jax.Array  # (batch,) bool
@@ -200,12 +201,21 @@ def _start(graphdef, params, request: _Request) -> _DecodeState:
         request.padded,
         request.mask,
         width=request.width,
+        on_cpu=_platform(params) == "cpu",
     )
+
+
+def _platform(params: nnx.State) -> str:
+    """The platform of a model's arrays; JAX's default for numpy arrays."""
+    leaf = jax.tree.leaves(params)[0]
+    if isinstance(leaf, jax.Array):
+        return next(iter(leaf.devices())).platform
+    return jax.default_backend()
 
 
 # At module level and with the structure as a static argument, the compiled functions
 # outlive a model but hold none of its arrays.
-@functools.partial(jax.jit, static_argnames=("graphdef", "width"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "width", "on_cpu"))
 def _prefill(
     graphdef: nnx.GraphDef,
     params: nnx.State,
@@ -214,12 +224,14 @@ def _prefill(
     mask: jax.Array,
     *,
     width: int,
+    on_cpu: bool,
 ) -> _DecodeState:
     """Fills a new cache with the prompts and chooses the first token of each row."""
     model = nnx.merge(graphdef, params)
     batch, length = token_ids.shape
     counts = jnp.sum(mask, axis=1, dtype=jnp.int32)
     from_end = jnp.argmax(mask[:, ::-1], axis=1).astype(jnp.int32)
+    output_table = model.float32_output_table() if on_cpu else None
     logits, cache = model.step(
         token_ids,
         mask,
@@ -227,9 +239,11 @@ def _prefill(
         model.init_cache(batch, length + width),
         0,
         logits_index=length - 1 - from_end,
+        output_table=output_table,
     )
     state = _DecodeState(
         cache=cache,
+        output_table=output_table,
         tokens=jnp.full((batch, width), settings.pad_id, jnp.int32),
         last=jnp.zeros((batch,), jnp.int32),
         finished=jnp.zeros((batch,), jnp.bool_),
@@ -267,6 +281,7 @@ def _decode(
             state.cache,
             length + state.step - 1,
             logits_index=jnp.zeros_like(state.last),
+            output_table=state.output_table,
         )
         return _append(settings, state, logits, cache)
 
