@@ -30,7 +30,7 @@ Implementation = Literal["cuda", "cpu", "xla"]
 IMPLEMENTATIONS = ("cuda", "cpu", "xla")
 
 # Rows of x up to which the sparse kernel is used; above, expand and multiply.
-KERNEL_ROWS = {"cuda": 256, "cpu": 64}
+KERNEL_ROWS = {"cuda": 256, "cpu": 128}
 
 _CUDA_K_MULTIPLE = 8  # 16-byte rows of x
 
@@ -52,7 +52,7 @@ def sparse_matmul(
 
     Args:
       x: (..., K), float16, bfloat16 or float32.
-      w: (K, M) in float16 or bfloat16.
+      w: (K, M) in float16 or bfloat16; also an `nnx.Variable` that holds one.
       bias: (M,) of any float dtype, added in float32 before the result is rounded.
       implementation: `None` takes the best for the platform the computation is lowered
         for, and never fails on supported operands. "cuda" and "cpu" are the kernels;
@@ -70,6 +70,8 @@ def sparse_matmul(
       TypeError: w is no SparseMatrix, or x or bias no array.
       NotImplementedError: the named implementation cannot run here.
     """
+    if not isinstance(w, SparseMatrix) and hasattr(w, "get_value"):
+        w = w.get_value()  # a Flax variable, which stands for its value elsewhere too
     if not isinstance(w, SparseMatrix):
         raise TypeError(
             f"sparse_matmul: expected w to be a SparseMatrix, got {type(w).__name__}"
@@ -442,14 +444,25 @@ def _check_implementation(implementation, x) -> None:
         )
     # Traced operands show their platform only when they are lowered; JAX then raises
     # NotImplementedError by itself.
-    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
-        expected = {"cuda": "gpu", "cpu": "cpu"}[implementation]
-        platforms = {device.platform for device in x.devices()}
-        if platforms != {expected}:
-            raise NotImplementedError(
-                f"sparse_matmul: implementation {implementation!r} cannot run: x lives "
-                f"on {', '.join(sorted(platforms))}, expected {expected}"
-            )
+    if isinstance(x, jax.core.Tracer):
+        return
+    expected = {"cuda": "gpu", "cpu": "cpu"}[implementation]
+    platform = _platform(x)
+    if platform != expected:
+        raise NotImplementedError(
+            f"sparse_matmul: implementation {implementation!r} cannot run: x lives "
+            f"on {platform}, expected {expected}"
+        )
+
+
+def _platform(x) -> str:
+    """Where JAX computes with a concrete array."""
+    if isinstance(x, jax.Array) and x.committed:
+        return next(iter(x.devices())).platform
+    device = getattr(jax.config, "jax_default_device", None)
+    if device is None:
+        return jax.default_backend()
+    return (jax.devices(device)[0] if isinstance(device, str) else device).platform
 
 
 def _result_dtype(x, w: SparseMatrix, preferred) -> np.dtype:
