@@ -13,7 +13,7 @@ import optax
 import pytest
 from flax import linen, nnx
 
-from flashjax import SparseMatrix, checkpoint, prune
+from flashjax import SparseMatrix, checkpoint, prune, sparse_matmul
 from flashjax import linen as fj_linen
 from flashjax.nn import (
     SparseDense,
@@ -247,6 +247,13 @@ def test_matrix_in_a_module_of_ones_own(wrap):
     graph, state = nnx.split(Own())
     assert len(jax.tree.leaves(state)) == 4
     assert "SparseMatrix" in repr(nnx.merge(graph, state))
+
+
+@pytest.mark.parametrize("wrap", [nnx.Param, SparseWeight])
+def test_a_variable_stands_for_its_matrix(wrap):
+    w = SparseMatrix.from_dense(random((8, 4), jnp.float16))
+    x = random((2, 8), jnp.float16)
+    np.testing.assert_array_equal(sparse_matmul(x, wrap(w)), sparse_matmul(x, w))
 
 
 def test_flax_knows_the_matrix_from_the_start():
