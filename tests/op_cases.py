@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 import flashjax as fj
 
@@ -129,6 +130,16 @@ def pattern_dense(name: str, k: int, m: int, dtype: str) -> np.ndarray:
     dense = random_dense(k, m, 0.0, dtype)
     keep = PATTERNS[name](k, np.arange(k)[:, None], np.arange(m)[None])
     return np.where(keep, dense, np.zeros_like(dense))
+
+
+@st.composite
+def masks(draw):
+    """What is not zero in a (K, M) matrix; the density of rows and columns differs."""
+    k, m = draw(st.integers(0, 300)), draw(st.integers(0, 70))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    power = draw(st.sampled_from([0.0, 0.3, 1.0, 8.0]))
+    density = rng.random((k, 1)) ** power * rng.random((1, m)) ** power
+    return rng.random((k, m)) < density
 
 
 def random_x(shape: tuple[int, ...], dtype: str, seed=1) -> np.ndarray:

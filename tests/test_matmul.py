@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -17,6 +19,7 @@ from .op_cases import (
     DEFAULTS,
     HALVES,
     IMPLEMENTATIONS,
+    KERNELS,
     PATTERNS,
     ROWS,
     SHAPES,
@@ -81,6 +84,19 @@ def test_patterns(product, pattern):
     dense = op_cases.pattern_dense(pattern, 700, 150, "float16")
     x = op_cases.random_x((9, 700), "float16")
     check_product(product(x, fj.SparseMatrix.from_dense(dense)), x, dense)
+
+
+@pytest.mark.parametrize("product", KERNELS, indirect=True)
+def test_random_matrices(product):
+    @settings(max_examples=25, deadline=None)
+    @given(op_cases.masks(), st.integers(0, 20), st.sampled_from(HALVES))
+    def check(mask, rows, dtype):
+        dense = op_cases.random_dense(*mask.shape, 0.0, dtype)
+        dense = np.where(mask, dense, np.zeros_like(dense))
+        x = op_cases.random_x((rows, mask.shape[0]), dtype)
+        check_product(product(x, fj.SparseMatrix.from_dense(dense)), x, dense)
+
+    check()
 
 
 @for_each(
