@@ -243,23 +243,22 @@ class TestEnd:
         out = opt.generate(model, ids, max_new_tokens=NEW, eos_token_id=ends)
         np.testing.assert_array_equal(out[:, 6:], self._cut(new, ends))
 
-    @pytest.mark.parametrize("several", [False, True])
-    def test_none_takes_the_configuration(self, model, free, several):
+    def test_none_takes_the_configuration(self, free):
         ids, new = free
-        end = int(new[0, 2])
-        other = _model(eos_token_id=(end, 60) if several else end)
+        ends = (int(new[0, 2]), int(new[1, 4]))
+        other = _model(eos_token_id=ends)
         out = opt.generate(other, ids, max_new_tokens=NEW)
-        ends = [end, 60] if several else [end]
         np.testing.assert_array_equal(out[:, 6:], self._cut(new, ends))
+        found = generate_module._end_tokens(CONFIG, None)
+        assert np.flatnonzero(found).tolist() == [CONFIG.eos_token_id]
 
     def test_no_end(self, model, free):
         ids, new = free
-        for m, end in [
-            (model, ()),
-            (_model(eos_token_id=None), None),
-        ]:
-            out = opt.generate(m, ids, max_new_tokens=NEW, eos_token_id=end)
-            np.testing.assert_array_equal(out[:, 6:], new)
+        out = opt.generate(model, ids, max_new_tokens=NEW, eos_token_id=())
+        np.testing.assert_array_equal(out[:, 6:], new)
+        for own in (None, 1000):
+            config = dataclasses.replace(CONFIG, eos_token_id=own)
+            assert not generate_module._end_tokens(config, None).any()
 
     def test_without_padding_token_rows_are_filled_with_an_end(self, free):
         ids, new = free
@@ -550,8 +549,11 @@ def _sparse_and_dense(dtype, **changes):
     return fj.sparsify(models[0]), models[1]
 
 
-@pytest.mark.parametrize("rows", [3, 80], ids=["kernel", "expand"])
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "rows"),
+    # What is above the kernel's rows is expanded.
+    [(jnp.float16, 3), (jnp.bfloat16, 3), (jnp.bfloat16, 80)],
+)
 def test_sparse_models_generate_as_dense_ones(dtype, rows):
     sparse, dense = _sparse_and_dense(dtype, init_std=0.2)
     ids, mask = _batch()
@@ -572,7 +574,7 @@ def test_sparse_models_generate_as_dense_ones(dtype, rows):
 def test_expanded_weights_do_not_stay(rows):
     # More rows than the kernel takes: every layer expands its weights.
     sparse, dense = _sparse_and_dense(
-        jnp.float16, num_layers=12, hidden_size=128, ffn_size=512
+        jnp.float16, num_layers=6, hidden_size=128, ffn_size=512
     )
     graphdef, params = nnx.split(sparse)
     request = generate_module._check(
