@@ -78,7 +78,9 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
 
 def save_tokenizer(tokenizer: Tokenizer, config: OPTConfig, folder: Path) -> None:
     """Writes tokenizer.json and the tokenizer_config.json that transformers needs."""
-    tokenizer.save(str(folder / "tokenizer.json"))
+    # Not by its own save(), whose errors do not tell a full disk.
+    content = tokenizer.to_str(pretty=True)
+    (folder / "tokenizer.json").write_text(content, encoding="utf-8")
     ids = {
         "bos_token": config.bos_token_id,
         "eos_token": config.eos_token_id,
@@ -91,7 +93,7 @@ def save_tokenizer(tokenizer: Tokenizer, config: OPTConfig, folder: Path) -> Non
         if token is not None:
             settings[key] = token
     content = json.dumps(settings, indent=2) + "\n"
-    (folder / "tokenizer_config.json").write_text(content)
+    (folder / "tokenizer_config.json").write_text(content, encoding="utf-8")
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -408,6 +409,25 @@ def test_failed_save_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="No space left on device"):
         opt.save_pretrained(model, None, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_full_disk_while_saving(tmp_path):
+    """Files of this process may not grow beyond a limit, wherever it is hit."""
+    resource = pytest.importorskip("resource", reason="needs Unix")
+
+    model, _ = opt.from_pretrained(DATA / "pre_norm")
+    tokenizer = load_tokenizer(DATA / "tokenizer")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for limit in (100, 2000, 10_000):  # config.json, tokenizer.json, weights
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            with pytest.raises(CheckpointError, match=r"out: not saved, nothing was"):
+                opt.save_pretrained(model, tokenizer, tmp_path / "out")
+            assert not list(tmp_path.iterdir())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize(
