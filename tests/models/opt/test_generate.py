@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import flashjax as fj
+from flashjax import matmul
 from flashjax.models import opt
 
 # `opt.generate` is the function; this is the module that it comes from.
@@ -552,7 +553,12 @@ def _sparse_and_dense(dtype, **changes):
 @pytest.mark.parametrize(
     ("dtype", "rows"),
     # What is above the kernel's rows is expanded.
-    [(jnp.float16, 3), (jnp.bfloat16, 3), (jnp.bfloat16, 80)],
+    [
+        (jnp.float16, 3),
+        (jnp.bfloat16, 3),
+        (jnp.bfloat16, matmul.KERNEL_ROWS["cpu"] + 16),
+    ],
+    ids=str,
 )
 def test_sparse_models_generate_as_dense_ones(dtype, rows):
     sparse, dense = _sparse_and_dense(dtype, init_std=0.2)
@@ -569,13 +575,20 @@ def test_sparse_models_generate_as_dense_ones(dtype, rows):
 
 
 @pytest.mark.parametrize(
-    "rows", [80, pytest.param(300, marks=pytest.mark.gpu)], ids=["cpu", "cuda"]
+    ("platform", "hidden_size"),
+    # cuBLAS takes a workspace of 32 MiB, which the weights have to exceed by far.
+    [("cpu", 128), pytest.param("cuda", 2048, marks=pytest.mark.gpu)],
 )
-def test_expanded_weights_do_not_stay(rows):
+def test_expanded_weights_do_not_stay(platform, hidden_size):
     # More rows than the kernel takes: every layer expands its weights.
-    sparse, dense = _sparse_and_dense(
-        jnp.float16, num_layers=6, hidden_size=128, ffn_size=512
+    rows = matmul.KERNEL_ROWS[platform] + 16
+    model = _model(
+        jnp.float16, num_layers=6, hidden_size=hidden_size, ffn_size=4 * hidden_size
     )
+    layers = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model.layers)))
+    if platform == "cpu":
+        layers *= 2  # it expands to float32
+    sparse = fj.sparsify(model)
     graphdef, params = nnx.split(sparse)
     request = generate_module._check(
         sparse,
@@ -591,12 +604,13 @@ def test_expanded_weights_do_not_stay(rows):
     )
     arguments = (graphdef, params, request.settings)
     prefill = generate_module._prefill.lower(
-        *arguments, request.padded, request.mask, width=request.width, on_cpu=rows == 80
+        *arguments,
+        request.padded,
+        request.mask,
+        width=request.width,
+        on_cpu=platform == "cpu",
     )
     state = generate_module._start(graphdef, params, request)
     decode = generate_module._decode.lower(*arguments, state, np.int32(2))
-    layers = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(dense.layers)))
-    if jax.default_backend() == "cpu":
-        layers *= 2  # it expands to float32
     for program in (prefill, decode):
         assert program.compile().memory_analysis().temp_size_in_bytes < layers / 2
