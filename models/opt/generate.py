@@ -181,7 +181,7 @@ def _stream(model: OPT, request: _Request) -> Iterator[np.ndarray]:
     graphdef, params = nnx.split(model)
     state = _start(graphdef, params, request)
     # Copies, because the next step may overwrite the state's buffers.
-    last, finished = np.array(state.last), np.asarray(state.finished).all()
+    last, finished = np.array(state.last), bool(np.all(np.asarray(state.finished)))
     for step in range(1, request.max_new_tokens):
         if finished:
             break
@@ -443,9 +443,8 @@ def _end_tokens(config: Any, eos_token_id: int | Sequence[int] | None) -> np.nda
     ids = config.eos_token_id if own else eos_token_id
     if ids is None:
         return ends
-    if np.ndim(ids) == 0:
-        ids = (ids,)
-    ids = [as_int("eos_token_id", i) for i in ids]
+    listed: Any = (ids,) if np.ndim(ids) == 0 else ids
+    ids = [as_int("eos_token_id", i) for i in listed]
     if not own and ids == [-1]:
         return ends
     for i in ids:
