@@ -45,17 +45,19 @@ inline ParallelFor PoolThreads(::xla::ffi::ThreadPool& pool) {
       if (done == items) all_done.notify_one();
     }
   };
-  return [&pool](int64_t items, const std::function<void(int64_t)>& body) {
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  const auto run = [&pool, threads](int64_t items, const std::function<void(int64_t)>& body) {
     const auto state = std::make_shared<State>();
     state->items = items;
     state->body = &body;
-    const int64_t helpers = std::min<int64_t>(pool.num_threads(), items) - 1;
+    const int64_t helpers = std::min(threads, items) - 1;
     for (int64_t i = 0; i < helpers; ++i) pool.Schedule([state] { state->Work(); });
     state->Work();
     std::unique_lock<std::mutex> lock(state->mutex);
     state->all_done.wait(lock, [&] { return state->done == items; });
     if (state->error) std::rethrow_exception(state->error);
   };
+  return {run, static_cast<int>(threads)};
 }
 
 }  // namespace flashjax

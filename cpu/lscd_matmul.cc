@@ -7,21 +7,24 @@
 namespace flashjax {
 namespace {
 
-// Items small enough to balance the threads and large enough that their start does not matter.
-constexpr int64_t kItems = 64;
+// Items small enough to balance the threads (which others may keep busy) and large enough that
+// their start does not matter: a run of strips first spreads the segments in which its streams
+// stand.
+constexpr int64_t kItemsPerThread = 8;
 constexpr int64_t kItemElements = 1 << 17;
 
 // Cuts [0, size) into runs of equal length and does them in parallel. `cost` is that of one.
 void ForRuns(int64_t size, int64_t cost, int64_t multiple, const ParallelFor& parallel_for,
              const std::function<void(int64_t first, int64_t count)>& body) {
-  int64_t run = std::max(CeilDiv(size, kItems), CeilDiv(kItemElements, std::max<int64_t>(cost, 1)));
+  int64_t run = std::max(CeilDiv(size, kItemsPerThread * parallel_for.threads),
+                         CeilDiv(kItemElements, std::max<int64_t>(cost, 1)));
   run = CeilDiv(run, multiple) * multiple;
   const int64_t items = CeilDiv(size, run);
   const auto item = [&](int64_t i) { body(i * run, std::min(run, size - i * run)); };
   if (items == 1) {
     item(0);
   } else if (items > 1) {
-    parallel_for(items, item);
+    parallel_for.run(items, item);
   }
 }
 

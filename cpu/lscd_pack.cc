@@ -62,7 +62,7 @@ int64_t LscdPlan(const uint16_t* dense, const LscdShape& shape, const ParallelFo
   const int64_t bitmap_words = shape.groups() * kLanes * kGroupSteps;
   const int64_t entries_words = shape.entries() * kEntryWords;
   std::vector<int64_t> segments(chains);
-  parallel_for(chains, [&](int64_t i) {
+  parallel_for.run(chains, [&](int64_t i) {
     const Chain chain = ChainStrips(shape, i);
     std::vector<uint16_t> masks(chain.strips * steps * kStreams);
     LoadChain(kernels, dense, shape, chain.first, chain.strips, nullptr, masks.data());
@@ -89,7 +89,7 @@ void LscdFill(const uint16_t* dense, const LscdShape& shape, const ParallelFor& 
   const int64_t steps = shape.steps(), chains = shape.chains();
   const int64_t bitmap_words = shape.groups() * kLanes * kGroupSteps;
   const int64_t entries_words = shape.entries() * kEntryWords;
-  parallel_for(chains, [&](int64_t i) {
+  parallel_for.run(chains, [&](int64_t i) {
     const Chain chain = ChainStrips(shape, i);
     const int64_t begin = entries[chain.first * entries_words];
     const int64_t end =

@@ -11,7 +11,7 @@ namespace flashjax {
 
 ParallelFor OwnThreads(int threads) {
   if (threads <= 0) threads = std::max(1u, std::thread::hardware_concurrency());
-  return [threads](int64_t items, const std::function<void(int64_t)>& body) {
+  const auto run = [threads](int64_t items, const std::function<void(int64_t)>& body) {
     std::atomic<int64_t> next{0};
     std::mutex mutex;
     std::exception_ptr error;
@@ -34,6 +34,7 @@ ParallelFor OwnThreads(int threads) {
     for (std::thread& thread : others) thread.join();
     if (error) std::rethrow_exception(error);
   };
+  return {run, threads};
 }
 
 }  // namespace flashjax

@@ -47,17 +47,47 @@ constexpr RankTable kRanks;
 FLASHJAX_INLINE void LoadSegment(const uint32_t* segment, uint16_t* streams) {
   constexpr int kStride = Ring::kStride;
 #if FLASHJAX_SIMD >= 2
+  // The 256-bit halves that one lane has in two registers, of the first two lanes and the others.
+  const __m512i low_lanes = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+  const __m512i high_lanes = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
   for (int first = 0; first < kLanes; first += 16) {
-    __m512i a[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(segment + i * kLanes + first);
-    Transpose16x16Word(a);
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) {
-      uint16_t* low = streams + (first + i) * kStride;
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(low), _mm512_cvtepi32_epi16(a[i]));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + kLanes * kStride),
-                          _mm512_cvtepi32_epi16(_mm512_srli_epi32(a[i], 16)));
+    // Two words of each stream next to each other, for stream 0 and for stream 1.
+    __m512i pairs[2][8], t[8], u[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const __m512i a = _mm512_loadu_si512(segment + 2 * i * kLanes + first);
+      const __m512i b = _mm512_loadu_si512(segment + (2 * i + 1) * kLanes + first);
+      pairs[0][i] = _mm512_mask_blend_epi16(0xAAAAAAAA, a, _mm512_slli_epi32(b, 16));
+      pairs[1][i] = _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(a, 16), b);
+    }
+#pragma GCC unroll 2
+    for (int s = 0; s < 2; ++s) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        t[2 * i] = _mm512_unpacklo_epi32(pairs[s][2 * i], pairs[s][2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(pairs[s][2 * i], pairs[s][2 * i + 1]);
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        u[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        u[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        u[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        u[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const __m512i low = _mm512_permutex2var_epi64(u[i], low_lanes, u[4 + i]);
+        const __m512i high = _mm512_permutex2var_epi64(u[i], high_lanes, u[4 + i]);
+        __m256i* out[4];
+#pragma GCC unroll 4
+        for (int l = 0; l < 4; ++l) {
+          out[l] = reinterpret_cast<__m256i*>(streams + (kLanes * s + first + 4 * l + i) * kStride);
+        }
+        _mm256_storeu_si256(out[0], _mm512_castsi512_si256(low));
+        _mm256_storeu_si256(out[1], _mm512_extracti64x4_epi64(low, 1));
+        _mm256_storeu_si256(out[2], _mm512_castsi512_si256(high));
+        _mm256_storeu_si256(out[3], _mm512_extracti64x4_epi64(high, 1));
+      }
     }
   }
 #elif FLASHJAX_SIMD >= 1
