@@ -1,3 +1,4 @@
+import functools
 from pathlib import Path
 
 import jax
@@ -37,6 +38,7 @@ def tiny():
     return OPT(config, rngs=nnx.Rngs(0))
 
 
+@functools.cache
 def jitted_step(model):
     graph, state = nnx.split(model)
 
