@@ -20,6 +20,7 @@ struct Vec {
 using Sum = Vec;
 constexpr int kSumSize = 16, kSums = 24;
 FLASHJAX_INLINE Vec Load(const float* in) { return {_mm512_load_ps(in)}; }
+FLASHJAX_INLINE void Store(float* out, Vec a) { _mm512_store_ps(out, a.v); }
 FLASHJAX_INLINE Sum LoadSum(const float* in) { return {_mm512_load_ps(in)}; }
 FLASHJAX_INLINE void StoreSum(float* out, Sum a) { _mm512_store_ps(out, a.v); }
 FLASHJAX_INLINE Sum MultiplyAdd(Vec a, Vec b, Sum c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
@@ -42,6 +43,10 @@ struct Sum {
 };
 constexpr int kSumSize = 8, kSums = 8;
 FLASHJAX_INLINE Vec Load(const float* in) { return {_mm256_load_ps(in), _mm256_load_ps(in + 8)}; }
+FLASHJAX_INLINE void Store(float* out, Vec a) {
+  _mm256_store_ps(out, a.low);
+  _mm256_store_ps(out + 8, a.high);
+}
 FLASHJAX_INLINE Sum LoadSum(const float* in) { return {_mm256_load_ps(in)}; }
 FLASHJAX_INLINE void StoreSum(float* out, Sum a) { _mm256_store_ps(out, a.v); }
 FLASHJAX_INLINE Sum MultiplyAdd(Vec a, Vec b, Sum c) {
@@ -78,6 +83,7 @@ FLASHJAX_INLINE Vec Load(const float* in) {
   std::memcpy(a.v, in, sizeof(a.v));
   return a;
 }
+FLASHJAX_INLINE void Store(float* out, const Vec& a) { std::memcpy(out, a.v, sizeof(a.v)); }
 FLASHJAX_INLINE Sum LoadSum(const float* in) {
   Sum a;
   std::memcpy(a.v, in, sizeof(a.v));
@@ -110,44 +116,98 @@ constexpr int BlockRows(int n) {
   return rows;
 }
 
-// Adds the ring's group for rows block * kRows ... of the strip (for kRows > 1: kRows / 2 rows g
-// and the rows g + 8, the two streams of a lane). x is the group's part of the permuted x.
-template <HalfType kType, int kRows, int kN>
-FLASHJAX_INLINE void MultiplyBlock(const Ring* ring, const float* x, int block, float* sums) {
-  Sum sum[kRows][kN];
-  const auto row_of = [block](int r) {
-    return kRows == 1 ? block : block * (kRows / 2) + r / 2 + 8 * (r % 2);
-  };
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (int n = 0; n < kN; ++n) sum[r][n] = LoadSum(sums + (row_of(r) * kN + n) * kSumSize);
+// The weights of a group, expanded: [16 rows][4 steps][4 t][16 positions].
+constexpr int kExpandedRow = kGroupSteps * 4 * kStreamPositions;
+
+// Where MultiplyGroup gets the weights of row g + 8 s from: the ring, or expanded ones.
+template <HalfType kType>
+struct FromRing {
+  const Ring* ring;
+  FLASHJAX_INLINE Vec Get(int g, int s, int j, int t) const {
+    const int i = Ring::Index(g, t, j) + s;
+    return Expand<kType>(ring->streams + ring->starts[i], ring->masks[i]);
   }
-  for (int j = 0; j < kGroupSteps; ++j) {
-    for (int t = 0; t < 4; ++t, x += kN * kStreamPositions) {
-      const int first = Ring::Index(row_of(0) % 8, t, j) + row_of(0) / 8;
-      const uint16_t* masks = ring->masks + first;
-      const uint16_t* starts = ring->starts + first;
-      Vec xs[kN];
-#pragma GCC unroll 8
-      for (int n = 0; n < kN; ++n) {
-        xs[n] = Load(x + n * kStreamPositions);
-        if (kRows > 1) Keep(&xs[n]);
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        const int i = Ring::Index(r / 2, 0, 0) + r % 2;
-        const Vec w = Expand<kType>(ring->streams + starts[i], masks[i]);
-#pragma GCC unroll 8
-        for (int n = 0; n < kN; ++n) sum[r][n] = MultiplyAdd(w, xs[n], sum[r][n]);
+};
+struct FromExpanded {
+  const float* weights;
+  FLASHJAX_INLINE Vec Get(int g, int s, int j, int t) const {
+    return Load(weights + (g + 8 * s) * kExpandedRow + (4 * j + t) * kStreamPositions);
+  }
+};
+
+template <HalfType kType>
+FLASHJAX_TARGET void ExpandGroup(const Ring* ring, float* weights) {
+  const FromRing<kType> from{ring};
+  for (int s = 0; s < 2; ++s) {
+    for (int g = 0; g < 8; ++g) {
+      for (int j = 0; j < kGroupSteps; ++j) {
+        for (int t = 0; t < 4; ++t, weights += kStreamPositions) {
+          Store(weights, from.Get(g, s, j, t));
+        }
       }
     }
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
+}
+
+// Adds a group's products to sums [16 rows][kN][kSumSize]. x is the group's part of a tile of the
+// permuted x. With more than one row at a time these are rows g and, for the lanes' other stream,
+// g + 8.
+template <int kN, typename From>
+FLASHJAX_INLINE void MultiplyGroup(From from, const float* x, float* sums) {
+  constexpr int kRows = BlockRows(kN), kRowsG = kRows > 1 ? kRows / 2 : 1;
+  constexpr int kRowsS = kRows > 1 ? 2 : 1;
+  for (int block = 0; block < kStripRows; block += kRows) {
+    const int g0 = kRows > 1 ? block / 2 : block % 8, s0 = kRows > 1 ? 0 : block / 8;
+    Sum sum[kRowsG][kRowsS][kN];
+#pragma GCC unroll 4
+    for (int g = 0; g < kRowsG; ++g) {
+#pragma GCC unroll 2
+      for (int s = 0; s < kRowsS; ++s) {
+        const float* in = sums + (g0 + g + 8 * (s0 + s)) * kN * kSumSize;
 #pragma GCC unroll 8
-    for (int n = 0; n < kN; ++n) StoreSum(sums + (row_of(r) * kN + n) * kSumSize, sum[r][n]);
+        for (int n = 0; n < kN; ++n) sum[g][s][n] = LoadSum(in + n * kSumSize);
+      }
+    }
+    const float* next_x = x;
+    for (int j = 0; j < kGroupSteps; ++j) {
+      for (int t = 0; t < 4; ++t, next_x += kN * kStreamPositions) {
+        Vec xs[kN];
+#pragma GCC unroll 8
+        for (int n = 0; n < kN; ++n) {
+          xs[n] = Load(next_x + n * kStreamPositions);
+          if (kRows > 1) Keep(&xs[n]);
+        }
+#pragma GCC unroll 4
+        for (int g = 0; g < kRowsG; ++g) {
+#pragma GCC unroll 2
+          for (int s = 0; s < kRowsS; ++s) {
+            const Vec w = from.Get(g0 + g, s0 + s, j, t);
+#pragma GCC unroll 8
+            for (int n = 0; n < kN; ++n) sum[g][s][n] = MultiplyAdd(w, xs[n], sum[g][s][n]);
+          }
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < kRowsG; ++g) {
+#pragma GCC unroll 2
+      for (int s = 0; s < kRowsS; ++s) {
+        float* out = sums + (g0 + g + 8 * (s0 + s)) * kN * kSumSize;
+#pragma GCC unroll 8
+        for (int n = 0; n < kN; ++n) StoreSum(out + n * kSumSize, sum[g][s][n]);
+      }
+    }
   }
+}
+
+template <HalfType kType, int kN>
+FLASHJAX_TARGET void MultiplyRing(const Ring* ring, const float* x, float* sums) {
+  MultiplyGroup<kN>(FromRing<kType>{ring}, x, sums);
+}
+
+template <int kN>
+FLASHJAX_TARGET void MultiplyExpanded(const float* weights, const float* x, float* sums) {
+  MultiplyGroup<kN>(FromExpanded{weights}, x, sums);
 }
 
 // Adds up the kSumSize partial sums of each of the 16 rows, which are `stride` apart, always in the
@@ -179,43 +239,66 @@ FLASHJAX_INLINE void AddUp(const float* sums, int64_t stride, float* out) {
 #endif
 }
 
-template <HalfType kType, int kN>
-FLASHJAX_TARGET void MatmulTile(Ring* ring, const MatmulJob& job, int64_t strip, int64_t n0) {
-  constexpr int kRows = BlockRows(kN);
-  const LscdShape& shape = job.w.shape;
-  const uint32_t* bitmap = job.w.bitmap + strip * shape.groups() * kLanes * kGroupSteps;
-  const uint32_t* entries = job.w.entries + strip * shape.entries() * kEntryWords;
-  const float* x = job.permuted + job.TileOffset(n0);
-  alignas(64) float sums[kStripRows * kN * kSumSize] = {};
-  if (shape.groups() > 0) StartStrip(ring, entries);
-  for (int64_t group = 0; group < shape.groups(); ++group, x += kN * kGroupK) {
-    NextGroup(ring, bitmap, entries, job.w.values, job.w.segments, group);
-    for (int block = 0; block < kStripRows / kRows; ++block) {
-      MultiplyBlock<kType, kRows, kN>(ring, x, block, sums);
-    }
-  }
-  const int64_t row = strip * kStripRows;
-  const int64_t rows = std::min<int64_t>(kStripRows, shape.m - row);
-  float bias[kStripRows] = {};
-  if (job.bias != nullptr) std::memcpy(bias, job.bias + row, rows * sizeof(float));
-  for (int n = 0; n < kN; ++n) {
-    float out[kStripRows];
-    AddUp(sums + n * kSumSize, kN * kSumSize, out);
-    for (int i = 0; i < kStripRows; ++i) out[i] += bias[i];
-    StoreRow(out, job.y_type, rows, job.y, (n0 + n) * shape.m + row);
-  }
-}
+// Sums of up to this many tiles are kept while a strip is walked through; its weights are decoded
+// again for those that follow.
+constexpr int64_t kMaxTiles = 32;
 
 template <HalfType kType>
 FLASHJAX_TARGET void MatmulStripsAs(const MatmulJob& job, int64_t first, int64_t strips) {
-  using Tile = void (*)(Ring*, const MatmulJob&, int64_t, int64_t);
-  constexpr Tile kTiles[kTileN] = {MatmulTile<kType, 1>, MatmulTile<kType, 2>, MatmulTile<kType, 3>,
-                                   MatmulTile<kType, 4>, MatmulTile<kType, 5>, MatmulTile<kType, 6>,
-                                   MatmulTile<kType, 7>, MatmulTile<kType, 8>};
-  const std::unique_ptr<Ring> ring(new Ring);
+  using FromRingFunction = void (*)(const Ring*, const float*, float*);
+  using FromExpandedFunction = void (*)(const float*, const float*, float*);
+  constexpr FromRingFunction kFromRing[kTileN] = {MultiplyRing<kType, 1>, MultiplyRing<kType, 2>,
+                                                  MultiplyRing<kType, 3>, MultiplyRing<kType, 4>,
+                                                  MultiplyRing<kType, 5>, MultiplyRing<kType, 6>,
+                                                  MultiplyRing<kType, 7>, MultiplyRing<kType, 8>};
+  constexpr FromExpandedFunction kFromExpanded[kTileN] = {
+      MultiplyExpanded<1>, MultiplyExpanded<2>, MultiplyExpanded<3>, MultiplyExpanded<4>,
+      MultiplyExpanded<5>, MultiplyExpanded<6>, MultiplyExpanded<7>, MultiplyExpanded<8>};
+  constexpr int kTileSums = kStripRows * kTileN * kSumSize;
+  struct alignas(64) Scratch {
+    Ring ring;
+    alignas(64) float weights[kStripRows * kExpandedRow];
+  };
+  struct alignas(64) TileSums {
+    float values[kTileSums];
+  };
+  const LscdShape& shape = job.w.shape;
+  const int64_t tiles = std::min(kMaxTiles, CeilDiv(job.n, kTileN));
+  const std::unique_ptr<Scratch> scratch(new Scratch);
+  const std::unique_ptr<TileSums[]> sums(new TileSums[tiles]);
   for (int64_t strip = first; strip < first + strips; ++strip) {
-    for (int64_t n0 = 0; n0 < job.n; n0 += kTileN) {
-      kTiles[std::min<int64_t>(kTileN, job.n - n0) - 1](ring.get(), job, strip, n0);
+    const uint32_t* bitmap = job.w.bitmap + strip * shape.groups() * kLanes * kGroupSteps;
+    const uint32_t* entries = job.w.entries + strip * shape.entries() * kEntryWords;
+    for (int64_t begin = 0; begin < job.n; begin += tiles * kTileN) {
+      const int64_t end = std::min(job.n, begin + tiles * kTileN);
+      std::memset(sums.get(), 0, CeilDiv(end - begin, kTileN) * sizeof(TileSums));
+      if (shape.groups() > 0) StartStrip(&scratch->ring, entries);
+      for (int64_t group = 0; group < shape.groups(); ++group) {
+        NextGroup(&scratch->ring, bitmap, entries, job.w.values, job.w.segments, group);
+        const bool expanded = end - begin > kTileN;
+        if (expanded) ExpandGroup<kType>(&scratch->ring, scratch->weights);
+        for (int64_t n0 = begin; n0 < end; n0 += kTileN) {
+          const int64_t n = std::min<int64_t>(kTileN, end - n0);
+          const float* x = job.permuted + job.TileOffset(n0) + group * n * kGroupK;
+          float* tile = sums[(n0 - begin) / kTileN].values;
+          if (expanded) {
+            kFromExpanded[n - 1](scratch->weights, x, tile);
+          } else {
+            kFromRing[n - 1](&scratch->ring, x, tile);
+          }
+        }
+      }
+      const int64_t row = strip * kStripRows;
+      const int64_t rows = std::min<int64_t>(kStripRows, shape.m - row);
+      float bias[kStripRows] = {};
+      if (job.bias != nullptr) std::memcpy(bias, job.bias + row, rows * sizeof(float));
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t n0 = i - i % kTileN, n = std::min<int64_t>(kTileN, end - n0);
+        float out[kStripRows];
+        AddUp(sums[(n0 - begin) / kTileN].values + (i - n0) * kSumSize, n * kSumSize, out);
+        for (int r = 0; r < kStripRows; ++r) out[r] += bias[r];
+        StoreRow(out, job.y_type, rows, job.y, i * shape.m + row);
+      }
     }
   }
 }
