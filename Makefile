@@ -12,7 +12,7 @@ FLASHJAX_CUDA ?= AUTO
 export FLASHJAX_CUDA
 PYTEST_ARGS ?=
 # Much of the time is compiling for XLA, which uses one core.
-PYTEST := $(PY) -m pytest -n auto --maxprocesses=4
+PYTEST = $(PY) -m pytest -n auto --maxprocesses=4
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
