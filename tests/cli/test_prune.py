@@ -188,8 +188,10 @@ def test_interrupted(cli, dense_folder, tmp_path, monkeypatch):
 def test_signals_leave_nothing(dense_folder, tmp_path, number, code):
     # A hook that stops in the middle of the work until the signal comes.
     script = """
-import sys, time
+import signal, sys, time
 from flashjax.models.opt import pruning
+# A shell's background jobs, and so these tests in one, ignore the interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def wait(array, sparsity):
     if array.size > 1:
         print("here", flush=True)
