@@ -103,6 +103,11 @@ nb::object Unpack(const Input<uint32_t, 4>& bitmap, const Input<uint32_t, 3>& en
 }  // namespace
 
 void BindPack(nb::module_& m) {
+  if (const char* unknown = flashjax::UnknownSimdVariable()) {
+    throw nb::import_error(
+        (std::string("FLASHJAX_CPU_SIMD: expected portable, avx2 or avx512, got ") + unknown)
+            .c_str());
+  }
   m.def(
       "pack", &Pack, nb::arg("dense").noconvert(), nb::arg("threads") = 0,
       "Packs (K, M) uint16 bit patterns, C-contiguous: (bitmap, entries, values, counts), uint32.\n"

@@ -52,7 +52,7 @@ void LscdMatmul(const LscdMatrix& w, const void* x, FloatType x_type, int64_t n,
 void LscdUnpack(const LscdMatrix& w, bool to_float, void* dense, const ParallelFor& parallel_for) {
   if (w.shape.k == 0) return;
   const LscdKernels& kernels = Kernels();
-  ForRuns(w.shape.strips(), w.shape.k * kStripRows, 4, parallel_for,
+  ForRuns(w.shape.strips(), w.shape.k * kStripRows, kUnpackStrips, parallel_for,
           [&](int64_t first, int64_t count) {
             kernels.unpack_strips(w, first, count, to_float, dense);
           });

@@ -8,6 +8,8 @@
 namespace flashjax {
 namespace {
 
+constexpr const char* kVariable = "FLASHJAX_CPU_SIMD";
+
 Simd MachineSimd() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -35,7 +37,7 @@ bool ParseSimd(const char* name, Simd* simd) {
 
 Simd InitialSimd() {
   const Simd machine = MachineSimd();
-  const char* name = std::getenv("FLASHJAX_CPU_SIMD");
+  const char* name = std::getenv(kVariable);
   Simd asked;
   if (name != nullptr && ParseSimd(name, &asked) && asked < machine) return asked;
   return machine;
@@ -60,6 +62,12 @@ const char* SimdName(Simd simd) {
 }
 
 Simd ActiveSimd() { return Active().load(std::memory_order_relaxed); }
+
+const char* UnknownSimdVariable() {
+  const char* name = std::getenv(kVariable);
+  Simd simd;
+  return name != nullptr && !ParseSimd(name, &simd) ? name : nullptr;
+}
 
 bool SetSimd(const char* name) {
   Simd simd;

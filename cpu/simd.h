@@ -16,6 +16,9 @@ const char* SimdName(Simd simd);
 // The machine's best set, unless FLASHJAX_CPU_SIMD=portable|avx2|avx512 (read once) asks for less.
 Simd ActiveSimd();
 
+// The value of FLASHJAX_CPU_SIMD if it is none of these, else null.
+const char* UnknownSimdVariable();
+
 // Chooses the set for the calls that follow (tests compare them). False, and nothing changes, when
 // the name is unknown or the machine lacks the set.
 bool SetSimd(const char* name);
@@ -50,6 +53,10 @@ struct MatmulJob {
   // Where the tile that starts with row n0 of x stands in `permuted`.
   int64_t TileOffset(int64_t n0) const { return n0 * w.shape.steps() * kStepK; }
 };
+
+// Strips that are unpacked side by side, so that long pieces of the dense matrix's rows are
+// written.
+inline constexpr int kUnpackStrips = 8;
 
 // Streams are numbered q = 4 row + t = 32 stream + lane; a tile is uint16 [64 q][16 positions],
 // what a step of a strip holds.

@@ -38,15 +38,20 @@ FLASHJAX_TARGET void LoadTile(const uint16_t* dense, int64_t stride, uint16_t* t
       }
     }
 #else
-    for (int row = 0; row < kStripRows; ++row) masks[4 * row + t] = 0;
+    // Local arrays, which the compiler knows to be apart, so that it can vectorize.
+    uint16_t block[kStreamPositions][kStripRows], bits[kStripRows] = {};
     for (int i = 0; i < kStreamPositions; ++i) {
       const uint16_t* in = dense + PositionColumn(t, i) * stride;
       for (int row = 0; row < kStripRows; ++row) {
-        const int q = 4 * row + t;
-        const uint16_t value = (in[row] & 0x7FFF) != 0 ? in[row] : 0;
-        tile[q * kStreamPositions + i] = value;
-        masks[q] |= static_cast<uint16_t>((value != 0) << i);
+        const uint16_t present = (in[row] & 0x7FFF) != 0 ? 0xFFFF : 0;
+        block[i][row] = in[row] & present;
+        bits[row] |= present & (1 << i);
       }
+    }
+    for (int row = 0; row < kStripRows; ++row) {
+      const int q = 4 * row + t;
+      masks[q] = bits[row];
+      for (int i = 0; i < kStreamPositions; ++i) tile[q * kStreamPositions + i] = block[i][row];
     }
 #endif
   }

@@ -66,9 +66,6 @@ FLASHJAX_INLINE void UnpackStep(const Ring* ring, int j, uint16_t* rows, int64_t
   }
 }
 
-// Strips side by side, so that whole cache lines of the dense matrix are written.
-constexpr int kUnpackStrips = 4;
-
 FLASHJAX_TARGET void UnpackStrips(const LscdMatrix& w, int64_t first, int64_t strips, bool to_float,
                                   void* dense) {
   constexpr int kColumns = kUnpackStrips * kStripRows;

@@ -1,5 +1,9 @@
 """The host packer and unpacker, bit for bit against tests/layout_reference.py."""
 
+import os
+import subprocess
+import sys
+
 import hypothesis
 import hypothesis.strategies as st
 import layout_reference as reference
@@ -281,3 +285,17 @@ def test_simd_names():
     assert _native.cpu.simd() in ("portable", "avx2", "avx512")
     with pytest.raises(ValueError, match="expected 'portable', 'avx2' or 'avx512'"):
         _native.cpu.set_simd("sse9")
+
+
+def _simd_with(variable):
+    command = [sys.executable, "-c", "import flashjax._cpu as c; print(c.simd())"]
+    environment = {**os.environ, "FLASHJAX_CPU_SIMD": variable}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_simd_variable():
+    assert _simd_with("portable").stdout == "portable\n"
+    assert _simd_with("avx512").returncode == 0  # takes less where there is less
+    unknown = _simd_with("sse9")
+    assert unknown.returncode != 0
+    assert "expected portable, avx2 or avx512, got sse9" in unknown.stderr
