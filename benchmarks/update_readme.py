@@ -7,9 +7,9 @@ from `examples/demo-opt/training.json`.
 """
 
 import json
-import math
 import pathlib
 import re
+import textwrap
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -20,40 +20,40 @@ def speed_table(path: pathlib.Path) -> str:
     facts, results = content["environment"], content["results"]
     layers = {r["layer"]: f"{r['m']}x{r['k']}" for r in results}
     sparsities = sorted({r["sparsity"] for r in results})
+    speedups = {(r["layer"], r["n"], r["sparsity"]): r["speedup"] for r in results}
+    shapes = " / ".join(layers.values())
+    text = (
+        f"Speed-up of `sparse_matmul` over `jnp.dot` (cuBLAS) on one {facts['device']}, "
+        f"for layers of OPT-30B (out x in) {shapes}: {results[0]['dtype']}, random "
+        "patterns, weights not in the L2 cache, median device time, both in the same "
+        f"process (jax {facts['jax']}, driver {facts['driver']}, "
+        f"{facts['date'].split()[0]})."
+    )
     lines = [
-        "Speed-up of `sparse_matmul` over `jnp.dot` (cuBLAS) on one "
-        f"{facts['device']}: "
-        f"{results[0]['dtype']}, random patterns, geometric mean over the layers "
-        f"{', '.join(layers.values())} of OPT; weights cold in L2, median device time, "
-        "both in the same process. "
-        f"jax {facts['jax']}, driver {facts['driver']}, {facts['date'].split()[0]}.",
+        textwrap.fill(text, 90),
         "",
         "| rows of x | " + " | ".join(f"{s:.0%} zeros" for s in sparsities) + " |",
         "|---" * (len(sparsities) + 1) + "|",
     ]
     for n in sorted({r["n"] for r in results}):
-        means = []
-        for sparsity in sparsities:
-            speedups = [
-                r["speedup"]
-                for r in results
-                if (r["n"], r["sparsity"]) == (n, sparsity)
-            ]
-            mean = math.exp(sum(map(math.log, speedups)) / len(speedups))
-            means.append(f"{mean:.2f}")
-        lines.append(f"| {n} | " + " | ".join(means) + " |")
+        cells = [
+            " / ".join(f"{speedups[layer, n, s]:.2f}" for layer in layers)
+            for s in sparsities
+        ]
+        lines.append(f"| {n} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def demo_figures(path: pathlib.Path) -> str:
     facts = json.loads(path.read_text(encoding="utf-8"))
-    return (
+    text = (
         f"An OPT of {facts['parameters'] / 1e6:.1f} million parameters, trained on "
         "public-domain English (Austen, Shakespeare, the King James Bible). Perplexity "
         f"on held-out text: **{facts['dense_perplexity']:.2f}** dense, "
         f"**{facts['pruned_perplexity']:.2f}** with {facts['sparsity']:.0%} of the "
         "weights of its linear layers pruned and fine-tuned."
     )
+    return textwrap.fill(text, 90)
 
 
 def replace(text: str, name: str, content: str) -> str:
