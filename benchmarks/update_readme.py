@@ -23,7 +23,8 @@ def speed_table(path: pathlib.Path) -> str:
     speedups = {(r["layer"], r["n"], r["sparsity"]): r["speedup"] for r in results}
     shapes = " / ".join(layers.values())
     text = (
-        f"Speed-up of `sparse_matmul` over `jnp.dot` (cuBLAS) on one {facts['device']}, "
+        "Speed-up of `sparse_matmul` over `jnp.dot` (cuBLAS) on one "
+        f"{facts['device']}, "
         f"for layers of OPT-30B (out x in) {shapes}: {results[0]['dtype']}, random "
         "patterns, weights not in the L2 cache, median device time, both in the same "
         f"process (jax {facts['jax']}, driver {facts['driver']}, "
