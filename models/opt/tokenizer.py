@@ -43,6 +43,9 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
             raise CheckpointError(
                 f"{path}: expected a tokenizer, got {error}"
             ) from error
+        # What the file was trained with; prompts must never be cut or padded by it.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         # The file of a fast GPT-2 tokenizer knows nothing of OPT's BOS token.
         if settings.get("add_bos_token") is True:
             _add_bos(tokenizer, _token(settings, "bos_token"))

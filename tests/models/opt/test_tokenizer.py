@@ -46,6 +46,16 @@ def test_saved_tokenizer_is_the_same(folder, tmp_path):
     assert settings["pad_token"] == "<pad>"
 
 
+def test_stored_truncation_and_padding_are_ignored(folder):
+    tokenizer = load_tokenizer(folder)
+    expected = tokenizer.encode("the cat sat").ids
+    for length in 2, 20:
+        tokenizer.enable_truncation(length)
+        tokenizer.enable_padding(length=length)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        assert load_tokenizer(folder).encode("the cat sat").ids == expected
+
+
 def test_bos_is_added_to_a_fast_tokenizer_that_should_have_it(folder):
     tokenizer = load_tokenizer(folder)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
