@@ -35,15 +35,23 @@ def atomic_folder(
 
     Raises:
       CheckpointError: ``path`` is a file, or holds something and overwrite is False, or
-        is no model folder that could safely be replaced; or the disk is full.
+        is no model folder that could safely be replaced, or cannot be made; or the disk
+        is full.
     """
     target = Path(path).resolve()
     _check_target(target, overwrite)
     unique = uuid.uuid4().hex[:12]
     temporary = target.with_name(f".{target.name}.{unique}.tmp")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+        except OSError as error:
+            if error.errno in _DISK_FULL:
+                raise
+            raise CheckpointError(
+                f"{target}: expected a folder that can be made, got: {error.strerror}"
+            ) from error
         yield temporary
         # A disk can also turn out full only when the data reaches it.
         for file in temporary.rglob("*"):
@@ -59,7 +67,8 @@ def atomic_folder(
                 raise
             raise CheckpointError(f"{target}: not saved: {error}") from error
         shutil.rmtree(temporary, ignore_errors=True)
-        free = shutil.disk_usage(target.parent).free
+        there = next(parent for parent in target.parents if parent.exists())
+        free = shutil.disk_usage(there).free
         raise CheckpointError(
             f"{target}: not saved, nothing was left behind: {os.strerror(code)} "
             f"({free:,} bytes free)"

@@ -309,6 +309,16 @@ def test_atomic_folder_leaves_nothing(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_atomic_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with (
+        pytest.raises(CheckpointError, match=r"file/model: expected a folder that can"),
+        atomic_folder(tmp_path / "file" / "model"),
+    ):
+        pass
+    assert (tmp_path / "file").read_text() == "x"
+
+
 def old_model(tmp_path):
     target = tmp_path / "model"
     target.mkdir()
