@@ -53,7 +53,8 @@ def sparse_matmul(
     Args:
       x: (..., K), float16, bfloat16 or float32.
       w: (K, M) in float16 or bfloat16; also an `nnx.Variable` that holds one.
-      bias: (M,) of any float dtype, added in float32 before the result is rounded.
+      bias: (M,) of any float dtype, added in float32 before the result is rounded;
+        also an `nnx.Variable` that holds one.
       implementation: `None` takes the best for the platform the computation is lowered
         for, and never fails on supported operands. "cuda" and "cpu" are the kernels;
         "xla" is plain JAX, for any platform, and materializes the dense matrix for the
@@ -79,6 +80,8 @@ def sparse_matmul(
     w.check_leaves("sparse_matmul")
     _check_x(x, w)
     if bias is not None:
+        if not isinstance(bias, jax.Array) and hasattr(bias, "get_value"):
+            bias = bias.get_value()
         _check_bias(bias, w)
     _check_implementation(implementation, x)
     call = _Call(

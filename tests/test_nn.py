@@ -253,7 +253,10 @@ def test_matrix_in_a_module_of_ones_own(wrap):
 def test_a_variable_stands_for_its_matrix(wrap):
     w = SparseMatrix.from_dense(random((8, 4), jnp.float16))
     x = random((2, 8), jnp.float16)
-    np.testing.assert_array_equal(sparse_matmul(x, wrap(w)), sparse_matmul(x, w))
+    bias = jnp.arange(4, dtype=jnp.float32)
+    np.testing.assert_array_equal(
+        sparse_matmul(x, wrap(w), bias=nnx.Param(bias)), sparse_matmul(x, w, bias=bias)
+    )
 
 
 def test_flax_knows_the_matrix_from_the_start():
