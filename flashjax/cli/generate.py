@@ -65,6 +65,11 @@ def run(
     empty = [i + 1 for i, prompt in enumerate(prompts) if not prompt]
     if empty:
         raise ValueError(f"expected prompts with text, got an empty one: {empty[0]}")
+    for i, prompt in enumerate(prompts):
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError:  # bytes of the command line that are no UTF-8
+            raise ValueError(f"expected UTF-8 text in prompt {i + 1}") from None
     model, tokenizer = opt.from_pretrained(
         folder, dtype=jnp.dtype(dtype), sparse=False if dense else "auto"
     )

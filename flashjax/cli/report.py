@@ -104,7 +104,7 @@ def device_line(model: Any) -> str:
     named = {layer.implementation for _, layer in sparse_layers(model)}
     if not named:
         return f"{name}, dense layers alone"
-    best = {"cpu": "cpu", "gpu": "cuda" if _native.cuda is not None else "xla"}
+    best = {"cpu": "cpu", "gpu": "cuda" if _native.cuda_available() else "xla"}
     used = sorted({n or best.get(device.platform, "xla") for n in named})
     details = f" ({_native.cpu.simd()})" if used == ["cpu"] else ""
     return f"{name}, implementation {', '.join(used)}{details}"

@@ -121,6 +121,7 @@ def test_bad_folders(cli, bad_folder):
     [
         ([], ["expected --prompt or --file, got neither"]),
         (["-p", ""], ["expected prompts with text, got an empty one"]),
+        (["-p", "x", "-p", "\udcff"], ["expected UTF-8 text in prompt 2"]),
         (["-p", "x" * 70], ["64 positions", "71 tokens"]),
         (["-p", "x", "-n", "1000"], ["64 positions", "max_new_tokens=1000"]),
         (["-p", "x", "-n", "-1"], ["max_new_tokens", "got -1"]),
