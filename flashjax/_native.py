@@ -23,8 +23,9 @@ def _import_cpu() -> ModuleType:
         here = pathlib.Path(__file__).resolve().parent
         raise ImportError(
             f"flashjax was imported from {here}, where its native module is not "
-            "built for this Python. In a source tree run `make` or `pip install -e .`; "
-            "to use an installed flashjax, start Python in another folder."
+            "built for this Python. In a source tree run `make install` or "
+            "`pip install -e .`; to use an installed flashjax, start Python in another "
+            "folder."
         ) from error
 
 
