@@ -103,7 +103,7 @@ def generate(
     Returns:
       (batch, length + max_new_tokens) int32: the prompts as given and what follows
       them. After its end token a row is filled with ``model.config.pad_token_id``, or
-      with an end token where the configuration has no padding token.
+      with an end token where the configuration has no padding token in the vocabulary.
 
     Raises:
       TypeError: an option is no number of the right kind.
@@ -347,7 +347,7 @@ def _check(
     key_words = key_data(seed)
     ends = _end_tokens(config, eos_token_id)
     pad_id = config.pad_token_id
-    if pad_id is None:
+    if pad_id is None or not 0 <= pad_id < config.vocab_size:
         pad_id = int(np.argmax(ends))
 
     prompt = _array("token_ids", token_ids)

@@ -261,10 +261,11 @@ class TestEnd:
             config = dataclasses.replace(CONFIG, eos_token_id=own)
             assert not generate_module._end_tokens(config, None).any()
 
-    def test_without_padding_token_rows_are_filled_with_an_end(self, free):
+    @pytest.mark.parametrize("pad", [None, -1, 1000])
+    def test_without_padding_token_rows_are_filled_with_an_end(self, free, pad):
         ids, new = free
         end = int(new[0, 0])
-        other = _model(pad_token_id=None)
+        other = _model(pad_token_id=pad)
         out = opt.generate(other, ids, max_new_tokens=NEW, eos_token_id=end)
         assert (np.asarray(out)[0, 6:] == end).all()
 
