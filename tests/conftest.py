@@ -30,6 +30,10 @@ def pytest_configure(config: pytest.Config) -> None:
         if "xla_force_host_platform_device_count" not in flags:
             flags += " --xla_force_host_platform_device_count=8"
         os.environ["XLA_FLAGS"] = flags.strip()
+        # Compiling is most of the work; what has not changed is compiled once.
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("jax"))
+            os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
     else:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
