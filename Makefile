@@ -19,7 +19,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 NATIVE_SOURCES := CMakeLists.txt pyproject.toml flashjax/__init__.py \
   $(wildcard cmake/*.cmake cpu/* cuda/* cuda/common/* bindings/*)
 
-.PHONY: help demo test gpu-test lint types format install requirements clean FORCE
+.PHONY: help demo test gpu-test lint format install requirements clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -37,12 +37,10 @@ install: $(VENV)/.installed ## set up and build only
 
 requirements: $(VENV)/.requirements ## set up without building
 
-lint: $(VENV)/.dev ## ruff and clang-format
+lint: $(VENV)/.dev ## ruff, clang-format and mypy
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@git ls-files '*.cc' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
-
-types: $(VENV)/.dev ## mypy; not clean yet, so not part of lint
 	@$(PY) -m mypy
 
 format: $(VENV)/.dev ## rewrite the sources in the project's style
