@@ -58,12 +58,11 @@ struct Problem {
   }
 };
 
-// A memset that lets the product begin at once. It waits for its predecessor before it writes: the
-// workspace may still be in use.
+// A memset behind which the product can be launched at once. It is itself an ordinary launch: all
+// that came before is complete and visible when it starts, and so when the product starts.
 __global__ void ClearFlagsKernel(uint32_t* flags, int count) {
 #if __CUDA_ARCH__ >= 900
   LaunchDependents();
-  WaitForPrevious();
 #endif
   for (int i = threadIdx.x; i < count; i += blockDim.x) flags[i] = 0;
 }
@@ -107,7 +106,8 @@ cudaError_t LaunchStreamK(Kernel kernel, const X& x, const Problem& problem, Out
                                           grid * partial_bytes);
   const int blocks = static_cast<int>(grid), flags = blocks * Config::kWarps;
   if constexpr (Config::kDependentLaunch) {
-    error = LaunchDependent(ClearFlagsKernel, 1, 512, 0, problem.stream, out.flags, flags);
+    ClearFlagsKernel<<<1, 512, 0, problem.stream>>>(out.flags, flags);
+    error = cudaGetLastError();
     if (error != cudaSuccess) return error;
     return LaunchDependent(kernel, blocks, Config::kThreads, Config::kSharedBytes, problem.stream,
                            x, problem.w, out);

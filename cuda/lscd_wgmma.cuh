@@ -9,9 +9,8 @@
 //            beyond N and K) into a ring of stages that all warps share
 //   product  fragments are decoded into registers while the wgmma of the previous batch runs
 //   balance  stream-K over tiles of 256 rows (lscd_stream_k.cuh)
-//   launch   dependent on ClearFlagsKernel alone: the weights, which no kernel that allows
-//   dependents
-//            writes, are read at once; x, the workspace and y are not touched before the wait
+//   launch   dependent on ClearFlagsKernel alone, which starts when all before it is complete: the
+//            weights and x are read at once, the flags not before the wait
 #ifndef FLASHJAX_CUDA_LSCD_WGMMA_CUH_
 #define FLASHJAX_CUDA_LSCD_WGMMA_CUH_
 
@@ -78,7 +77,6 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
   constexpr int kBuffers = 2;  // batches of fragments in registers: one decoded, one multiplied
   constexpr int kStageBatches = kStageK / 16 / kBatch;
 
-  LaunchDependents();
   extern __shared__ uint8_t shared[];
   const int lane = threadIdx.x % 32;
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
@@ -100,7 +98,6 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
     SyncThreads();
     ReleaseRegisters<32>();
     if (warp == kWarps && lane == 0) {
-      WaitForPrevious();
       constexpr int kGroupStages = kGroupK / kStageK;
       const int count = (end - unit) * kGroupStages, period = share.groups * kGroupStages;
       int k = unit % share.groups * kGroupStages, stage = 0;

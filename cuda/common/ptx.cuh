@@ -72,7 +72,8 @@ __device__ __forceinline__ void LoadMatrix4(uint32_t r[4], uint32_t address) {
                : "memory");
 }
 
-// --- dependent launch (sm_90): the next kernel may start; what was before this one is complete.
+// --- dependent launch (sm_90): the dependent kernel may start; the kernel it depends on is
+// complete.
 
 __device__ __forceinline__ void LaunchDependents() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
