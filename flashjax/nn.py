@@ -62,7 +62,8 @@ class SparseDense(nnx.Module):
       use_bias: whether to add a bias.
       dtype: inputs are cast to it and outputs have it; None infers it from input,
         kernel and bias as nnx.Linear does. Products are accumulated in float32.
-      param_dtype: float16 or bfloat16, of the kernel and the bias.
+      param_dtype: float16 or bfloat16, of the kernel and the bias; None takes dtype
+        if it is one of these, else float16. The CUDA kernel needs inputs of this dtype.
       sparsity: share of zeros in the kernel, 0 to 1.
       kernel_init: initializer of the kernel before it is pruned.
       bias_init: initializer of the bias.
@@ -82,7 +83,7 @@ class SparseDense(nnx.Module):
         *,
         use_bias: bool = True,
         dtype: DTypeLike | None = None,
-        param_dtype: DTypeLike = jnp.float16,
+        param_dtype: DTypeLike | None = None,
         sparsity: float = _DEFAULT_SPARSITY,
         kernel_init: nnx.initializers.Initializer = _KERNEL_INIT,
         bias_init: nnx.initializers.Initializer = _BIAS_INIT,
@@ -97,7 +98,7 @@ class SparseDense(nnx.Module):
         elif rngs is None:
             raise ValueError("SparseDense: expected rngs to be nnx.Rngs, got None")
         else:
-            param_dtype = _half(param_dtype, "param_dtype")
+            param_dtype = _param_dtype(param_dtype, dtype)
             shape = (in_features, out_features)
             matrix = _random_matrix(
                 rngs.params(), shape, param_dtype, sparsity, kernel_init
@@ -209,7 +210,8 @@ class LinenSparseDense(linen.Module):
       features: the number of output features.
       use_bias: whether to add a bias.
       dtype: inputs are cast to it and outputs have it; None infers it.
-      param_dtype: float16 or bfloat16, of the kernel and the bias.
+      param_dtype: float16 or bfloat16, of the kernel and the bias; None takes dtype
+        if it is one of these, else float16. The CUDA kernel needs inputs of this dtype.
       sparsity: share of zeros in the kernel that init() makes, 0 to 1.
       kernel_init: initializer of the kernel before it is pruned.
       bias_init: initializer of the bias.
@@ -219,7 +221,7 @@ class LinenSparseDense(linen.Module):
     features: int
     use_bias: bool = True
     dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float16
+    param_dtype: DTypeLike | None = None
     sparsity: float = _DEFAULT_SPARSITY
     kernel_init: nnx.initializers.Initializer = _KERNEL_INIT
     bias_init: nnx.initializers.Initializer = _BIAS_INIT
@@ -228,7 +230,7 @@ class LinenSparseDense(linen.Module):
     @linen.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Applies the layer to (..., in_features)."""
-        param_dtype = _half(self.param_dtype, "param_dtype")
+        param_dtype = _param_dtype(self.param_dtype, self.dtype)
         kernel = self.variable(
             LINEN_COLLECTION,
             "kernel",
@@ -302,9 +304,15 @@ def sparsify(
       it is a tuple.
 
     Raises:
+      TypeError: the model is none of NNX.
       ValueError: the predicate took no layer, or a kernel cannot be packed; the model
         is then unchanged.
     """
+    if not isinstance(model, nnx.Module | list | tuple | dict):
+        raise TypeError(
+            "sparsify: expected an nnx.Module, or lists, tuples or dicts of them, got "
+            f"{type(model).__name__}"
+        )
     found: dict[int, tuple[nnx.Linear, list[str]]] = {}
     for path, layer in _linear_layers(model):
         found.setdefault(id(layer), (layer, []))[1].append(path)
@@ -370,6 +378,14 @@ def _half(dtype: DTypeLike, name: str) -> np.dtype:
     if dtype not in _HALVES:
         raise ValueError(f"{name}: expected float16 or bfloat16, got {dtype.name}")
     return dtype
+
+
+def _param_dtype(param_dtype: DTypeLike | None, dtype: DTypeLike | None) -> np.dtype:
+    if param_dtype is not None:
+        return _half(param_dtype, "param_dtype")
+    if dtype is not None and jnp.dtype(dtype) in _HALVES:
+        return jnp.dtype(dtype)
+    return jnp.dtype(jnp.float16)
 
 
 def _random_matrix(key, shape, dtype, sparsity, kernel_init) -> SparseMatrix:

@@ -78,6 +78,19 @@ def test_random_layer(dtype, use_bias):
     assert_close(y, np.asarray(x, np.float32) @ dense + use_bias, dtype)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(None, "float16"), ("bfloat16", "bfloat16"), ("float32", "float16")],
+)
+def test_parameters_have_the_dtype_where_they_can(dtype, expected):
+    layer = SparseDense(8, 4, dtype=dtype, rngs=nnx.Rngs(0))
+    assert layer.kernel.get_value().dtype == layer.bias.dtype == expected
+    twin = fj_linen.SparseDense(features=4, dtype=dtype)
+    variables = twin.init(jax.random.key(0), random((2, 8), expected))
+    assert variables["params"]["bias"].dtype == expected
+    assert variables["sparse"]["kernel"].dtype == expected
+
+
 def test_same_rngs_as_linear():
     sparse = SparseDense(64, 32, sparsity=0.0, rngs=nnx.Rngs(3))
     dense = nnx.Linear(64, 32, rngs=nnx.Rngs(3))
@@ -481,6 +494,12 @@ def test_sparsify_everything():
         leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))
     )
     assert sparsify(model) is model  # nothing left to swap
+
+
+@pytest.mark.parametrize("model", [3, linen.Dense(4), None])
+def test_sparsify_refuses_what_is_not_of_nnx(model):
+    with pytest.raises(TypeError, match=type(model).__name__):
+        sparsify(model)
 
 
 def test_sparsify_some():
