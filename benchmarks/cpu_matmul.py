@@ -156,6 +156,7 @@ def main(
 ) -> None:
     """Times the CPU kernel beside XLA's dense float32 product."""
     results: list[dict] = []
+    load = [os.getloadavg()[0]]
     for name in shape.split(","):
         time_shape(
             name,
@@ -167,7 +168,13 @@ def main(
         )
     print_table(results)
     if save:
-        facts = {"simd": _native.cpu.simd(), "cores": os.cpu_count()}
+        # More than the cores at the end: other programs ran beside the benchmark.
+        load.append(os.getloadavg()[0])
+        facts = {
+            "simd": _native.cpu.simd(),
+            "cores": os.cpu_count(),
+            "load_average_before_and_after": load,
+        }
         print(report.save("cpu_matmul", {**facts, "results": results}))
 
 
