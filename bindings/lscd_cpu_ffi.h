@@ -1,12 +1,11 @@
-// What the CPU handlers share: the check of a packed matrix.
+// What the CPU handlers share: decoding a packed matrix and dtypes.
 #ifndef FLASHJAX_BINDINGS_LSCD_CPU_FFI_H_
 #define FLASHJAX_BINDINGS_LSCD_CPU_FFI_H_
 
 #include <cstdint>
 #include <string>
 
-#include "bindings/ffi_helpers.h"
-#include "cpu/lscd_layout.h"
+#include "bindings/lscd_packed_ffi.h"
 #include "cpu/simd.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -18,16 +17,8 @@ inline ::xla::ffi::Error DecodeMatrix(const char* op, int64_t k, int64_t m,
                                       ::xla::ffi::AnyBuffer bitmap, ::xla::ffi::AnyBuffer entries,
                                       ::xla::ffi::AnyBuffer values, int64_t weight_dtype,
                                       LscdMatrix* w) {
-  using ::xla::ffi::DataType;
   const LscdShape shape{m, k};
-  FLASHJAX_RETURN_IF_ERROR(CheckDtype(op, "bitmap", bitmap, {DataType::U32}));
-  FLASHJAX_RETURN_IF_ERROR(CheckDtype(op, "entries", entries, {DataType::U32}));
-  FLASHJAX_RETURN_IF_ERROR(CheckDtype(op, "values", values, {DataType::U32}));
-  FLASHJAX_RETURN_IF_ERROR(
-      CheckShape(op, "bitmap", bitmap, {shape.strips(), shape.groups(), kLanes, kGroupSteps}));
-  FLASHJAX_RETURN_IF_ERROR(
-      CheckShape(op, "entries", entries, {shape.strips(), shape.entries(), kEntryWords}));
-  FLASHJAX_RETURN_IF_ERROR(CheckShape(op, "values", values, {-1, kSegmentWords, kLanes}));
+  FLASHJAX_RETURN_IF_ERROR(CheckPacked(op, shape, bitmap, entries, values));
   if (weight_dtype != 0 && weight_dtype != 1) {
     return Mismatch(op, "weight_dtype", "0 (float16) or 1 (bfloat16)",
                     std::to_string(weight_dtype));

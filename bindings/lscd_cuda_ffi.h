@@ -1,4 +1,4 @@
-// What the CUDA handlers share: checking the packed operands and reporting launch errors.
+// What the CUDA handlers share: reading the packed operands and reporting launch errors.
 #ifndef FLASHJAX_BINDINGS_LSCD_CUDA_FFI_H_
 #define FLASHJAX_BINDINGS_LSCD_CUDA_FFI_H_
 
@@ -6,28 +6,12 @@
 
 #include <string>
 
-#include "bindings/ffi_helpers.h"
-#include "cpu/lscd_layout.h"
+#include "bindings/lscd_packed_ffi.h"
 
 namespace flashjax {
 
-using Words = ::xla::ffi::AnyBuffer;
-
 inline const uint32_t* WordData(const Words& buffer) {
   return static_cast<const uint32_t*>(buffer.untyped_data());
-}
-
-inline ::xla::ffi::Error CheckPacked(const char* op, const LscdShape& shape, const Words& bitmap,
-                                     const Words& entries, const Words& values) {
-  using ::xla::ffi::DataType;
-  FLASHJAX_RETURN_IF_ERROR(CheckDtype(op, "bitmap", bitmap, {DataType::U32}));
-  FLASHJAX_RETURN_IF_ERROR(CheckDtype(op, "entries", entries, {DataType::U32}));
-  FLASHJAX_RETURN_IF_ERROR(CheckDtype(op, "values", values, {DataType::U32}));
-  FLASHJAX_RETURN_IF_ERROR(
-      CheckShape(op, "bitmap", bitmap, {shape.strips(), shape.groups(), kLanes, kGroupSteps}));
-  FLASHJAX_RETURN_IF_ERROR(
-      CheckShape(op, "entries", entries, {shape.strips(), shape.entries(), kEntryWords}));
-  return CheckShape(op, "values", values, {-1, kSegmentWords, kLanes});
 }
 
 inline ::xla::ffi::Error CudaStatus(const char* op, cudaError_t error) {
