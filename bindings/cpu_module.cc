@@ -6,7 +6,9 @@
 namespace nb = nanobind;
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(FlashjaxLscdMatmulCpu);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(FlashjaxLscdMatmulTransposedCpu);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(FlashjaxLscdUnpackCpu);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(FlashjaxLscdSampleCpu);
 
 // bindings/lscd_pack_py.cc
 void BindPack(nb::module_& m);
@@ -20,7 +22,9 @@ nb::capsule Capsule(XLA_FFI_Handler* handler) {
 nb::dict Registrations() {
   nb::dict out;
   out["flashjax_lscd_matmul_cpu"] = Capsule(FlashjaxLscdMatmulCpu);
+  out["flashjax_lscd_matmul_transposed_cpu"] = Capsule(FlashjaxLscdMatmulTransposedCpu);
   out["flashjax_lscd_unpack_cpu"] = Capsule(FlashjaxLscdUnpackCpu);
+  out["flashjax_lscd_sample_cpu"] = Capsule(FlashjaxLscdSampleCpu);
   return out;
 }
 

@@ -12,6 +12,7 @@ namespace nb = nanobind;
 
 XLA_FFI_DECLARE_HANDLER_SYMBOL(FlashjaxLscdMatmulCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(FlashjaxLscdUnpackCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(FlashjaxLscdSampleCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(FlashjaxLscdPackSizesCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(FlashjaxLscdPackCuda);
 
@@ -25,6 +26,7 @@ nb::dict Registrations() {
   nb::dict out;
   out["flashjax_lscd_matmul_cuda"] = Capsule(FlashjaxLscdMatmulCuda);
   out["flashjax_lscd_unpack_cuda"] = Capsule(FlashjaxLscdUnpackCuda);
+  out["flashjax_lscd_sample_cuda"] = Capsule(FlashjaxLscdSampleCuda);
   out["flashjax_lscd_pack_sizes_cuda"] = Capsule(FlashjaxLscdPackSizesCuda);
   out["flashjax_lscd_pack_cuda"] = Capsule(FlashjaxLscdPackCuda);
   return out;
@@ -54,7 +56,12 @@ NB_MODULE(_cuda, m) {
       "xla_ffi_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
       "(major, minor) of the XLA FFI headers that this module was built with.");
   m.def("device_count", &DeviceCount, "GPUs that the CUDA runtime sees; 0 after an error.");
-  m.def("workspace_bytes", &flashjax::LscdWorkspaceBytes, nb::arg("n"), nb::arg("m"), nb::arg("k"),
-        "Bytes of the workspace result of flashjax_lscd_matmul_cuda.");
+  m.def(
+      "workspace_bytes",
+      [](int64_t kernel, int64_t n, int64_t m, int64_t k) {
+        return flashjax::LscdWorkspaceBytes(static_cast<flashjax::LscdKernel>(kernel), n, m, k);
+      },
+      nb::arg("kernel"), nb::arg("n"), nb::arg("m"), nb::arg("k"),
+      "Bytes of the workspace result of flashjax_lscd_matmul_cuda.");
   m.def("driver_error", &DriverError, "What the CUDA runtime says is wrong; '' if nothing.");
 }

@@ -7,11 +7,29 @@
 #include <string>
 
 #include "bindings/lscd_packed_ffi.h"
+#include "cuda/lscd_packed_args.h"
 
 namespace flashjax {
 
 inline const uint32_t* WordData(const Words& buffer) {
   return static_cast<const uint32_t*>(buffer.untyped_data());
+}
+
+// Fills `packed` from the arrays of a matrix of this shape, or of a stack of such and the index
+// into it (`layer`, else empty); or says what does not fit.
+inline ::xla::ffi::Error PackedArgs(const char* op, const LscdShape& shape, const Words& bitmap,
+                                    const Words& entries, const Words& values,
+                                    const ::xla::ffi::RemainingArgs& layer,
+                                    LscdPackedArgs* packed) {
+  *packed = {WordData(bitmap), WordData(entries), WordData(values)};
+  if (layer.size() == 0) return CheckPacked(op, shape, bitmap, entries, values);
+  const auto index = layer.get<::xla::ffi::AnyBuffer>(0);
+  if (index.has_error()) return index.error();
+  FLASHJAX_RETURN_IF_ERROR(CheckStack(op, shape, bitmap, entries, values, index.value()));
+  packed->layer = static_cast<const int32_t*>(index.value().untyped_data());
+  packed->layers = values.dimensions()[0];
+  packed->segments = values.dimensions()[1];
+  return ::xla::ffi::Error::Success();
 }
 
 inline ::xla::ffi::Error CudaStatus(const char* op, cudaError_t error) {

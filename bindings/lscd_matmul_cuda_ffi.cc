@@ -10,26 +10,26 @@ namespace {
 constexpr char kOp[] = "flashjax_lscd_matmul_cuda";
 
 ffi::Error Matmul(cudaStream_t stream, ffi::AnyBuffer x, Words bitmap, Words entries, Words values,
-                  ffi::Buffer<ffi::F32> bias, ffi::Result<ffi::AnyBuffer> y,
-                  ffi::Result<ffi::Buffer<ffi::U8>> workspace, int64_t kernel) {
+                  ffi::Buffer<ffi::F32> bias, ffi::RemainingArgs layer,
+                  ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::Buffer<ffi::U8>> workspace,
+                  int64_t kernel) {
   FLASHJAX_RETURN_IF_ERROR(CheckDtype(kOp, "x", x, {ffi::F16, ffi::BF16}));
   FLASHJAX_RETURN_IF_ERROR(CheckDtype(kOp, "y", *y, {x.element_type(), ffi::F32}));
   FLASHJAX_RETURN_IF_ERROR(CheckShape(kOp, "x", x, {-1, -1}));
   const int64_t n = x.dimensions()[0], k = x.dimensions()[1];
   FLASHJAX_RETURN_IF_ERROR(CheckShape(kOp, "y", *y, {n, -1}));
   const int64_t m = y->dimensions()[1];
-  FLASHJAX_RETURN_IF_ERROR(CheckPacked(kOp, LscdShape{m, k}, bitmap, entries, values));
+  LscdMatmulArgs args{};
+  FLASHJAX_RETURN_IF_ERROR(
+      PackedArgs(kOp, LscdShape{m, k}, bitmap, entries, values, layer, &args.packed));
   const bool has_bias = bias.element_count() > 0;
   if (has_bias) FLASHJAX_RETURN_IF_ERROR(CheckShape(kOp, "bias", bias, {m}));
-  if (kernel < 0 || kernel > static_cast<int64_t>(LscdKernel::kWgmma)) {
-    return Mismatch(kOp, "kernel", "0 (auto), 1 (mma) or 2 (wgmma)", std::to_string(kernel));
+  if (kernel < 0 || kernel > static_cast<int64_t>(LscdKernel::kWgmmaWide)) {
+    return Mismatch(kOp, "kernel", "0 (auto), 1 (mma), 2 (wgmma) or 3 (wgmma_wide)",
+                    std::to_string(kernel));
   }
 
-  LscdMatmulArgs args{};
   args.x = x.untyped_data();
-  args.bitmap = WordData(bitmap);
-  args.entries = WordData(entries);
-  args.values = WordData(values);
   args.bias = has_bias ? bias.typed_data() : nullptr;
   args.y = y->untyped_data();
   args.workspace = workspace->untyped_data();
@@ -58,6 +58,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FlashjaxLscdMatmulCuda, flashjax::Matmul,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .RemainingArgs()  // layer
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::U8>>()
                                   .Attr<int64_t>("kernel"),

@@ -24,15 +24,15 @@ LscdShape DenseShape(const Buffer& dense) {
 }
 
 ffi::Error Unpack(cudaStream_t stream, Words bitmap, Words entries, Words values,
-                  ffi::Result<ffi::AnyBuffer> dense, bool transposed) {
+                  ffi::RemainingArgs layer, ffi::Result<ffi::AnyBuffer> dense, bool transposed) {
   constexpr char kOp[] = "flashjax_lscd_unpack_cuda";
   FLASHJAX_RETURN_IF_ERROR(CheckDense(kOp, *dense));
   LscdShape shape = DenseShape(*dense);
   if (!transposed) shape = LscdShape{shape.k, shape.m};
-  FLASHJAX_RETURN_IF_ERROR(CheckPacked(kOp, shape, bitmap, entries, values));
-  return CudaStatus(
-      kOp, LaunchLscdUnpack(WordData(bitmap), WordData(entries), WordData(values), shape.m, shape.k,
-                            transposed, static_cast<uint16_t*>(dense->untyped_data()), stream));
+  LscdPackedArgs packed{};
+  FLASHJAX_RETURN_IF_ERROR(PackedArgs(kOp, shape, bitmap, entries, values, layer, &packed));
+  return CudaStatus(kOp, LaunchLscdUnpack(packed, shape.m, shape.k, transposed,
+                                          static_cast<uint16_t*>(dense->untyped_data()), stream));
 }
 
 ffi::Error PackSizes(cudaStream_t stream, ffi::AnyBuffer dense, ffi::Result<Words> chain_segments) {
@@ -71,6 +71,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FlashjaxLscdUnpackCuda, flashjax::Unpack,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()  // layer
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<bool>("transposed"),
                               {ffi::Traits::kCmdBufferCompatible});

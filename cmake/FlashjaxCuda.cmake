@@ -27,6 +27,16 @@ else()
   # check_language() knows CUDACXX and the PATH; toolkits are often on neither.
   if(DEFINED ENV{CUDACXX})
     set(FLASHJAX_NVCC "$ENV{CUDACXX}")
+  elseif("$ENV{FLASHJAX_NVCC}" STREQUAL "pypi")
+    # What build.requires of pyproject.toml has put into this environment.
+    execute_process(
+      COMMAND "${Python_EXECUTABLE}" -c "
+import importlib.util, pathlib
+spec = importlib.util.find_spec('nvidia')
+folders = spec.submodule_search_locations if spec else []
+found = [p for f in folders for p in pathlib.Path(f).glob('cu*/bin/nvcc')]
+print(found[0] if found else '', end='')"
+      OUTPUT_VARIABLE FLASHJAX_NVCC)
   else()
     find_program(FLASHJAX_NVCC nvcc
       HINTS ENV CUDA_HOME ENV CUDA_PATH
@@ -50,6 +60,15 @@ else()
       endif()
     endif()
     set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+    # nvcc looks for libraries in lib64, which the packages of PyPI call lib; and CMake looks for
+    # a shared runtime, which they have under another name and which is not used here.
+    file(REAL_PATH "${CMAKE_CUDA_COMPILER}" _toolkit)
+    cmake_path(GET _toolkit PARENT_PATH _toolkit)
+    cmake_path(GET _toolkit PARENT_PATH _toolkit)
+    if(EXISTS "${_toolkit}/lib/libcudart_static.a" AND NOT EXISTS "${_toolkit}/lib64")
+      string(APPEND CMAKE_CUDA_FLAGS " -L${_toolkit}/lib")
+      set(CUDA_CUDART "${_toolkit}/lib/libcudart_static.a" CACHE FILEPATH "CUDA runtime")
+    endif()
 
     # enable_language() ends the whole build when nvcc does not work, so it is tried apart;
     # once for a compiler, because the trial takes seconds.
@@ -71,6 +90,7 @@ else()
           "-DCMAKE_CXX_COMPILER=${CMAKE_CXX_COMPILER}"
           "-DCMAKE_CUDA_COMPILER=${CMAKE_CUDA_COMPILER}"
           "-DCMAKE_CUDA_ARCHITECTURES=80"
+          "-DCMAKE_CUDA_FLAGS=${CMAKE_CUDA_FLAGS}"
         RESULT_VARIABLE _probe_result
         OUTPUT_VARIABLE _probe_log ERROR_VARIABLE _probe_log)
       set(FLASHJAX_CUDA_PROBED "${_probe_key}" CACHE INTERNAL "")

@@ -54,6 +54,19 @@ struct MatmulJob {
   int64_t TileOffset(int64_t n0) const { return n0 * w.shape.steps() * kStepK; }
 };
 
+// dx and dy of a product with the transposed weights. The sums of `blocks` runs of strips are kept
+// apart, each laid out as MatmulJob's permuted x is.
+struct TransposedJob {
+  LscdMatrix w;
+  int64_t n, blocks;
+  FloatType dy_type, dx_type;
+  const void* dy;  // (n, M)
+  float* sums;
+  void* dx;  // (n, K)
+
+  int64_t TileOffset(int64_t n0) const { return n0 * w.shape.steps() * kStepK; }
+};
+
 // Strips that are unpacked side by side, so that long pieces of the dense matrix's rows are
 // written.
 inline constexpr int kUnpackStrips = 8;
@@ -78,6 +91,11 @@ struct LscdKernels {
   void (*permute_x)(const MatmulJob& job, int64_t first, int64_t steps);
   // Writes the columns of some strips of y.
   void (*matmul_strips)(const MatmulJob& job, int64_t first, int64_t strips);
+  // Writes the sums of some strips for the k of one entry (16 steps).
+  void (*add_strips)(const TransposedJob& job, int64_t entry, int64_t first, int64_t strips,
+                     float* sums);
+  // Adds up the blocks and writes some steps (64 k each) of dx.
+  void (*store_sums)(const TransposedJob& job, int64_t first, int64_t steps);
 };
 
 extern const LscdKernels kPortableKernels;

@@ -10,12 +10,13 @@
 
 #include "cpu/simd_matmul-inc.h"
 #include "cpu/simd_pack-inc.h"
+#include "cpu/simd_transposed-inc.h"
 #include "cpu/simd_unpack-inc.h"
 
 namespace flashjax {
 
-const LscdKernels FLASHJAX_KERNELS = {LoadTile,     PlanChain, FillChain,
-                                      UnpackStrips, PermuteX,  MatmulStrips};
+const LscdKernels FLASHJAX_KERNELS = {LoadTile, PlanChain,    FillChain, UnpackStrips,
+                                      PermuteX, MatmulStrips, AddStrips, StoreSums};
 
 }  // namespace flashjax
 

@@ -13,6 +13,7 @@
 
 #include "cpu/lscd_layout.h"
 #include "cuda/common/ptx.cuh"
+#include "cuda/lscd_packed_args.h"
 
 namespace flashjax {
 
@@ -27,18 +28,43 @@ struct PackedWeight {
   int entries_per_strip;
 };
 
-inline PackedWeight MakePackedWeight(const uint32_t* bitmap, const uint32_t* entries,
-                                     const uint32_t* values, int64_t m, int64_t k) {
+// Matrices of one shape, each in the same arrays as the one before; which of them to use stands on
+// the device, so that a loop over layers copies no weights.
+struct PackedStack {
+  PackedWeight first;
+  const int32_t* layer;
+  int layers;
+  int64_t segments;  // of the values of each
+};
+
+__device__ __forceinline__ PackedWeight Select(const PackedWeight& w) { return w; }
+
+// An index out of range means the nearest matrix, as for JAX's dynamic slices.
+__device__ __forceinline__ PackedWeight Select(const PackedStack& stack) {
+  const int64_t layer = max(0, min(*stack.layer, stack.layers - 1));
+  PackedWeight w = stack.first;
+  w.bitmap += layer * w.strips * w.groups * kLanes;
+  w.entries += layer * w.strips * w.entries_per_strip * kEntryWords;
+  w.values += layer * stack.segments * kSegmentBytes;
+  return w;
+}
+
+inline PackedWeight MakePackedWeight(const LscdPackedArgs& packed, int64_t m, int64_t k) {
   const LscdShape shape{m, k};
   PackedWeight w{};
-  w.bitmap = reinterpret_cast<const uint4*>(bitmap);
-  w.entries = entries;
-  w.values = reinterpret_cast<const uint8_t*>(values);
+  w.bitmap = reinterpret_cast<const uint4*>(packed.bitmap);
+  w.entries = packed.entries;
+  w.values = reinterpret_cast<const uint8_t*>(packed.values);
   w.m = static_cast<int>(m);
   w.strips = static_cast<int>(shape.strips());
   w.groups = static_cast<int>(shape.groups());
   w.entries_per_strip = static_cast<int>(shape.entries());
   return w;
+}
+
+inline PackedStack MakePackedStack(const LscdPackedArgs& packed, int64_t m, int64_t k) {
+  return {MakePackedWeight(packed, m, k), packed.layer, static_cast<int>(packed.layers),
+          packed.segments};
 }
 
 inline constexpr int kWordBytes = kLanes * 4;  // one word of every lane

@@ -1,9 +1,11 @@
 #include <cuda.h>
 
 #include <algorithm>
+#include <atomic>
 #include <type_traits>
 
 #include "cpu/lscd_layout.h"
+#include "cuda/common/launch.h"
 #include "cuda/lscd_matmul_launch.h"
 #include "cuda/lscd_mma.cuh"
 #include "cuda/lscd_wgmma.cuh"
@@ -18,30 +20,67 @@ constexpr int64_t SlotBytes(int warps, int64_t tile_n) {
   return warps * (sizeof(uint32_t) + tile_n / 8 * kLanes * sizeof(float4));
 }
 
+int64_t WidestTile(LscdKernel kernel) {
+  switch (kernel) {
+    case LscdKernel::kMma:
+      return 32;
+    case LscdKernel::kWgmmaWide:
+      return 256;
+    default:
+      return 128;
+  }
+}
+
 int64_t TileN(int64_t n, int64_t widest) {
   int64_t tile = 8;
   while (tile < n && tile < widest) tile *= 2;
   return tile;
 }
 
-int DeviceAttribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  if (cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) return 0;
-  return value;
+// What is asked of the driver at every call would cost more than a small product: a value per
+// device, kept once it is known. Zero is unknown.
+class PerDevice {
+ public:
+  template <typename Find>
+  cudaError_t Get(int& value, Find find) {
+    int device = 0;
+    const cudaError_t error = cudaGetDevice(&device);
+    if (error != cudaSuccess) return error;
+    if (device >= kDevices) return find(device, value);
+    value = values_[device].load(std::memory_order_relaxed);
+    if (value != 0) return cudaSuccess;
+    const cudaError_t found = find(device, value);
+    if (found == cudaSuccess) values_[device].store(value, std::memory_order_relaxed);
+    return found;
+  }
+
+ private:
+  static constexpr int kDevices = 64;
+  std::atomic<int> values_[kDevices] = {};
+};
+
+template <cudaDeviceAttr kAttribute>
+int DeviceAttribute() {
+  static PerDevice values;
+  int value = 0;
+  const cudaError_t error = values.Get(value, [](int device, int& value) {
+    return cudaDeviceGetAttribute(&value, kAttribute, device);
+  });
+  return error == cudaSuccess ? value : 0;
 }
 
 const char* WgmmaUnavailable(const LscdMatmulArgs& args) {
-  if (DeviceAttribute(cudaDevAttrComputeCapabilityMajor) != 9) return "a Hopper GPU (sm_90a)";
+  if (DeviceAttribute<cudaDevAttrComputeCapabilityMajor>() != 9) return "a Hopper GPU (sm_90a)";
   if (args.k % 8 != 0) return "a number of input features that is a multiple of 8";
   if (reinterpret_cast<uintptr_t>(args.x) % 16 != 0) return "x aligned to 16 bytes";
   return nullptr;
 }
 
-// Everything that the kernels of one call share.
+// Everything that the kernels of one call share; Weight is PackedWeight or PackedStack.
+template <typename Weight>
 struct Problem {
   const LscdMatmulArgs& args;
-  PackedWeight w;
+  Weight w;
   cudaStream_t stream;
 
   const uint8_t* x(int64_t n0) const {
@@ -67,66 +106,59 @@ __global__ void ClearFlagsKernel(uint32_t* flags, int count) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) flags[i] = 0;
 }
 
-template <typename... Parameters, typename... Arguments>
-cudaError_t LaunchDependent(void (*kernel)(Parameters...), int grid, int threads, int shared_bytes,
-                            cudaStream_t stream, const Arguments&... arguments) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(grid);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+// How many blocks of a kernel the device holds at once, having allowed it its shared memory.
+template <auto kKernel, typename Config>
+cudaError_t ResidentBlocks(int& blocks) {
+  static PerDevice values;
+  return values.Get(blocks, [](int, int& blocks) {
+    cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             Config::kSharedBytes);
+    if (error != cudaSuccess) return error;
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kKernel, Config::kThreads,
+                                                          Config::kSharedBytes);
+    blocks *= DeviceAttribute<cudaDevAttrMultiProcessorCount>();
+    return error;
+  });
 }
 
 // Sizes the grid, clears the flags that it uses and launches.
-template <typename Config, int kTileN, typename Kernel, typename X>
-cudaError_t LaunchStreamK(Kernel kernel, const X& x, const Problem& problem, Output out) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           Config::kSharedBytes);
-  if (error != cudaSuccess) return error;
+template <auto kKernel, typename Config, int kTileN, typename X, typename Weight>
+cudaError_t LaunchStreamK(const X& x, const Problem<Weight>& problem, Output out) {
   int resident = 0;
-  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, Config::kThreads,
-                                                        Config::kSharedBytes);
+  cudaError_t error = ResidentBlocks<kKernel, Config>(resident);
   if (error != cudaSuccess) return error;
   const int64_t slot = SlotBytes(Config::kWarps, kTileN);
   const int64_t slots = static_cast<int64_t>(problem.args.workspace_bytes) / slot;
-  const int64_t units = CeilDiv(problem.args.m, Config::kTileM) * problem.w.groups;
-  const int64_t grid =
-      std::min({units, slots, int64_t{resident} * DeviceAttribute(cudaDevAttrMultiProcessorCount)});
+  const int64_t units =
+      CeilDiv(problem.args.m, Config::kTileM) * LscdShape{problem.args.m, problem.args.k}.groups();
+  const int64_t grid = std::min({units, slots, int64_t{resident}});
   if (grid < 1 || units * grid > INT32_MAX) return cudaErrorInvalidValue;
   // Flags and partial sums lie in one block each, so that one memset clears all flags.
   out.partials = static_cast<float4*>(problem.args.workspace);
   const int64_t partial_bytes = slot - Config::kWarps * int64_t{sizeof(uint32_t)};
   out.flags = reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(problem.args.workspace) +
                                           grid * partial_bytes);
-  const int blocks = static_cast<int>(grid), flags = blocks * Config::kWarps;
+  const int flags = static_cast<int>(grid) * Config::kWarps;
   if constexpr (Config::kDependentLaunch) {
-    ClearFlagsKernel<<<1, 512, 0, problem.stream>>>(out.flags, flags);
-    error = cudaGetLastError();
-    if (error != cudaSuccess) return error;
-    return LaunchDependent(kernel, blocks, Config::kThreads, Config::kSharedBytes, problem.stream,
-                           x, problem.w, out);
+    error = Launch(ClearFlagsKernel, {1, 512}, problem.stream, out.flags, flags);
+  } else {
+    error = cudaMemsetAsync(out.flags, 0, flags * sizeof(uint32_t), problem.stream);
   }
-  error = cudaMemsetAsync(out.flags, 0, flags * sizeof(uint32_t), problem.stream);
   if (error != cudaSuccess) return error;
-  kernel<<<blocks, Config::kThreads, Config::kSharedBytes, problem.stream>>>(x, problem.w, out);
-  return cudaGetLastError();
+  Grid shape{grid, Config::kThreads, Config::kSharedBytes};
+  shape.is_dependent = Config::kDependentLaunch;
+  return Launch(kKernel, shape, problem.stream, x, problem.w, out);
 }
 
-template <typename T, int kTileN>
-cudaError_t LaunchMma(const Problem& problem, int64_t n0, int64_t n) {
+template <typename T, int kTileN, typename Weight>
+cudaError_t LaunchMma(const Problem<Weight>& problem, int64_t n0, int64_t n) {
   DenseInput x{};
   x.x = reinterpret_cast<const uint16_t*>(problem.x(n0));
   x.n = static_cast<int>(n);
   x.k = static_cast<int>(problem.args.k);
   x.aligned = x.k % 8 == 0 && reinterpret_cast<uintptr_t>(x.x) % 16 == 0;
-  return LaunchStreamK<MmaConfig<kTileN>, kTileN>(LscdMmaKernel<T, kTileN>, x, problem,
-                                                  problem.output(n0, n));
+  return LaunchStreamK<&LscdMmaKernel<T, kTileN, Weight>, MmaConfig<kTileN>, kTileN>(
+      x, problem, problem.output(n0, n));
 }
 
 using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*,
@@ -149,8 +181,8 @@ EncodeTiled FindEncodeTiled() {
   return reinterpret_cast<EncodeTiled>(function);
 }
 
-template <typename T, int kTileN>
-cudaError_t LaunchWgmma(const Problem& problem, int64_t n0, int64_t n) {
+template <typename T, int kTileN, typename Weight>
+cudaError_t LaunchWgmma(const Problem<Weight>& problem, int64_t n0, int64_t n) {
   static const EncodeTiled encode = FindEncodeTiled();
   if (encode == nullptr) return cudaErrorNotSupported;
   const cuuint64_t size[2] = {static_cast<cuuint64_t>(problem.args.k), static_cast<cuuint64_t>(n)};
@@ -165,12 +197,13 @@ cudaError_t LaunchWgmma(const Problem& problem, int64_t n0, int64_t n) {
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) return cudaErrorInvalidValue;
-  return LaunchStreamK<WgmmaConfig<kTileN>, kTileN>(LscdWgmmaKernel<T, kTileN>, x, problem,
-                                                    problem.output(n0, n));
+  return LaunchStreamK<&LscdWgmmaKernel<T, kTileN, Weight>, WgmmaConfig<kTileN>, kTileN>(
+      x, problem, problem.output(n0, n));
 }
 
-template <typename T>
-cudaError_t LaunchTile(LscdKernel kernel, const Problem& problem, int64_t n0, int64_t n) {
+template <typename T, typename Weight>
+cudaError_t LaunchTile(LscdKernel kernel, const Problem<Weight>& problem, int64_t n0, int64_t n) {
+  if (kernel == LscdKernel::kWgmmaWide) return LaunchWgmma<T, 256>(problem, n0, n);
   if (kernel == LscdKernel::kMma) {
     switch (TileN(n, 32)) {
       case 8:
@@ -195,34 +228,48 @@ cudaError_t LaunchTile(LscdKernel kernel, const Problem& problem, int64_t n0, in
   }
 }
 
+template <typename Weight>
+cudaError_t LaunchTiles(LscdKernel kernel, const Problem<Weight>& problem) {
+  const int64_t widest = WidestTile(kernel);
+  for (int64_t n0 = 0; n0 < problem.args.n; n0 += widest) {
+    const int64_t n = std::min(widest, problem.args.n - n0);
+    const cudaError_t error = problem.args.is_bfloat16
+                                  ? LaunchTile<__nv_bfloat16>(kernel, problem, n0, n)
+                                  : LaunchTile<__half>(kernel, problem, n0, n);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
 }  // namespace
 
-size_t LscdWorkspaceBytes(int64_t n, int64_t m, int64_t k) {
-  const int64_t units = CeilDiv(m, 16 * kStripRows) * LscdShape{m, k}.groups();
+size_t LscdWorkspaceBytes(LscdKernel kernel, int64_t n, int64_t m, int64_t k) {
+  const bool is_wide = kernel == LscdKernel::kWgmmaWide;
+  const int warps = is_wide ? WgmmaConfig<256>::kWarps : WgmmaConfig<128>::kWarps;
+  const int64_t tile_n = is_wide ? 256 : TileN(n, 128);
+  const int64_t units = CeilDiv(m, warps * kStripRows) * LscdShape{m, k}.groups();
   return static_cast<size_t>(std::clamp<int64_t>(units, 1, kWorkspaceSlots) *
-                             SlotBytes(16, TileN(n, 128)));
+                             SlotBytes(warps, tile_n));
 }
 
 const char* LscdKernelUnavailable(const LscdMatmulArgs& args) {
-  return args.kernel == LscdKernel::kWgmma ? WgmmaUnavailable(args) : nullptr;
+  const bool is_wgmma = args.kernel == LscdKernel::kWgmma || args.kernel == LscdKernel::kWgmmaWide;
+  return is_wgmma ? WgmmaUnavailable(args) : nullptr;
 }
 
 cudaError_t LaunchLscdMatmul(const LscdMatmulArgs& args, cudaStream_t stream) {
   if (args.n == 0 || args.m == 0) return cudaSuccess;
-  const PackedWeight w = MakePackedWeight(args.bitmap, args.entries, args.values, args.m, args.k);
   LscdKernel kernel = args.kernel;
   if (kernel == LscdKernel::kAuto) {
     kernel = WgmmaUnavailable(args) == nullptr ? LscdKernel::kWgmma : LscdKernel::kMma;
   }
-  const Problem problem{args, w, stream};
-  const int64_t widest = kernel == LscdKernel::kMma ? 32 : 128;
-  for (int64_t n0 = 0; n0 < args.n; n0 += widest) {
-    const int64_t n = std::min(widest, args.n - n0);
-    const cudaError_t error = args.is_bfloat16 ? LaunchTile<__nv_bfloat16>(kernel, problem, n0, n)
-                                               : LaunchTile<__half>(kernel, problem, n0, n);
-    if (error != cudaSuccess) return error;
+  if (args.packed.layer == nullptr) {
+    const Problem<PackedWeight> problem{args, MakePackedWeight(args.packed, args.m, args.k),
+                                        stream};
+    return LaunchTiles(kernel, problem);
   }
-  return cudaSuccess;
+  const Problem<PackedStack> problem{args, MakePackedStack(args.packed, args.m, args.k), stream};
+  return LaunchTiles(kernel, problem);
 }
 
 }  // namespace flashjax

@@ -12,7 +12,9 @@
 
 #include <cstdint>
 
+#include "cuda/common/mma.cuh"
 #include "cuda/common/ptx.cuh"
+#include "cuda/lscd_async_ring.cuh"
 #include "cuda/lscd_stream_k.cuh"
 #include "cuda/lscd_strip_reader.cuh"
 
@@ -28,49 +30,6 @@ struct MmaConfig {
   static constexpr int kStageBytes = kTileN * kRowBytes;
   static constexpr int kSharedBytes = 2 * kStageBytes + kWarps * kRingStride;
 };
-
-struct AsyncRing {
-  uint32_t data = 0;
-  uint32_t slot_in = 0;
-
-  // Every piece begins with an empty ring, so that the next wait is for the next copy.
-  __device__ __forceinline__ uint32_t slot() const { return slot_in; }
-  __device__ __forceinline__ void Copy(const uint8_t* source, bool any, int lane) {
-    if (any) {
-      const uint32_t dst = data + slot_in * kSegmentBytes + lane * 16;
-#pragma unroll
-      for (int i = 0; i < kSegmentBytes; i += 512) CopyAsync16(dst + i, source + i + lane * 16);
-      if (slot_in == 0) {
-#pragma unroll
-        for (int i = 0; i < kSegmentBytes; i += 512) {
-          CopyAsync16(dst + kRingBytes + i, source + i + lane * 16);
-        }
-      }
-      slot_in = slot_in == kRingSegments - 1 ? 0 : slot_in + 1;
-    }
-    CopyAsyncCommit();  // also an empty group, so that Wait() can count
-  }
-  __device__ __forceinline__ void Wait() {
-    CopyAsyncWait<kPrefetch>();
-    __syncwarp();  // the other lanes' parts too
-  }
-};
-
-__device__ __forceinline__ void Mma(__half, float* c, const uint32_t* a, const uint32_t* b) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-__device__ __forceinline__ void Mma(__nv_bfloat16, float* c, const uint32_t* a, const uint32_t* b) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
 
 // x (n, k), row-major, as 16-bit patterns.
 struct DenseInput {
@@ -116,12 +75,14 @@ struct StageLoader {
   }
 };
 
-template <typename T, int kTileN>
+// Weight is PackedWeight or PackedStack.
+template <typename T, int kTileN, typename Weight>
 __global__ void __launch_bounds__(MmaConfig<kTileN>::kThreads, 2)
-    LscdMmaKernel(const DenseInput x, const PackedWeight w, const Output out) {
+    LscdMmaKernel(const DenseInput x, const Weight weight, const Output out) {
+  const PackedWeight& w = Select(weight);
   using Config = MmaConfig<kTileN>;
   constexpr int kWarps = Config::kWarps;
-  extern __shared__ __align__(128) uint8_t shared[];
+  uint8_t* const shared = DynamicShared();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint32_t stages = SharedAddress(shared);
 

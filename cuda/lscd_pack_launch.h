@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "cuda/lscd_packed_args.h"
+
 namespace flashjax {
 
 // dense is (k, m), row-major, 16-bit patterns; both packers give the CPU packer's bytes.
@@ -20,8 +22,7 @@ cudaError_t LaunchLscdPack(const uint16_t* dense, int64_t m, int64_t k,
                            cudaStream_t stream);
 
 // dense is W, (m, k), or its transpose, (k, m).
-cudaError_t LaunchLscdUnpack(const uint32_t* bitmap, const uint32_t* entries,
-                             const uint32_t* values, int64_t m, int64_t k, bool transposed,
+cudaError_t LaunchLscdUnpack(const LscdPackedArgs& packed, int64_t m, int64_t k, bool transposed,
                              uint16_t* dense, cudaStream_t stream);
 
 }  // namespace flashjax

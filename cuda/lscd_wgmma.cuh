@@ -1,14 +1,15 @@
 // y = x W^T on Hopper (sm_90a): packed weights are expanded into wgmma's A registers.
 //
 // A CTA is 16 consumer warps (four warpgroups), each with a strip of 16 rows, and a warpgroup of
-// which one thread brings x (a whole one, because registers are given back by warpgroup).
+// which one thread brings x (a whole one, because registers are given back by warpgroup). For 256
+// columns it is 8 consumer warps, so that their accumulators fit.
 //
 //   weights  values: 2 KB bulk copies into a ring a warp, completion on mbarriers;
 //            bitmap and schedule: plain loads one group (256 k) ahead
 //   x        the producer brings boxes of 64 k x kTileN by a tensor map (128-byte swizzle, zeros
 //            beyond N and K) into a ring of stages that all warps share
 //   product  fragments are decoded into registers while the wgmma of the previous batch runs
-//   balance  stream-K over tiles of 256 rows (lscd_stream_k.cuh)
+//   balance  stream-K over tiles of 256 (128) rows (lscd_stream_k.cuh)
 //   launch   dependent on ClearFlagsKernel alone, which starts when all before it is complete: the
 //            weights and x are read at once, the flags not before the wait
 #ifndef FLASHJAX_CUDA_LSCD_WGMMA_CUH_
@@ -28,14 +29,18 @@ namespace flashjax {
 template <int kTileN>
 struct WgmmaConfig {
   static constexpr bool kDependentLaunch = true;
-  static constexpr int kWarps = 16;
+  static constexpr int kWarps = kTileN <= 128 ? 16 : 8;
   static constexpr int kThreads = (kWarps + 4) * 32;
+  // What the warps start with is evenly divided: 20 x 96 or 12 x 168 registers. The producers give
+  // back all but 32, and 16 x 112 + 4 x 32 or 8 x 232 + 4 x 32 is no more than that.
+  static constexpr int kRegisters = kTileN <= 128 ? 112 : 232;
   static constexpr int kTileM = kWarps * kStripRows;
-  // A stage of x is 4 to 8 KB (16 KB for 128 columns), so that its barrier is waited for rarely.
+  // A stage of x is 4 to 8 KB (16 and 32 KB for 128 and 256 columns), so that its barrier is waited
+  // for rarely.
   static constexpr int kStageK = kTileN <= 16 ? 256 : kTileN == 32 ? 128 : 64;
   static constexpr int kStageBytes = kStageK * kTileN * 2;
   static constexpr int kBoxBytes = kStepK * kTileN * 2;
-  static constexpr int kStages = kTileN <= 8 ? 6 : kTileN <= 64 ? 4 : 2;
+  static constexpr int kStages = kTileN <= 8 ? 6 : kTileN == 128 ? 2 : 4;
   static constexpr int kBarriers = kWarps * kRingSegments + 2 * kStages;
   static constexpr int kSharedBytes =
       1024 + kStages * kStageBytes + kWarps * kRingStride + kBarriers * 8;
@@ -67,20 +72,21 @@ struct BulkRing {
   }
 };
 
-template <typename T, int kTileN>
+// Weight is PackedWeight or PackedStack.
+template <typename T, int kTileN, typename Weight>
 __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
-    LscdWgmmaKernel(const __grid_constant__ CUtensorMap x, const PackedWeight w, const Output out) {
+    LscdWgmmaKernel(const __grid_constant__ CUtensorMap x, const Weight weight, const Output out) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  const PackedWeight& w = Select(weight);
   using Config = WgmmaConfig<kTileN>;
   constexpr int kWarps = Config::kWarps, kStages = Config::kStages, kStageK = Config::kStageK;
   constexpr int kBatch = 2;    // fragments a wgmma batch
   constexpr int kBuffers = 2;  // batches of fragments in registers: one decoded, one multiplied
   constexpr int kStageBatches = kStageK / 16 / kBatch;
 
-  extern __shared__ uint8_t shared[];
   const int lane = threadIdx.x % 32;
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-  const uint32_t stages = (SharedAddress(shared) + 1023) & ~1023u;
+  const uint32_t stages = (SharedAddress(DynamicShared()) + 1023) & ~1023u;
   const uint32_t rings = stages + kStages * Config::kStageBytes;
   const uint32_t ring_barriers = rings + kWarps * kRingStride;
   const uint32_t full = ring_barriers + kWarps * kRingSegments * 8, empty = full + kStages * 8;
@@ -131,8 +137,7 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
   reader.Look(piece.tile * kWarps + warp, piece.group0, piece.group1);
   reader.Begin(piece.tile * kWarps + warp, piece.group0);
   SyncThreads();
-  // 20 warps may start with 96 registers each; 16 x 112 + 4 x 32 is the same sum.
-  ClaimRegisters<112>();
+  ClaimRegisters<Config::kRegisters>();
 
   int stage = 0;
   uint32_t phase = 0;
@@ -146,7 +151,7 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
     for (int i = 0; i < kTileN / 2; ++i) acc[i] = 0.0f;
     const int next_unit = unit + piece.size();
     // With 128 columns there are no registers left to keep what was found.
-    if (kTileN < 128 && next_unit < end) {
+    if (kTileN != 128 && next_unit < end) {
       const Piece next(share, next_unit, end);
       reader.Look(next.tile * kWarps + warp, next.group0, next.group1);
     }

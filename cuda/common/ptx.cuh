@@ -6,6 +6,12 @@
 
 namespace flashjax {
 
+// The shared memory whose size the launch says.
+__device__ __forceinline__ uint8_t* DynamicShared() {
+  extern __shared__ __align__(128) uint8_t dynamic_shared[];
+  return dynamic_shared;
+}
+
 __device__ __forceinline__ uint32_t SharedAddress(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }

@@ -1,16 +1,20 @@
 // Expanding a packed weight into a dense array, (m, k) or (k, m): for prefill and to_dense().
+#ifndef FLASHJAX_CUDA_LSCD_UNPACK_CUH_
+#define FLASHJAX_CUDA_LSCD_UNPACK_CUH_
+
+#include <cstdint>
+
 #include "cpu/lscd_layout.h"
-#include "cuda/lscd_mma.cuh"
-#include "cuda/lscd_pack_launch.h"
+#include "cuda/common/ptx.cuh"
+#include "cuda/lscd_async_ring.cuh"
 #include "cuda/lscd_strip_reader.cuh"
 
 namespace flashjax {
-namespace {
 
 // A warp expands kPieceGroups groups of a strip. Every step goes through the warp's own shared
 // memory so that it is written in 16-byte chunks of whole 32-byte sectors.
-constexpr int kUnpackWarps = 4;
-constexpr int kPieceGroups = 8;
+inline constexpr int kUnpackWarps = 4;
+inline constexpr int kPieceGroups = 8;
 
 // (m, k): 16 rows of 64 k.
 struct RowMajor {
@@ -63,10 +67,12 @@ __device__ __forceinline__ void WriteTile(const uint16_t* tile, const DenseOutpu
   }
 }
 
-template <typename Order>
+// Weight is PackedWeight or PackedStack.
+template <typename Order, typename Weight>
 __global__ void __launch_bounds__(kUnpackWarps* kLanes)
-    UnpackKernel(const PackedWeight w, const DenseOutput out) {
-  extern __shared__ __align__(128) uint8_t shared[];
+    UnpackKernel(const Weight weight, const DenseOutput out) {
+  const PackedWeight& w = Select(weight);
+  uint8_t* const shared = DynamicShared();
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes, g = lane / 4, t = lane % 4;
   const int strip = blockIdx.x * kUnpackWarps + warp;
   if (strip >= w.strips) return;
@@ -108,28 +114,6 @@ __global__ void __launch_bounds__(kUnpackWarps* kLanes)
   }
 }
 
-template <typename Order>
-cudaError_t Launch(const PackedWeight& w, const DenseOutput& out, cudaStream_t stream) {
-  constexpr int kSharedBytes = kUnpackWarps * (kRingStride + 2 * Order::kTileSize * 2);
-  const cudaError_t error = cudaFuncSetAttribute(
-      UnpackKernel<Order>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (error != cudaSuccess) return error;
-  const dim3 grid(static_cast<unsigned>(CeilDiv(w.strips, kUnpackWarps)),
-                  static_cast<unsigned>(CeilDiv(w.groups, kPieceGroups)));
-  UnpackKernel<Order><<<grid, kUnpackWarps * kLanes, kSharedBytes, stream>>>(w, out);
-  return cudaGetLastError();
-}
-
-}  // namespace
-
-cudaError_t LaunchLscdUnpack(const uint32_t* bitmap, const uint32_t* entries,
-                             const uint32_t* values, int64_t m, int64_t k, bool transposed,
-                             uint16_t* dense, cudaStream_t stream) {
-  if (m == 0 || k == 0) return cudaSuccess;
-  const PackedWeight w = MakePackedWeight(bitmap, entries, values, m, k);
-  DenseOutput out{dense, transposed ? k : m, transposed ? m : k, false};
-  out.aligned = out.columns % 8 == 0 && reinterpret_cast<uintptr_t>(dense) % 16 == 0;
-  return transposed ? Launch<ColumnMajor>(w, out, stream) : Launch<RowMajor>(w, out, stream);
-}
-
 }  // namespace flashjax
+
+#endif  // FLASHJAX_CUDA_LSCD_UNPACK_CUH_

@@ -1,12 +1,15 @@
 // The packer on the GPU: a warp a chain, a lane the two streams that it will consume.
+#ifndef FLASHJAX_CUDA_LSCD_PACK_CUH_
+#define FLASHJAX_CUDA_LSCD_PACK_CUH_
+
+#include <cstdint>
+
 #include "cpu/lscd_layout.h"
-#include "cuda/lscd_pack_launch.h"
 
 namespace flashjax {
-namespace {
 
-constexpr uint32_t kAllLanes = 0xffffffffu;
-constexpr int kTileStride = 24;  // uint16; 16-byte aligned rows of 16
+inline constexpr uint32_t kAllLanes = 0xffffffffu;
+inline constexpr int kTileStride = 24;  // uint16; 16-byte aligned rows of 16
 
 // One step of a strip in shared memory: [64 k][16 rows].
 struct StepTile {
@@ -39,7 +42,7 @@ struct Dense {
 };
 
 // The nonzeros of the lane's streams in a step, as a word of the bitmap. -0 counts as zero.
-__device__ uint32_t Mask(const StepTile& tile, int lane) {
+__device__ inline uint32_t Mask(const StepTile& tile, int lane) {
   const int g = lane / 4, t = lane % 4;
   uint32_t mask = 0;
 #pragma unroll
@@ -54,7 +57,7 @@ __device__ uint32_t Mask(const StepTile& tile, int lane) {
 }
 
 // Marks the lowest unmarked positions of a stream until `count` are marked.
-__device__ uint32_t Pad(uint32_t mask, int stream, int count) {
+__device__ inline uint32_t Pad(uint32_t mask, int stream, int count) {
   int missing = count - __popc((mask >> (16 * stream)) & 0xffffu);
   for (int i = 0; i < kStreamPositions && missing > 0; ++i) {
     const uint32_t bit = 1u << PositionBit(stream, i);
@@ -158,36 +161,6 @@ __global__ void __launch_bounds__(kLanes)
   if (!kWrite && lane == 0) chain_segments[chain] = resident;
 }
 
-Dense MakeDense(const uint16_t* data, int64_t m, int64_t k) {
-  return Dense{data, m, k, m % 8 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0};
-}
-
-}  // namespace
-
-cudaError_t LaunchLscdPackSizes(const uint16_t* dense, int64_t m, int64_t k,
-                                uint32_t* chain_segments, cudaStream_t stream) {
-  const LscdShape shape{m, k};
-  if (m == 0 || k == 0) {
-    return cudaMemsetAsync(chain_segments, 0, shape.chains() * sizeof(uint32_t), stream);
-  }
-  PackKernel<false><<<static_cast<unsigned>(shape.chains()), kLanes, 0, stream>>>(
-      MakeDense(dense, m, k), shape, chain_segments, nullptr, nullptr, nullptr, nullptr);
-  return cudaGetLastError();
-}
-
-cudaError_t LaunchLscdPack(const uint16_t* dense, int64_t m, int64_t k,
-                           const uint32_t* chain_segments, int64_t segments, uint32_t* bitmap,
-                           uint32_t* entries, uint32_t* values, uint32_t* counts,
-                           cudaStream_t stream) {
-  const LscdShape shape{m, k};
-  if (m == 0) return cudaSuccess;
-  if (k == 0) return cudaMemsetAsync(counts, 0, shape.strips() * sizeof(uint32_t), stream);
-  const cudaError_t error = cudaMemsetAsync(values, 0, segments * kSegmentBytes, stream);
-  if (error != cudaSuccess) return error;
-  PackKernel<true><<<static_cast<unsigned>(shape.chains()), kLanes, 0, stream>>>(
-      MakeDense(dense, m, k), shape, const_cast<uint32_t*>(chain_segments), bitmap, entries,
-      reinterpret_cast<uint16_t*>(values), counts);
-  return cudaGetLastError();
-}
-
 }  // namespace flashjax
+
+#endif  // FLASHJAX_CUDA_LSCD_PACK_CUH_

@@ -1,0 +1,22 @@
+// A packed W as the launchers take it: the arrays of cpu/lscd_layout.h on the device.
+#ifndef FLASHJAX_CUDA_LSCD_PACKED_ARGS_H_
+#define FLASHJAX_CUDA_LSCD_PACKED_ARGS_H_
+
+#include <cstdint>
+
+namespace flashjax {
+
+struct LscdPackedArgs {
+  const uint32_t* bitmap;
+  const uint32_t* entries;
+  const uint32_t* values;
+  // Of a stack of matrices of one shape: the index of the one meant, on the device, how many there
+  // are, and the segments of values of each.
+  const int32_t* layer = nullptr;
+  int64_t layers = 0;
+  int64_t segments = 0;
+};
+
+}  // namespace flashjax
+
+#endif  // FLASHJAX_CUDA_LSCD_PACKED_ARGS_H_

@@ -1,0 +1,43 @@
+#include <utility>
+
+#include "cuda/common/launch.h"
+#include "cuda/lscd_pack_launch.h"
+#include "cuda/lscd_unpack.cuh"
+
+namespace flashjax {
+namespace {
+
+template <typename Order, typename Weight>
+cudaError_t LaunchUnpack(const Weight& w, const LscdShape& shape, const DenseOutput& out,
+                         cudaStream_t stream) {
+  constexpr int kSharedBytes = kUnpackWarps * (kRingStride + 2 * Order::kTileSize * 2);
+  const cudaError_t error = cudaFuncSetAttribute(
+      UnpackKernel<Order, Weight>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error != cudaSuccess) return error;
+  Grid grid{CeilDiv(shape.strips(), kUnpackWarps), kUnpackWarps * kLanes, kSharedBytes};
+  grid.blocks_y = CeilDiv(shape.groups(), kPieceGroups);
+  return Launch(UnpackKernel<Order, Weight>, grid, stream, w, out);
+}
+
+template <typename Weight>
+cudaError_t LaunchOrder(const Weight& w, const LscdShape& shape, bool transposed, uint16_t* dense,
+                        cudaStream_t stream) {
+  DenseOutput out{dense, shape.m, shape.k, false};
+  if (transposed) std::swap(out.rows, out.columns);
+  out.aligned = out.columns % 8 == 0 && reinterpret_cast<uintptr_t>(dense) % 16 == 0;
+  return transposed ? LaunchUnpack<ColumnMajor>(w, shape, out, stream)
+                    : LaunchUnpack<RowMajor>(w, shape, out, stream);
+}
+
+}  // namespace
+
+cudaError_t LaunchLscdUnpack(const LscdPackedArgs& packed, int64_t m, int64_t k, bool transposed,
+                             uint16_t* dense, cudaStream_t stream) {
+  if (m == 0 || k == 0) return cudaSuccess;
+  const LscdShape shape{m, k};
+  return packed.layer == nullptr
+             ? LaunchOrder(MakePackedWeight(packed, m, k), shape, transposed, dense, stream)
+             : LaunchOrder(MakePackedStack(packed, m, k), shape, transposed, dense, stream);
+}
+
+}  // namespace flashjax

@@ -1,0 +1,94 @@
+// The launchers of cuda/ on the emulated device, for ctypes.
+#include <cuda.h>
+
+#include <string>
+
+#include "cuda/lscd_matmul_launch.h"
+#include "cuda/lscd_pack_launch.h"
+#include "cuda/lscd_sample_launch.h"
+
+namespace {
+
+CUresult EncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t, void* data,
+                     const cuuint64_t* size, const cuuint64_t* stride, const cuuint32_t* box,
+                     const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                     CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+  if (reinterpret_cast<uintptr_t>(data) % 16 != 0 || stride[0] % 16 != 0 || box[0] * 2 != 128) {
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  *map = {static_cast<const uint8_t*>(data), size[0], size[1], stride[0], box[0], box[1]};
+  return CUDA_SUCCESS;
+}
+
+}  // namespace
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, int,
+                                             cudaDriverEntryPointQueryResult* result) {
+  *function = reinterpret_cast<void*>(&EncodeTiled);
+  *result = cudaDriverEntryPointSuccess;
+  return cudaSuccess;
+}
+
+// Every function returns 0, or an error of which emulated_error() says more.
+extern "C" {
+
+const char* emulated_error() { return simt::error(); }
+
+void emulated_device(int multiprocessors, int capability) {
+  simt::multiprocessors = multiprocessors;
+  simt::capability = capability;
+}
+
+int emulated_pack_sizes(const uint16_t* dense, int64_t m, int64_t k, uint32_t* chain_segments) {
+  return flashjax::LaunchLscdPackSizes(dense, m, k, chain_segments, nullptr);
+}
+
+int emulated_pack(const uint16_t* dense, int64_t m, int64_t k, const uint32_t* chain_segments,
+                  int64_t segments, uint32_t* bitmap, uint32_t* entries, uint32_t* values,
+                  uint32_t* counts) {
+  return flashjax::LaunchLscdPack(dense, m, k, chain_segments, segments, bitmap, entries, values,
+                                  counts, nullptr);
+}
+
+int emulated_unpack(const uint32_t* bitmap, const uint32_t* entries, const uint32_t* values,
+                    const int32_t* layer, int64_t layers, int64_t segments, int64_t m, int64_t k,
+                    bool transposed, uint16_t* dense) {
+  const flashjax::LscdPackedArgs packed{bitmap, entries, values, layer, layers, segments};
+  return flashjax::LaunchLscdUnpack(packed, m, k, transposed, dense, nullptr);
+}
+
+int64_t emulated_workspace_bytes(int64_t kernel, int64_t n, int64_t m, int64_t k) {
+  return static_cast<int64_t>(
+      flashjax::LscdWorkspaceBytes(static_cast<flashjax::LscdKernel>(kernel), n, m, k));
+}
+
+int emulated_matmul(const void* x, const uint32_t* bitmap, const uint32_t* entries,
+                    const uint32_t* values, const int32_t* layer, int64_t layers, int64_t segments,
+                    const float* bias, void* y, void* workspace, int64_t workspace_bytes, int64_t n,
+                    int64_t m, int64_t k, bool is_bfloat16, bool is_float_output, int64_t kernel) {
+  flashjax::LscdMatmulArgs args{};
+  args.x = x;
+  args.packed = {bitmap, entries, values, layer, layers, segments};
+  args.bias = bias;
+  args.y = y;
+  args.workspace = workspace;
+  args.workspace_bytes = static_cast<size_t>(workspace_bytes);
+  args.n = n;
+  args.m = m;
+  args.k = k;
+  args.is_bfloat16 = is_bfloat16;
+  args.is_float_output = is_float_output;
+  args.kernel = static_cast<flashjax::LscdKernel>(kernel);
+  return flashjax::LaunchLscdMatmul(args, nullptr);
+}
+
+int emulated_sample(const float* block, const uint32_t* bitmap, const uint32_t* entries,
+                    const int32_t* first_strip, int64_t strips, int64_t m, int64_t k,
+                    int64_t segments, float* slots) {
+  const flashjax::LscdShape shape{m, k};
+  const flashjax::LscdSampleArgs args{shape,       block,  bitmap, entries,
+                                      first_strip, strips, slots,  segments};
+  return flashjax::LaunchLscdSample(args, nullptr);
+}
+
+}  // extern "C"

@@ -1,0 +1,350 @@
+#include "simt.h"
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cstdarg>
+#include <cstdio>
+#include <memory>
+#include <unordered_map>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace simt {
+
+alignas(1024) uint8_t shared_memory[kSharedBytes];
+
+namespace {
+
+constexpr size_t kStackBytes = 128 << 10;
+constexpr uint8_t kGarbage = 0xcb;
+
+struct Copy {
+  uint32_t dst;
+  const void* src;
+  uint32_t size;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<uint8_t[]> stack{new uint8_t[kStackBytes]};
+  void* fake_stack = nullptr;
+  bool done = false;
+  uint64_t rendezvous = 0;  // how many of the warp's this lane has come to
+  std::vector<Copy> copies;
+  std::deque<std::vector<Copy>> copy_groups;
+  std::vector<std::function<void()>> products;
+  std::deque<std::vector<std::function<void()>>> product_groups;
+};
+
+struct Warp {
+  uint64_t complete = 0;  // rendezvous that every living lane has come to
+  int arrived = 0, living = kWarpSize;
+  const char* what = nullptr;
+  // Two turns: a lane may bring its next bytes while others still read the last ones.
+  uint8_t bytes[2][kWarpSize * kLaneBytes];
+};
+
+struct Barrier {
+  uint32_t count = 0, pending = 0, complete = 0;
+  int64_t bytes = 0;
+  std::deque<std::function<void()>> copies;
+};
+
+// The CTA that runs.
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::unordered_map<uint32_t, Barrier> barriers;
+  uint32_t shared_bytes = 0;
+  int living = 0, at_barrier = 0;
+  uint64_t barriers_passed = 0;
+  uint64_t progress = 0;
+  size_t running = 0;
+  ucontext_t scheduler;
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_stack_bytes = 0;
+  const std::function<void()>* kernel = nullptr;
+};
+
+Block* block = nullptr;
+bool failed = false;
+char message[512];
+
+Fiber& Self() { return block->fibers[block->running]; }
+Warp& SelfWarp() { return block->warps[block->running / kWarpSize]; }
+
+// AddressSanitizer has to be told of every change of stacks, by the side that leaves one and the
+// side that comes to one, and of stacks that are used anew.
+#if defined(__SANITIZE_ADDRESS__)
+void LeaveStack(void** fake_stack, const void* next, size_t bytes) {
+  __sanitizer_start_switch_fiber(fake_stack, next, bytes);
+}
+void ComeToStack(void* fake_stack, const void** last, size_t* bytes) {
+  __sanitizer_finish_switch_fiber(fake_stack, last, bytes);
+}
+void RenewStack(const void* stack) { __asan_unpoison_memory_region(stack, kStackBytes); }
+#else
+void LeaveStack(void**, const void*, size_t) {}
+void ComeToStack(void*, const void**, size_t*) {}
+void RenewStack(const void*) {}
+#endif
+
+void Yield() {
+  Fiber& self = Self();
+  LeaveStack(self.done ? nullptr : &self.fake_stack, block->scheduler_stack,
+             block->scheduler_stack_bytes);
+  swapcontext(&self.context, &block->scheduler);
+  ComeToStack(self.fake_stack, nullptr, nullptr);
+}
+
+void CompleteRendezvous(Warp& warp) {
+  if (warp.arrived == 0 || warp.arrived < warp.living) return;
+  warp.arrived = 0;
+  warp.what = nullptr;
+  ++warp.complete;
+  ++block->progress;
+}
+
+void CompleteBlockBarrier() {
+  if (block->at_barrier == 0 || block->at_barrier < block->living) return;
+  block->at_barrier = 0;
+  ++block->barriers_passed;
+  ++block->progress;
+}
+
+void Main() {
+  ComeToStack(nullptr, &block->scheduler_stack, &block->scheduler_stack_bytes);
+  (*block->kernel)();
+  Fiber& self = Self();
+  if (!self.copies.empty() || !self.products.empty() || !self.product_groups.empty()) {
+    Fail("a thread ended with asynchronous work that nobody waits for");
+  }
+  self.done = true;
+  --SelfWarp().living;
+  --block->living;
+  ++block->progress;
+  CompleteRendezvous(SelfWarp());
+  CompleteBlockBarrier();
+  Yield();
+}
+
+void RunBlock(Block& b) {
+  block = &b;
+  while (b.living > 0 && !failed) {
+    const uint64_t before = b.progress;
+    for (b.running = 0; b.running < b.fibers.size() && !failed; ++b.running) {
+      Fiber& fiber = Self();
+      if (fiber.done) continue;
+      threadIdx = {static_cast<unsigned>(b.running), 0, 0};
+      void* fake_stack = nullptr;
+      LeaveStack(&fake_stack, fiber.stack.get(), kStackBytes);
+      swapcontext(&b.scheduler, &fiber.context);
+      ComeToStack(fake_stack, nullptr, nullptr);
+    }
+    if (!failed && b.progress == before) {
+      failed = true;
+      std::snprintf(message, sizeof message, "block %u: deadlock, %d threads wait for each other",
+                    blockIdx.x, b.living);
+    }
+  }
+  block = nullptr;
+}
+
+void Finish(std::deque<std::vector<Copy>>& groups) {
+  for (const Copy& copy : groups.front()) {
+    std::memcpy(SharedBytes(copy.dst, copy.size), copy.src, copy.size);
+  }
+  groups.pop_front();
+}
+
+Barrier& FindBarrier(uint32_t address) {
+  const auto found = block->barriers.find(address);
+  if (found == block->barriers.end()) Fail("no barrier was initialised at %u", address);
+  return found->second;
+}
+
+// The bytes of a phase may come before all its arrivals, so both are looked at.
+void CompletePhase(Barrier& barrier) {
+  if (barrier.pending > 0 || barrier.bytes != 0) return;
+  barrier.pending = barrier.count;
+  ++barrier.complete;
+  ++block->progress;
+}
+
+}  // namespace
+
+const char* error() { return message; }
+
+void Fail(const char* format, ...) {
+  failed = true;
+  const int prefix =
+      std::snprintf(message, sizeof message, "block %u, thread %u: ", blockIdx.x, threadIdx.x);
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(message + prefix, sizeof message - prefix, format, arguments);
+  va_end(arguments);
+  while (true) Yield();  // never resumed
+}
+
+bool Run(dim3 grid, dim3 block_size, uint32_t shared_bytes, const std::function<void()>& kernel) {
+  failed = false;
+  message[0] = '\0';
+  if (shared_bytes > kSharedBytes || block_size.x % kWarpSize != 0 || block_size.y != 1) {
+    std::snprintf(message, sizeof message, "a launch that this emulation does not know");
+    return false;
+  }
+  static std::vector<Fiber> fibers;  // their stacks are used again
+  Block b;
+  b.fibers.swap(fibers);
+  while (b.fibers.size() < block_size.x) b.fibers.emplace_back();
+  b.fibers.resize(block_size.x);
+  b.kernel = &kernel;
+  b.shared_bytes = shared_bytes;
+  gridDim = grid;
+  blockDim = block_size;
+  for (unsigned y = 0; y < grid.y && !failed; ++y) {
+    for (unsigned x = 0; x < grid.x && !failed; ++x) {
+      blockIdx = {x, y, 0};
+      std::memset(shared_memory, kGarbage, sizeof shared_memory);
+      b.warps = std::vector<Warp>(block_size.x / kWarpSize);
+      b.barriers.clear();
+      b.living = static_cast<int>(block_size.x);
+      b.at_barrier = 0;
+      for (unsigned i = 0; i < block_size.x; ++i) {
+        Fiber& fiber = b.fibers[i];
+        fiber.done = false;
+        fiber.rendezvous = 0;
+        fiber.copies.clear();
+        fiber.copy_groups.clear();
+        fiber.products.clear();
+        fiber.product_groups.clear();
+        RenewStack(fiber.stack.get());
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.get();
+        fiber.context.uc_stack.ss_size = kStackBytes;
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, Main, 0);
+      }
+      RunBlock(b);
+    }
+  }
+  b.fibers.swap(fibers);
+  return !failed;
+}
+
+void WaitUntil(const std::function<bool()>& condition) {
+  while (!condition()) Yield();
+}
+
+void SyncBlock() {
+  const uint64_t turn = block->barriers_passed;
+  ++block->at_barrier;
+  CompleteBlockBarrier();
+  WaitUntil([turn] { return block->barriers_passed != turn; });
+}
+
+int Lane() { return static_cast<int>(block->running) % kWarpSize; }
+
+bool IsAlive(int lane) {
+  return !block->fibers[block->running / kWarpSize * kWarpSize + lane].done;
+}
+
+const uint8_t* Exchange(const char* what, const void* bytes, size_t size) {
+  Warp& warp = SelfWarp();
+  if (warp.arrived > 0 && std::strcmp(warp.what, what) != 0) {
+    Fail("%s, while other lanes of the warp are at %s", what, warp.what);
+  }
+  const uint64_t turn = Self().rendezvous++;
+  uint8_t* slots = warp.bytes[turn % 2];
+  if (size > 0) std::memcpy(slots + Lane() * kLaneBytes, bytes, size);
+  warp.what = what;
+  ++warp.arrived;
+  CompleteRendezvous(warp);
+  WaitUntil([&warp, turn] { return warp.complete > turn; });
+  return slots;
+}
+
+uint8_t* SharedBytes(uint32_t address, uint32_t size) {
+  if (address + size > block->shared_bytes) {
+    Fail("shared memory at %u of %u bytes", address + size, block->shared_bytes);
+  }
+  if (address % (size < 16 ? size : 16) != 0) Fail("shared memory at %u is unaligned", address);
+  return shared_memory + address;
+}
+
+uint32_t SharedAddressOf(const void* p) {
+  return static_cast<uint32_t>(static_cast<const uint8_t*>(p) - shared_memory);
+}
+
+void CopyAsync(uint32_t dst, const void* src, uint32_t size) {
+  std::memset(SharedBytes(dst, size), kGarbage, size);
+  Self().copies.push_back({dst, src, size});
+}
+
+void CommitCopies() {
+  Self().copy_groups.push_back(std::move(Self().copies));
+  Self().copies.clear();
+}
+
+void WaitForCopies(size_t pending_groups) {
+  while (Self().copy_groups.size() > pending_groups) Finish(Self().copy_groups);
+}
+
+void StartProduct(std::function<void()> product) { Self().products.push_back(std::move(product)); }
+
+void CommitProducts() {
+  Self().product_groups.push_back(std::move(Self().products));
+  Self().products.clear();
+}
+
+void WaitForProducts(size_t pending_groups) {
+  while (Self().product_groups.size() > pending_groups) {
+    for (const auto& product : Self().product_groups.front()) product();
+    Self().product_groups.pop_front();
+  }
+}
+
+void InitBarrier(uint32_t address, uint32_t count) {
+  SharedBytes(address, 8);
+  Barrier& barrier = block->barriers[address] = Barrier{};
+  barrier.count = barrier.pending = count;
+}
+
+void ArriveAtBarrier(uint32_t address, uint32_t expected_bytes) {
+  Barrier& barrier = FindBarrier(address);
+  if (barrier.pending == 0) Fail("more arrivals than barrier %u expects", address);
+  barrier.bytes += expected_bytes;
+  --barrier.pending;
+  CompletePhase(barrier);
+}
+
+void WaitForBarrier(uint32_t address, uint32_t parity) {
+  Barrier& barrier = FindBarrier(address);
+  WaitUntil([&barrier, parity] {
+    while ((barrier.complete & 1) == parity && !barrier.copies.empty()) {
+      const auto copy = std::move(barrier.copies.front());
+      barrier.copies.pop_front();
+      copy();
+    }
+    return (barrier.complete & 1) != parity;
+  });
+}
+
+void CopyWithBarrier(uint32_t address, uint32_t dst, uint32_t size, std::function<void()> copy) {
+  Barrier& barrier = FindBarrier(address);
+  std::memset(SharedBytes(dst, size), kGarbage, size);
+  barrier.copies.push_back([&barrier, size, copy = std::move(copy)] {
+    copy();
+    barrier.bytes -= size;
+    CompletePhase(barrier);
+  });
+}
+
+}  // namespace simt

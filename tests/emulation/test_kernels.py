@@ -1,0 +1,176 @@
+"""The CUDA kernels on the CPU: what they compute, checked where no GPU is.
+
+The same cases run on a GPU in tests/test_cuda_kernels.py.
+"""
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import op_cases
+import pytest
+from emulation import emulator
+
+from flashjax import _native
+
+KERNELS = ("mma", "wgmma", "wgmma_wide")
+
+
+@pytest.fixture(autouse=True)
+def device():
+    emulator.set_device(multiprocessors=3)
+
+
+def packed_on_host(dense):
+    return _native.cpu.pack(dense.view(np.uint16))
+
+
+def check_matmul(kernel, x, dense, bias=None, float_output=False):
+    """x (N, K), dense (K, M); K is rounded up as the op does."""
+    *packed, _ = packed_on_host(dense)
+    padded = np.pad(x, ((0, 0), (0, -x.shape[1] % 8)))
+    y = emulator.matmul(
+        padded,
+        packed,
+        dense.shape[1],
+        bias,
+        kernel=kernel,
+        float_output=float_output,
+    )
+    op_cases.check_product(y, x, dense, bias)
+    return y
+
+
+@pytest.mark.parametrize("dtype", op_cases.HALVES)
+@pytest.mark.parametrize("rows", [1, 8, 17, 33, 65, 129])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rows(kernel, rows, dtype):
+    dense = op_cases.random_dense(520, 275, 0.7, dtype)
+    check_matmul(kernel, op_cases.random_x((rows, 520), dtype), dense)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 5, 16, 132])
+@pytest.mark.parametrize("shape", [(2300, 40), (300, 1040), (8, 8), (1, 300)])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_shares_of_blocks(kernel, shape, multiprocessors):
+    emulator.set_device(multiprocessors)
+    dense = op_cases.random_dense(*shape, 0.6, "float16")
+    bias = np.linspace(-1, 1, shape[1], dtype=np.float32)
+    x = op_cases.random_x((3, shape[0]), "float16")
+    check_matmul(kernel, x, dense, bias, float_output=True)
+
+
+@pytest.mark.parametrize("pattern", op_cases.PATTERNS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_patterns(kernel, pattern):
+    dense = op_cases.pattern_dense(pattern, 1100, 150, "bfloat16")
+    check_matmul(kernel, op_cases.random_x((9, 1100), "bfloat16"), dense)
+
+
+def test_before_hopper():
+    emulator.set_device(multiprocessors=4, capability=8)
+    dense = op_cases.random_dense(260, 70, 0.5, "float16")
+    check_matmul("auto", op_cases.random_x((2, 260), "float16"), dense)
+
+
+@hypothesis.given(op_cases.masks(), st.integers(1, 40), st.sampled_from(KERNELS))
+@hypothesis.settings(max_examples=15, deadline=None)
+def test_any_mask(mask, rows, kernel):
+    hypothesis.assume(mask.size > 0)
+    dense = op_cases.random_dense(*mask.shape, 0.0, "float16")
+    dense[~mask] = 0
+    x = op_cases.random_x((rows, mask.shape[0]), "float16")
+    check_matmul(kernel, x, dense)
+
+
+@pytest.mark.parametrize("dtype", op_cases.HALVES)
+@pytest.mark.parametrize("pattern", op_cases.PATTERNS)
+def test_packs_like_the_host(pattern, dtype):
+    dense = op_cases.pattern_dense(pattern, 531, 75, dtype)
+    dense[3, :40] *= -0.0  # negative zeros
+    emulated = emulator.pack(dense.view(np.uint16))
+    for host_leaf, leaf in zip(packed_on_host(dense), emulated, strict=True):
+        np.testing.assert_array_equal(host_leaf, leaf)
+
+
+# Several chains of strips; sizes that allow no wide loads.
+@pytest.mark.parametrize("shape", [(700, 4099 // 8), (4100, 33), (5, 3)])
+def test_packs_many_chains_like_the_host(shape):
+    dense = op_cases.random_dense(*shape, 0.5, "float16")
+    emulated = emulator.pack(dense.view(np.uint16))
+    for host_leaf, leaf in zip(packed_on_host(dense), emulated, strict=True):
+        np.testing.assert_array_equal(host_leaf, leaf)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (64, 16), (520, 24), (2311, 37)])
+@pytest.mark.parametrize("sparsity", [0.0, 0.6, 1.0])
+def test_unpacks(shape, sparsity, transposed):
+    dense = op_cases.random_dense(*shape, sparsity, "bfloat16").view(np.uint16)
+    *packed, _ = packed_on_host(dense)
+    unpacked = emulator.unpack(packed, shape, transposed)
+    np.testing.assert_array_equal(unpacked if transposed else unpacked.T, dense)
+
+
+def packed_stack(matrices):
+    """(bitmap, entries, values) with the layers in front."""
+    leaves = list(zip(*map(packed_on_host, matrices), strict=True))
+    segments = max(len(values) for values in leaves[2])
+    values = [np.pad(v, ((0, segments - len(v)), (0, 0), (0, 0))) for v in leaves[2]]
+    return np.stack(leaves[0]), np.stack(leaves[1]), np.stack(values)
+
+
+@pytest.mark.parametrize("rows", [2, 20])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_one_of_a_stack(kernel, rows):
+    matrices = [
+        op_cases.random_dense(700, 290, sparsity, "float16", seed)
+        for seed, sparsity in enumerate([0.8, 0.4, 0.6])
+    ]
+    stack = packed_stack(matrices)
+    x = op_cases.random_x((rows, 704), "float16")
+    x[:, 700:] = 0
+    for index, layer in [(0, 0), (1, 1), (2, 2), (7, 2), (-1, 0)]:
+        y = emulator.matmul(x, stack, 290, kernel=kernel, layer=index)
+        op_cases.check_product(y, x[:, :700], matrices[layer])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_unpacks_one_of_a_stack(transposed):
+    matrices = [op_cases.random_dense(300, 40, s, "bfloat16") for s in (0.9, 0.5)]
+    stack = packed_stack(matrices)
+    for layer, dense in enumerate(matrices):
+        unpacked = emulator.unpack(stack, (300, 40), transposed, layer)
+        dense = dense.view(np.uint16)
+        np.testing.assert_array_equal(unpacked if transposed else unpacked.T, dense)
+
+
+def test_repeats_bit_for_bit():
+    emulator.set_device(multiprocessors=7)
+    dense = op_cases.random_dense(1500, 300, 0.6, "float16")
+    x = op_cases.random_x((12, 1500), "float16")
+    first = check_matmul("wgmma", x, dense)
+    np.testing.assert_array_equal(first, check_matmul("wgmma", x, dense))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (64, 16), (520, 120), (2311, 37)])
+@pytest.mark.parametrize("sparsity", [0.0, 0.6, 1.0])
+def test_samples(shape, sparsity):
+    k, m = shape
+    dense = op_cases.random_dense(k, m, sparsity, "bfloat16")
+    *packed, _ = packed_on_host(dense)
+    strips = len(packed[0])
+    rows = np.zeros((16 * strips, k), np.float32)
+    rows[:m] = dense.T
+    slots = np.full((*packed[2].shape, 2), 7, np.float32)
+    # Two blocks; the last one begins too late and moves forward.
+    size = 16 * -(-strips // 2)
+    emulator.sample(rows[:size], packed, m, 0, slots)
+    emulator.sample(rows[-size:], packed, m, strips, slots)
+    words = packed[2]
+    expected = np.stack([words << np.uint32(16), words & np.uint32(0xFFFF0000)], -1)
+    # What no position is stored in stays.
+    untouched = slots == 7
+    assert not np.any(expected[untouched])
+    np.testing.assert_array_equal(
+        slots[~untouched], expected.view(np.float32)[~untouched]
+    )
