@@ -1,6 +1,7 @@
 """Folders that appear whole or not at all."""
 
 import contextlib
+import ctypes
 import errno
 import os
 import re
@@ -25,6 +26,9 @@ def atomic_folder(
     """Gives a temporary sibling folder that becomes ``path`` when the block succeeds.
 
     Whatever goes wrong, ``path`` is as it was before and the temporary folder is gone.
+    A process that is killed leaves ``path`` as it was or as it was to be, and perhaps
+    the temporary folder, ``.NAME.*.tmp``. (On file systems that cannot exchange two
+    folders there is a moment at which the old one is ``.NAME.*.old``.)
 
     Args:
       path: the folder to write.
@@ -39,9 +43,8 @@ def atomic_folder(
         is full.
     """
     target = Path(path).resolve()
-    _check_target(target, overwrite)
-    unique = uuid.uuid4().hex[:12]
-    temporary = target.with_name(f".{target.name}.{unique}.tmp")
+    check_target(target, overwrite)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -53,31 +56,66 @@ def atomic_folder(
                 f"{target}: expected a folder that can be made, got: {error.strerror}"
             ) from error
         yield temporary
-        # A disk can also turn out full only when the data reaches it.
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb+") as handle:
-                    os.fsync(handle.fileno())
-        _check_target(target, overwrite)
-        _replace_folder(temporary, target, unique)
+        sync_files(temporary)
+        check_target(target, overwrite)
+        replace_folder(temporary, target)
     except (OSError, SafetensorError) as error:
-        code = _error_number(error)
-        if code not in _DISK_FULL:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = disk_full_reason(error, target)
+        if reason is None:
             if isinstance(error, OSError):
                 raise
             raise CheckpointError(f"{target}: not saved: {error}") from error
-        shutil.rmtree(temporary, ignore_errors=True)
-        there = next(parent for parent in target.parents if parent.exists())
-        free = shutil.disk_usage(there).free
         raise CheckpointError(
-            f"{target}: not saved, nothing was left behind: {os.strerror(code)} "
-            f"({free:,} bytes free)"
+            f"{target}: not saved, nothing was left behind: {reason}"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def sync_files(folder: Path) -> None:
+    """Waits until a folder's files are on the disk: it can turn out full only then."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb+") as handle:
+                os.fsync(handle.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some file systems do not sync folders.
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(handle)
+
+
+def disk_full_reason(error: Exception, target: Path) -> str | None:
+    """What the system says of a full disk and the room there is; None: it is not full.
+
+    Args:
+      error: raised while a file was written, by the system or by safetensors.
+      target: what could not be written.
+    """
+    code = _error_number(error)
+    if code not in _DISK_FULL:
+        return None
+    there = next(parent for parent in target.parents if parent.exists())
+    free = shutil.disk_usage(there).free
+    return f"{os.strerror(code)} ({free:,} bytes free)"
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Checks that a folder can be written.
+
+    Raises:
+      CheckpointError: it is a file; or holds something, and overwrite is False or it is
+        no model folder.
+    """
     if not os.path.lexists(target):
         return
     if not target.is_dir():
@@ -101,11 +139,17 @@ def _check_target(target: Path, overwrite: bool) -> None:
         )
 
 
-def _replace_folder(temporary: Path, target: Path, unique: str) -> None:
+def replace_folder(temporary: Path, target: Path) -> None:
+    """Moves a folder to where there is none, or another that is removed."""
     if not target.exists():
         temporary.rename(target)
+        _sync_folder(target.parent)
         return
-    old = target.with_name(f".{target.name}.{unique}.old")
+    if _exchange(temporary, target):
+        _sync_folder(target.parent)
+        shutil.rmtree(temporary, ignore_errors=True)
+        return
+    old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.old")
     target.rename(old)
     try:
         temporary.rename(target)
@@ -113,6 +157,16 @@ def _replace_folder(temporary: Path, target: Path, unique: str) -> None:
         old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swaps two folders in a single step, where the system can."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, exchange = ctypes.c_int(-100), ctypes.c_uint(2)  # AT_FDCWD, RENAME_EXCHANGE
+    return rename(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0
 
 
 def _error_number(error: Exception) -> int | None:

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import prune_reference as reference
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -117,3 +118,30 @@ def test_no_arrays():
         fj.prune.magnitude([1.0], 0.5)
     with pytest.raises(TypeError, match="traced"):
         jax.jit(lambda a: fj.prune.magnitude(a, 0.5))(jnp.ones(3))
+
+
+@pytest.mark.parametrize("sparsity", [0, 0.3, 0.5, 0.99])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_by_row(dtype, sparsity):
+    dense = np.random.default_rng(0).integers(-9, 9, (37, 23)).astype(jnp.dtype(dtype))
+    magnitudes = np.abs(dense.astype(np.float64))
+    expected = reference.zero_smallest(dense, magnitudes, round(sparsity * 37), axis=0)
+    pruned = fj.prune.magnitude(dense, sparsity, scope="row")
+    assert pruned.dtype == dense.dtype
+    np.testing.assert_array_equal(pruned, expected)
+
+
+@pytest.mark.parametrize(("keep", "group"), [(2, 4), (4, 8), (1, 3)])
+def test_pattern(keep, group):
+    dense = np.random.default_rng(0).integers(-9, 9, (37, 23)).astype(np.float16)
+    magnitudes = np.abs(dense.astype(np.float64))
+    expected = reference.zero_smallest_of_groups(dense, magnitudes, keep, group)
+    pruned = fj.prune.magnitude(dense, None, pattern=f"{keep}:{group}")
+    np.testing.assert_array_equal(pruned, expected)
+
+
+def test_wrong_scope():
+    with pytest.raises(ValueError, match="'layer' or 'row', got 'column'"):
+        fj.prune.magnitude(np.ones((2, 2)), 0.5, scope="column")
+    with pytest.raises(ValueError, match=r"matrix .*, got shape \(3,\)"):
+        fj.prune.magnitude(np.ones(3), 0.5, scope="row")

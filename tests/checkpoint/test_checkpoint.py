@@ -1,9 +1,6 @@
-"""The on-disk form, hostile files, and folders that appear whole or not at all."""
+"""The on-disk form, and files that contradict themselves."""
 
-import errno
 import json
-import os
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -12,12 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from flashjax import checkpoint
+from flashjax import checkpoint, checkpoint_files
 from flashjax.checkpoint import (
     CheckpointError,
     CheckpointReader,
     CheckpointWriter,
-    atomic_folder,
 )
 
 HALVES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
@@ -280,129 +276,34 @@ def test_hostile_tensors(tmp_path, change, meta, message):
         CheckpointReader(tmp_path).load("a")
 
 
-def siblings(path):
-    return sorted(p.name for p in path.parent.iterdir())
+def test_equal_content_gives_equal_bytes(tmp_path):
+    tensors = {"é": np.zeros(3), "b": np.ones(2, np.float16)}
+    for i in range(8):
+        checkpoint.save_tensors(tmp_path / str(i), tensors, {})
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    loaded = load_file(tmp_path / "0")
+    assert loaded.keys() == tensors.keys()
 
 
-def test_atomic_folder_creates(tmp_path):
-    target = tmp_path / "deep" / "model"
-    with atomic_folder(target) as folder:
-        (folder / "config.json").write_text("{}")
-        assert not target.exists()
-    assert siblings(target) == ["model"]
-    assert (target / "config.json").read_text() == "{}"
-
-
-@pytest.mark.parametrize(
-    "error", [OSError(errno.EIO, "io"), ValueError("x"), KeyboardInterrupt()]
-)
-def test_atomic_folder_leaves_nothing(tmp_path, error):
-    target = tmp_path / "model"
-
-    def fill():
-        with atomic_folder(target) as folder:
-            (folder / "half").write_text("half")
-            raise error
-
-    with pytest.raises(type(error)):
-        fill()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_atomic_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with (
-        pytest.raises(CheckpointError, match=r"file/model: expected a folder that can"),
-        atomic_folder(tmp_path / "file" / "model"),
-    ):
-        pass
-    assert (tmp_path / "file").read_text() == "x"
-
-
-def old_model(tmp_path):
-    target = tmp_path / "model"
-    target.mkdir()
-    (target / "config.json").write_text("old")
-    return target
-
-
-def refused(target, message, overwrite=False):
-    ran = False
-    with (
-        pytest.raises(CheckpointError, match=message),
-        atomic_folder(target, overwrite=overwrite),
-    ):
-        ran = True
-    return not ran
-
-
-def test_atomic_folder_refuses_existing(tmp_path):
-    target = old_model(tmp_path)
-    assert refused(target, "expected a new or empty folder")
-    assert refused(target / "config.json", "got a file")
-    assert siblings(target) == ["model"]
-
-
-def test_atomic_folder_overwrites_as_a_whole(tmp_path):
-    target = old_model(tmp_path)
-    (target / "stale").write_text("old")
-    with atomic_folder(target, overwrite=True) as folder:
-        (folder / "config.json").write_text("new")
-    assert siblings(target) == ["model"]
-    assert [p.name for p in target.iterdir()] == ["config.json"]
-    assert (target / "config.json").read_text() == "new"
-
-
-def test_atomic_folder_overwrites_only_models(tmp_path):
-    target = tmp_path / "home"
-    (target / "letters").mkdir(parents=True)
-    assert refused(target, "only a model folder", overwrite=True)
-    (target / "letters").rename(target / "letters.txt")
-    (target / "letters.txt").rmdir()
-    (target / "letters.txt").write_text("dear")
-    assert refused(target, r"no config\.json", overwrite=True)
-    assert (target / "letters.txt").exists()
-
-
-def test_atomic_folder_keeps_the_old_one(tmp_path, monkeypatch):
-    target = old_model(tmp_path)
-    rename = Path.rename
-
-    def failing(source, destination):
-        if source.suffix == ".tmp":
-            raise OSError(errno.EIO, "io")
-        return rename(source, destination)
-
-    monkeypatch.setattr(Path, "rename", failing)
-    with (
-        pytest.raises(OSError, match="io"),
-        atomic_folder(target, overwrite=True) as folder,
-    ):
-        (folder / "config.json").write_text("new")
-    assert siblings(target) == ["model"]
-    assert (target / "config.json").read_text() == "old"
-
-
-@pytest.mark.parametrize("existing", [False, True])
-@pytest.mark.parametrize("where", ["write", "safetensors", "fsync"])
-def test_disk_full(tmp_path, monkeypatch, existing, where):
-    target = old_model(tmp_path) if existing else tmp_path / "model"
-    before = siblings(target)
-
-    def full(*unused, **unused_too):
-        if where == "safetensors":
-            raise checkpoint.SafetensorError("I/O error: full (os error 28)")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    if where == "fsync":
-        monkeypatch.setattr(os, "fsync", full)
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_single_files(tmp_path, damage):
+    weight = np.array([[0, 1.5], [2, 0]], np.float16)
+    size, names = checkpoint_files.write_file(
+        tmp_path / "a", {"x": np.ones(2)}, {"w": weight}
+    )
+    assert size == 16 + 1 + 4
+    assert names == ["w.bitmap", "w.values", "x"]
+    checkpoint_files.write_file(tmp_path / "b", {"y": np.ones(1)}, {})
+    checkpoint_files.merge_files([tmp_path / "a", tmp_path / "b"], tmp_path / "c")
+    found = checkpoint_files.read_file(tmp_path / "c")
+    assert found.keys() == {"w", "x", "y"}
+    np.testing.assert_array_equal(found["w"], weight)
+    if damage == "truncated":
+        (tmp_path / "c").write_bytes((tmp_path / "c").read_bytes()[:-1])
+        message = "expected a whole safetensors file"
     else:
-        monkeypatch.setattr(checkpoint, "save_file", full)
-    with (
-        pytest.raises(CheckpointError, match=r"not saved.*No space left.*bytes free"),
-        atomic_folder(target, overwrite=existing) as folder,
-    ):
-        write(folder, {"a": np.zeros(3, np.float32)}, ())
-    assert siblings(target) == before
-    if existing:
-        assert (target / "config.json").read_text() == "old"
+        entries = {"gone": checkpoint.SparseEntry((1, 1), weight.dtype)}
+        checkpoint.save_tensors(tmp_path / "c", {"y": np.ones(1)}, entries)
+        message = "the tensor 'gone.bitmap' is missing"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint_files.read_file(tmp_path / "c")

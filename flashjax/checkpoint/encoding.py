@@ -1,0 +1,108 @@
+"""A sparse weight as a bitmap and its values."""
+
+import math
+
+import ml_dtypes
+import numpy as np
+
+from .checks import expect
+
+HALF_DTYPES = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+# Elements that are converted at a time, so that temporaries stay in the cache.
+_BLOCK = 1 << 16
+
+
+def encode(dense: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Splits a matrix into the bitmap and the values of its nonzeros.
+
+    Args:
+      dense: (out, in), float16 or bfloat16. Zeros of either sign are not stored; NaN
+        and infinities are.
+
+    Returns:
+      The bitmap, uint8 (ceil(out * in / 8),), and the values, (nnz,) of dense's dtype.
+
+    Raises:
+      ValueError: dense is no matrix of one of these dtypes.
+    """
+    dense = np.ascontiguousarray(dense)
+    if dense.ndim != 2 or dense.dtype not in HALF_DTYPES.values():
+        raise ValueError(
+            "a sparse weight must be a float16 or bfloat16 matrix, got "
+            f"{dense.dtype} of shape {dense.shape}"
+        )
+    flat = dense.reshape(-1)
+    bits = flat.view(np.uint16)
+    bitmap = np.empty(-(-flat.size // 8), np.uint8)
+    values = []
+    for start in range(0, flat.size, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        # The bit patterns decide, so that no flushing of subnormals can interfere.
+        stored = (bits[block] & 0x7FFF) != 0
+        packed = np.packbits(stored, bitorder="little")
+        bitmap[start // 8 : start // 8 + packed.size] = packed
+        values.append(np.compress(stored, flat[block]))
+    return bitmap, np.concatenate(values) if values else flat
+
+
+def decode(
+    bitmap: np.ndarray,
+    values: np.ndarray,
+    shape: tuple[int, int],
+    dtype: np.dtype | None = None,
+    name: str = "sparse weight",
+) -> np.ndarray:
+    """Rebuilds the matrix that encode() split.
+
+    Args:
+      bitmap: uint8 (ceil(out * in / 8),).
+      values: float16 or bfloat16 (nnz,).
+      shape: (out, in).
+      dtype: what the metadata promises of values; None accepts either dtype.
+      name: for error messages.
+
+    Returns:
+      The dense matrix, (out, in) of values' dtype.
+
+    Raises:
+      CheckpointError: the parts contradict each other.
+    """
+    size = math.prod(shape)
+    expect(bitmap.dtype == np.uint8, name, "bitmap dtype", "uint8", bitmap.dtype)
+    expected_shape = (-(-size // 8),)
+    expect(
+        bitmap.shape == expected_shape,
+        name,
+        f"bitmap shape for a weight of shape {tuple(shape)}",
+        expected_shape,
+        bitmap.shape,
+    )
+    dtypes = list(HALF_DTYPES.values()) if dtype is None else [np.dtype(dtype)]
+    expected_dtypes = " or ".join(d.name for d in dtypes)
+    expect(values.dtype in dtypes, name, "values dtype", expected_dtypes, values.dtype)
+    expect(values.ndim == 1, name, "values rank", 1, values.ndim)
+    if size % 8:
+        unused = int(bitmap[-1]) >> (size % 8)
+        expect(unused == 0, name, "unused bits of the bitmap", 0, unused)
+    stored = int(np.bitwise_count(bitmap).sum(dtype=np.int64))
+    expect(
+        stored == values.size,
+        name,
+        "number of values (bits set in the bitmap)",
+        stored,
+        values.size,
+    )
+    dense = np.zeros(size, values.dtype)
+    done = 0
+    for start in range(0, size, _BLOCK):
+        part = bitmap[start // 8 : (start + _BLOCK) // 8]
+        mask = np.unpackbits(part, bitorder="little")
+        # Several times as fast as assigning through the mask.
+        places = np.flatnonzero(mask.view(np.bool_))
+        dense[start : start + _BLOCK][places] = values[done : done + places.size]
+        done += places.size
+    return dense.reshape(shape)

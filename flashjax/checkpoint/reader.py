@@ -1,0 +1,255 @@
+"""Reading the safetensors of a model folder."""
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from flashjax.atomic_folder import CheckpointError
+
+from .checks import expect, kind, read_json
+from .encoding import HALF_DTYPES, decode
+from .metadata import SparseEntry, checksum, parse_checksums, parse_metadata
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+# What a sparse weight NAME is stored as: NAME.bitmap and NAME.values.
+PARTS = ("bitmap", "values")
+
+# safetensors' names of the dtypes that a model folder may hold.
+_SAFETENSORS_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": HALF_DTYPES["float16"],
+    "BF16": HALF_DTYPES["bfloat16"],
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+class CheckpointReader:
+    """Reads the safetensors of a model folder tensor by tensor.
+
+    Files are memory-mapped; only what load() returns is held. Sharded folders are read
+    through their index. A sparse weight appears under its own name, decoded.
+
+    Attributes:
+      folder: the folder.
+      sparse: the sparse weights' entries by name.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        """Opens the folder and checks every header.
+
+        Args:
+          folder: holds model.safetensors, or model.safetensors.index.json with shards.
+
+        Raises:
+          CheckpointError: there is no such folder or file, or one is truncated, lies
+            about its content or is of an unknown version.
+        """
+        self.folder = Path(folder)
+        self.sparse: dict[str, SparseEntry] = {}
+        self._files: dict[str, safe_open] = {}
+        self._tensors: dict[str, str] = {}
+        self._checksums: dict[str, dict[str, int]] = {}
+        expected: dict[str, str] = {}
+        for file_name, names in _safetensors_files(self.folder).items():
+            path = self.folder / file_name
+            file = open_file(path)
+            self._files[file_name] = file
+            self._checksums[file_name] = parse_checksums(file.metadata(), str(path))
+            tensors = set(file.keys())
+            entries = parse_metadata(file.metadata(), str(path))
+            for name in entries:
+                parts = {f"{name}.{part}" for part in PARTS}
+                for part in sorted(parts - tensors):
+                    raise CheckpointError(f"{path}: the tensor {part!r} is missing")
+                if name in tensors:
+                    raise CheckpointError(
+                        f"{path}: {name!r} is stored both sparse and dense"
+                    )
+                tensors = tensors - parts | {name}
+            for name in tensors:
+                if name in self._tensors:
+                    raise CheckpointError(
+                        f"{path}: {name!r} is also in {self._tensors[name]}"
+                    )
+                self._tensors[name] = file_name
+            self.sparse.update(entries)
+            expected.update(dict.fromkeys(names, file_name))
+        # The index names the tensors as stored or, for sparse ones, their two parts.
+        for name, file_name in expected.items():
+            if name not in self._files[file_name].keys():  # noqa: SIM118
+                raise CheckpointError(
+                    f"{self.folder / file_name}: the tensor {name!r}, which "
+                    f"{INDEX_NAME} puts there, is missing"
+                )
+
+    def __enter__(self) -> "CheckpointReader":
+        return self
+
+    def __exit__(self, *unused) -> None:
+        self.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def close(self) -> None:
+        """Drops the mapped files."""
+        self._files.clear()
+
+    def names(self) -> list[str]:
+        """The names of all tensors, sorted."""
+        return sorted(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The dense shape of a tensor."""
+        if name in self.sparse:
+            return self.sparse[name].shape
+        return tuple(self._header(name, name).get_shape())
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype of a tensor."""
+        if name in self.sparse:
+            return self.sparse[name].dtype
+        return _dtype(self._header(name, name), f"{self.folder}: {name}")
+
+    def nnz(self, name: str) -> int:
+        """The number of stored values of a sparse weight, from the file's header."""
+        shape = self._header(name, f"{name}.values").get_shape()
+        where = f"{self.folder}: {name}"
+        expect(len(shape) == 1, where, "values rank", 1, len(shape))
+        return shape[0]
+
+    def counted_nnz(self, name: str) -> int:
+        """The same, but counted in the bitmap.
+
+        Raises:
+          CheckpointError: bitmap and header contradict each other.
+        """
+        (bitmap,) = self._read(name, "bitmap")
+        where = f"{self.folder}: {name}"
+        expect(bitmap.dtype == np.uint8, where, "bitmap dtype", "uint8", bitmap.dtype)
+        expected = (-(-math.prod(self.shape(name)) // 8),)
+        expect(bitmap.shape == expected, where, "bitmap shape", expected, bitmap.shape)
+        stored = int(np.bitwise_count(bitmap).sum(dtype=np.int64))
+        found = self.nnz(name)
+        what = "number of values (bits set in the bitmap)"
+        expect(stored == found, where, what, stored, found)
+        return stored
+
+    def stored_bytes(self, name: str) -> int:
+        """The bytes a tensor takes on disk, bitmap included."""
+        if name in self.sparse:
+            size = math.prod(self.shape(name))
+            return -(-size // 8) + self.nnz(name) * self.dtype(name).itemsize
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
+
+    def load(self, name: str) -> np.ndarray:
+        """Reads one tensor; a sparse weight comes decoded, (out, in).
+
+        Raises:
+          KeyError: there is no such tensor.
+          CheckpointError: the stored parts contradict each other.
+        """
+        if name not in self.sparse:
+            return self._read(name)[0]
+        entry = self.sparse[name]
+        bitmap, values = self._read(name, *PARTS)
+        where = f"{self.folder}: {name}"
+        return decode(bitmap, values, entry.shape, entry.dtype, where)
+
+    def _header(self, name: str, stored: str):
+        return self._files[self._tensors[name]].get_slice(stored)
+
+    def _read(self, name: str, *parts: str) -> list[np.ndarray]:
+        file_name = self._tensors[name]
+        stored = [f"{name}.{part}" for part in parts] or [name]
+        # A mapping of its own, so that the pages read do not stay resident.
+        with open_file(self.folder / file_name) as file:
+            checksums = self._checksums[file_name]
+            return [read_tensor(file, n, str(self.folder), checksums) for n in stored]
+
+
+def open_file(path: Path) -> Any:
+    """Maps a safetensors file.
+
+    Raises:
+      CheckpointError: it cannot be read, or its header lies.
+    """
+    try:
+        return safe_open(path, framework="np")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: expected a whole safetensors file, got {error}"
+        ) from error
+
+
+def read_tensor(
+    file: Any, name: str, where: str, checksums: Mapping[str, int]
+) -> np.ndarray:
+    """Reads a tensor of an open file under the name that it has there.
+
+    Raises:
+      CheckpointError: it has another dtype than a model's tensors, or another checksum
+        than it was written with.
+    """
+    where = f"{where}: {name}"
+    try:
+        _dtype(file.get_slice(name), where)
+        array = file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    if name in checksums:
+        found, expected = checksum(array), checksums[name]
+        expect(found == expected, where, "checksum of the content", expected, found)
+    return array
+
+
+def _dtype(header: Any, where: str) -> np.dtype:
+    dtype = header.get_dtype()
+    expected = ", ".join(_SAFETENSORS_DTYPES)
+    expect(dtype in _SAFETENSORS_DTYPES, where, "dtype", expected, dtype)
+    return _SAFETENSORS_DTYPES[dtype]
+
+
+def _safetensors_files(folder: Path) -> dict[str, list[str]]:
+    """The safetensors files of a folder and the tensors its index puts there."""
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "nothing"
+        raise CheckpointError(f"{folder}: expected a model folder, got {what}")
+    index_path = folder / INDEX_NAME
+    if not index_path.is_file():
+        if (folder / WEIGHTS_NAME).is_file():
+            return {WEIGHTS_NAME: []}
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        raise CheckpointError(
+            f"{folder}: expected {WEIGHTS_NAME} or {INDEX_NAME}, got {found}"
+        )
+    weight_map: Any = read_json(index_path).get("weight_map")
+    ok = isinstance(weight_map, dict) and len(weight_map) > 0
+    expect(ok, str(index_path), "'weight_map'", "names and files", kind(weight_map))
+    files: dict[str, list[str]] = {}
+    for name, file_name in weight_map.items():
+        # Only plain names: an index must not make us read outside its folder.
+        plain = isinstance(file_name, str) and file_name == os.path.basename(file_name)
+        plain = plain and file_name.endswith(".safetensors") and "\0" not in file_name
+        where = f"{index_path}: file of {name!r}"
+        expect(plain, where, "name", "a .safetensors file of the folder", file_name)
+        if file_name not in files and not (folder / file_name).is_file():
+            raise CheckpointError(f"{index_path}: the file {file_name} is missing")
+        files.setdefault(file_name, []).append(name)
+    return files

@@ -1,0 +1,74 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import prune_reference as reference
+import pytest
+
+import flashjax as fj
+
+Statistics = fj.prune.InputStatistics
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_sums_over_batches(dtype):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, 20, 13)).astype(jnp.dtype(dtype))
+    stats = Statistics.zeros(13)
+    update = jax.jit(Statistics.update, donate_argnums=0)
+    for batch in x:
+        stats = update(stats, batch)
+    flat = x.reshape(-1, 13).astype(np.float64)
+    assert stats.gram.dtype == jnp.float32
+    np.testing.assert_allclose(stats.gram, flat.T @ flat, rtol=1e-5, atol=1e-4)
+    assert int(stats.count) == 60
+
+
+def test_masked_inputs_do_not_count():
+    x = np.random.default_rng(0).standard_normal((2, 5, 4)).astype(np.float32)
+    mask = np.array([[True] * 5, [True, True, False, False, False]])
+    holes = np.where(mask[..., None], x, np.nan)
+    stats = Statistics.zeros(4).update(holes, mask)
+    expected = Statistics.zeros(4).update(x[mask])
+    np.testing.assert_allclose(stats.gram, expected.gram, rtol=1e-6)
+    assert int(stats.count) == int(expected.count) == 7
+
+
+def test_half_precision_does_not_overflow():
+    stats = Statistics.zeros(2).update(jnp.full((4, 2), 60000, jnp.float16))
+    np.testing.assert_allclose(stats.gram, 4 * 60000.0**2, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("x", "mask", "message"),
+    [
+        (np.ones((2, 3), np.float32), None, r"shape \(..., 4\), got \(2, 3\)"),
+        (np.float32(1), None, r"got \(\)"),
+        (np.ones((2, 4), np.int32), None, "float dtype, got int32"),
+        (np.ones((2, 4), np.float32), np.ones(3, bool), r"bool mask of shape \(2,\)"),
+        (np.ones((2, 4), np.float32), np.ones(2), "got float32 of shape"),
+    ],
+)
+def test_wrong_inputs(x, mask, message):
+    with pytest.raises(ValueError, match=message):
+        Statistics.zeros(4).update(x, mask)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_reconstruction_error(seed):
+    X, dense = reference.correlated_layer(seed)
+    stats = Statistics.zeros(len(dense)).update(X)
+    pruned = fj.prune.magnitude(dense, 0.5)
+    expected = reference.reconstruction_error(dense, pruned, X)
+    error = fj.prune.reconstruction_error(dense, pruned, stats)
+    assert isinstance(error, float)
+    assert error == pytest.approx(expected, rel=1e-4)
+    assert fj.prune.reconstruction_error(dense, dense, stats) == 0
+    assert fj.prune.reconstruction_error(0 * dense, dense, stats) == np.inf
+
+
+def test_reconstruction_error_of_other_shapes():
+    stats = Statistics.zeros(4).update(np.ones((1, 4), np.float32))
+    with pytest.raises(ValueError, match=r"one shape, got \(4, 3\) and \(4, 2\)"):
+        fj.prune.reconstruction_error(
+            np.ones((4, 3), np.float32), np.ones((4, 2), np.float32), stats
+        )
