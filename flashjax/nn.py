@@ -1,6 +1,6 @@
 """Layers with sparse weights, for Flax NNX and Linen.
 
-The only file of flashjax that imports Flax.
+With nn_trainable.py the only file of flashjax that imports Flax.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from . import checkpoint, prune
 from .matmul import sparse_matmul
+from .sharding import ShardedSparseMatrix
 from .sparse_matrix import SparseMatrix
+from .trainable_matrix import SparsePositions, TrainableMatrix
 
 LINEN_COLLECTION = "sparse"
 
@@ -25,6 +27,7 @@ _KERNEL_INIT = nnx.initializers.lecun_normal()
 _BIAS_INIT = nnx.initializers.zeros_init()
 
 nnx.register_data_type(SparseMatrix)
+nnx.register_data_type(ShardedSparseMatrix)
 # flax.serialization (msgpack) then stores the form that outlives the packed layout.
 flax.serialization.register_serialization_state(
     SparseMatrix,
@@ -245,7 +248,10 @@ class LinenSparseDense(linen.Module):
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,), param_dtype)
-        return _apply(inputs, kernel.value, bias, self.dtype, None, self.implementation)
+        matrix: Any = kernel.value
+        if isinstance(matrix, SparsePositions):  # flashjax.linen.trainable()
+            matrix = TrainableMatrix(matrix, self.get_variable("params", "kernel"))
+        return _apply(inputs, matrix, bias, self.dtype, None, self.implementation)
 
     @staticmethod
     def params_from_dense(
@@ -308,13 +314,9 @@ def sparsify(
       ValueError: the predicate took no layer, or a kernel cannot be packed; the model
         is then unchanged.
     """
-    if not isinstance(model, nnx.Module | list | tuple | dict):
-        raise TypeError(
-            "sparsify: expected an nnx.Module, or lists, tuples or dicts of them, got "
-            f"{type(model).__name__}"
-        )
+    _check_model("sparsify", model)
     found: dict[int, tuple[nnx.Linear, list[str]]] = {}
-    for path, layer in _linear_layers(model):
+    for path, layer in _layers(model, nnx.Linear):
         found.setdefault(id(layer), (layer, []))[1].append(path)
     taken = {
         key: (layer, paths[0])
@@ -339,7 +341,7 @@ def sparsify(
             swapped[id(layer)] = _from_linear(SparseDense, layer, dtype, implementation)
         return swapped[id(layer)]
 
-    return _replace(model, swap, set())
+    return _replace(model, nnx.Linear, swap, set())
 
 
 def sparse_layers(model: Any) -> Iterator[tuple[str, SparseDense]]:
@@ -464,6 +466,14 @@ def _from_linear(cls, linear, dtype, implementation) -> SparseDense:
     )
 
 
+def _check_model(op: str, model: Any) -> None:
+    if not isinstance(model, nnx.Module | list | tuple | dict):
+        raise TypeError(
+            f"{op}: expected an nnx.Module, or lists, tuples or dicts of them, got "
+            f"{type(model).__name__}"
+        )
+
+
 def _children(node: Any) -> list[tuple[str, Any]]:
     if isinstance(node, nnx.Variable):
         return []
@@ -478,23 +488,25 @@ def _children(node: Any) -> list[tuple[str, Any]]:
     return []
 
 
-def _linear_layers(
-    node: Any, path: str = "", active: frozenset[int] = frozenset()
-) -> Iterator[tuple[str, nnx.Linear]]:
-    """Every path to every layer; a cycle is followed once."""
-    if type(node) is nnx.Linear:
+def _layers(
+    node: Any, kind: type, path: str = "", active: frozenset[int] = frozenset()
+) -> Iterator[tuple[str, Any]]:
+    """Every path to every layer of exactly this type; a cycle is followed once."""
+    if type(node) is kind:
         yield path, node
     elif id(node) not in active:
         for name, child in _children(node):
             child_path = f"{path}.{name}" if path else name
-            yield from _linear_layers(child, child_path, active | {id(node)})
+            yield from _layers(child, kind, child_path, active | {id(node)})
 
 
-def _replace(node: Any, swap: Callable[[nnx.Linear], Any], visited: set[int]) -> Any:
-    if type(node) is nnx.Linear:
+def _replace(
+    node: Any, kind: type, swap: Callable[[Any], Any], visited: set[int]
+) -> Any:
+    if type(node) is kind:
         return swap(node)
     if isinstance(node, tuple):
-        new = [_replace(child, swap, visited) for child in node]
+        new = [_replace(child, kind, swap, visited) for child in node]
         if all(a is b for a, b in zip(new, node, strict=True)):
             return node
         return type(node)(*new) if hasattr(node, "_fields") else type(node)(new)
@@ -503,12 +515,12 @@ def _replace(node: Any, swap: Callable[[nnx.Linear], Any], visited: set[int]) ->
     visited.add(id(node))
     if isinstance(node, dict):
         for key, child in list(node.items()):
-            node[key] = _replace(child, swap, visited)
+            node[key] = _replace(child, kind, swap, visited)
     elif isinstance(node, list):
-        node[:] = [_replace(child, swap, visited) for child in node]
+        node[:] = [_replace(child, kind, swap, visited) for child in node]
     else:
         for name, child in _children(node):
-            new = _replace(child, swap, visited)
+            new = _replace(child, kind, swap, visited)
             if new is not child:
                 setattr(node, name, nnx.data(new))
     return node

@@ -117,38 +117,44 @@ def unpack_cpu(
     shape: tuple[int, int],
     dtype: np.dtype,
     out_dtype: np.dtype,
+    layer: jax.Array | None = None,
 ) -> jax.Array:
-    """`unpack` for CPU lowerings; `out_dtype` is `dtype` or float32."""
+    """`unpack` for CPU lowerings; `out_dtype` is `dtype` or float32.
+
+    With a `layer` (int32), the packed arrays are stacks and it is the index.
+    """
+    index = () if layer is None else (layer,)
     return jax.ffi.ffi_call(
         "flashjax_lscd_unpack_cpu",
-        _dense_type(packed, shape, dtype, out_dtype),
+        _dense_type(packed, shape, out_dtype),
         vmap_method="sequential",
-    )(*packed, weight_dtype=WEIGHT_DTYPES[dtype])
+    )(*packed, *index, weight_dtype=WEIGHT_DTYPES[dtype])
 
 
 def unpack_cuda(
     packed: Packed,
     shape: tuple[int, int],
     dtype: np.dtype,
+    layer: jax.Array | None = None,
     for_dot: bool = False,
 ) -> jax.Array:
-    """`unpack` for CUDA lowerings.
+    """`unpack` for CUDA lowerings; for `layer` see `unpack_cpu`.
 
     With `for_dot` it is the transpose of a (M, K) array: the order that the kernel
     writes fastest and cuBLAS prefers. XLA folds the transposition into a dot.
     """
-    dense = _dense_type(packed, shape, dtype, dtype)
-    if for_dot:
-        dense = jax.eval_shape(jnp.transpose, dense)
+    dense = _dense_type(packed, shape[::-1] if for_dot else shape, dtype)
     out = jax.ffi.ffi_call(
         "flashjax_lscd_unpack_cuda", dense, vmap_method="sequential"
-    )(*packed, transposed=not for_dot)
+    )(*packed, *(() if layer is None else (layer,)), transposed=not for_dot)
     return out.T if for_dot else out
 
 
-def _dense_type(packed: Packed, shape, dtype, out_dtype):
-    # Evaluating the reference keeps what a bare ShapeDtypeStruct drops: the mesh and
-    # the manual axes of the operands inside shard_map.
-    return jax.eval_shape(
-        lambda packed: reference.unpack(packed, shape, dtype).astype(out_dtype), packed
-    )
+def _dense_type(packed: Packed, shape, dtype) -> Any:
+    """Type of the dense matrix, with the mesh and manual axes of the operands.
+
+    A bare ShapeDtypeStruct would drop these inside shard_map.
+    """
+    operand = jax.typeof(packed[0])
+    sharding = operand.sharding.update(spec=jax.P(None, None))
+    return operand.update(shape=shape, dtype=dtype, sharding=sharding)

@@ -71,10 +71,13 @@ def _stream_starts(entries: jax.Array) -> jax.Array:
     return base[..., None, None] + offsets
 
 
-def _unpack_strips(
-    bitmap: jax.Array, entries: jax.Array, values: jax.Array
-) -> jax.Array:
-    """Bit patterns of strips, uint16 (steps * 64, strips * 16)."""
+def _places(bitmap: jax.Array, entries: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where the positions of strips are stored.
+
+    Returns:
+      Whether a position is stored, and in which word of a lane, from the start of
+      `values`: (strips, E, 16 steps, 2 streams, lanes, 16 positions).
+    """
     strips, groups = bitmap.shape[:2]
     steps, entry_count = groups * GROUP_STEPS, entries.shape[1]
     words = bitmap.transpose(0, 1, 3, 2).reshape(strips, steps, LANES)
@@ -90,16 +93,60 @@ def _unpack_strips(
     halves = halves[..., None]
     stored = (halves >> _along(5, 6, _BIT)) & np.uint32(1)
     rank = jax.lax.population_count(halves & _along(5, 6, _EARLIER))
-    word = start[..., None] + rank
+    return stored == 1, start[..., None] + rank
+
+
+def _unpack_strips(
+    bitmap: jax.Array, entries: jax.Array, values: jax.Array
+) -> jax.Array:
+    """Bit patterns of strips, uint16 (steps * 64, strips * 16)."""
+    strips, groups = bitmap.shape[:2]
+    steps, entry_count = groups * GROUP_STEPS, entries.shape[1]
+    stored, word = _places(bitmap, entries)
     lane = jnp.broadcast_to(_along(4, 6, np.arange(LANES, dtype=np.uint32)), word.shape)
     pair = values.reshape(-1, LANES).at[word, lane].get(mode="clip")
     bits = (pair >> _along(3, 6, np.array([0, 16], np.uint32))) & _LOW_HALF
-    bits = jnp.where(stored == 1, bits, np.uint32(0)).astype(jnp.uint16)
+    bits = jnp.where(stored, bits, np.uint32(0)).astype(jnp.uint16)
 
     # Lane 4 g + t, position (a, b, c): row g + 8 stream, column 16 a + 8 b + 2 t + c.
     bits = bits.reshape(strips, entry_count * ENTRY_STEPS, 2, 8, 4, 4, 2, 2)
     bits = bits[:, :steps].transpose(1, 5, 6, 4, 7, 0, 2, 3)
     return bits.reshape(steps * STEP_K, strips * STRIP_ROWS)
+
+
+def sample(
+    block: jax.Array,
+    bitmap: jax.Array,
+    entries: jax.Array,
+    first_strip: jax.Array,
+    slots: jax.Array,
+) -> jax.Array:
+    """Takes a dense block's elements at stored positions into their slots.
+
+    Args:
+      block: (16 strips, K) float32, some strips of a dense (M, K) matrix.
+      bitmap: (all strips, groups, 32, 4) uint32.
+      entries: (all strips, entries, 18) uint32.
+      first_strip: int32 scalar, the block's first strip.
+      slots: (segments, 16, 32, 2) float32: a place for each half of `values`.
+
+    Returns:
+      The slots, with those of the block's strips overwritten.
+    """
+    strips, k = block.shape[0] // STRIP_ROWS, block.shape[1]
+    bitmap = jax.lax.dynamic_slice_in_dim(bitmap, first_strip, strips)
+    entries = jax.lax.dynamic_slice_in_dim(entries, first_strip, strips)
+    steps = entries.shape[1] * ENTRY_STEPS
+    block = jnp.pad(block, ((0, 0), (0, steps * STEP_K - k)))
+    # Lane 4 g + t, position (a, b, c): row g + 8 stream, column 16 a + 8 b + 2 t + c.
+    block = block.reshape(strips, 2, 8, steps, 4, 2, 4, 2)
+    stored, word = _places(bitmap, entries)
+    block = block.transpose(0, 3, 1, 2, 6, 4, 5, 7).reshape(stored.shape)
+    flat = slots.reshape(-1, LANES, 2)
+    word = jnp.where(stored, word, np.uint32(flat.shape[0]))  # out of bounds: dropped
+    lane = jnp.broadcast_to(_along(4, 6, np.arange(LANES, dtype=np.uint32)), word.shape)
+    stream = jnp.broadcast_to(_along(3, 6, np.arange(2, dtype=np.uint32)), word.shape)
+    return flat.at[word, lane, stream].set(block, mode="drop").reshape(slots.shape)
 
 
 def unpack(
@@ -138,13 +185,24 @@ def unpack(
 
 
 def dense_product(
-    x: jax.Array, dense: jax.Array, bias: jax.Array | None, out_dtype: np.dtype
+    x: jax.Array,
+    dense: jax.Array,
+    bias: jax.Array | None,
+    out_dtype: np.dtype,
+    transposed: bool = False,
 ) -> jax.Array:
-    """`x @ dense + bias` with float32 accumulation; x (..., K), dense (K, M)."""
+    """`x @ dense + bias` with float32 accumulation; x (..., K), dense (K, M).
+
+    With `transposed`, dense is (M, K) and its transpose the factor.
+    """
     if x.dtype != dense.dtype:
         x, dense = x.astype(jnp.float32), dense.astype(jnp.float32)
-    y = jnp.dot(
-        x, dense, precision=precision(x.dtype), preferred_element_type=jnp.float32
+    y = jax.lax.dot_general(
+        x,
+        dense,
+        (((x.ndim - 1,), (int(transposed),)), ((), ())),
+        precision=precision(x.dtype),
+        preferred_element_type=jnp.float32,
     )
     if bias is not None:
         y = y + bias.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + bias.shape)

@@ -2,12 +2,15 @@
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flashjax import packing, reference
+from flashjax.matrix import PackedMatrix
 
 LAYOUT = "lscd16/1"
 
@@ -16,7 +19,7 @@ _LEAVES = ("bitmap", "entries", "values", "counts")
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class SparseMatrix:
+class SparseMatrix(PackedMatrix):
     """A half-precision matrix of any sparsity pattern, compressed.
 
     Behaves like an array of shape (in_features, out_features) that can only be
@@ -32,6 +35,7 @@ class SparseMatrix:
       shape: (in_features, out_features).
       dtype: float16 or bfloat16.
       layout: name and version of the packed layout.
+      transposed: the transposed matrix, packed as well, or None; see with_transpose().
     """
 
     bitmap: Any
@@ -41,9 +45,7 @@ class SparseMatrix:
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
     layout: str = dataclasses.field(default=LAYOUT, metadata={"static": True})
-
-    # numpy arrays defer `array @ matrix` to `__rmatmul__`.
-    __array_ufunc__ = None
+    transposed: "SparseMatrix | None" = None
 
     def __post_init__(self):
         # Tree utilities put anything in the place of the arrays: only what is static
@@ -112,39 +114,107 @@ class SparseMatrix:
         self.check_leaves("SparseMatrix.to_dense")
         return _to_dense(self.packed, self.shape, self.dtype)
 
+    def with_transpose(self) -> "SparseMatrix":
+        """The same matrix, with a second packing: that of its transpose.
+
+        On a GPU, the gradient with respect to x then is a product of the sparse kernel
+        for as many rows as the product itself, instead of expanding the matrix. It
+        takes the memory of the matrix once more. CPUs need no second packing for that.
+        Everything else ignores it: `pickle` makes it again, checkpoints leave it out.
+
+        Returns:
+          A matrix that shares this one's arrays, with `transposed` on the same device.
+
+        Raises:
+          TypeError: the matrix is traced.
+        """
+        if self.transposed is not None:
+            return self
+        self._check_concrete("SparseMatrix.with_transpose")
+        return dataclasses.replace(
+            self, transposed=SparseMatrix.from_dense(self.to_dense().T)
+        )
+
+    @property
+    def T(self) -> "SparseMatrix":  # noqa: N802  as numpy's
+        """The transposed matrix: the second packing, or else packed now.
+
+        Raises:
+          TypeError: the matrix is traced and has no second packing.
+        """
+        if self.transposed is not None:
+            alone = dataclasses.replace(self, transposed=None)
+            return dataclasses.replace(self.transposed, transposed=alone)
+        self._check_concrete("SparseMatrix.T")
+        return SparseMatrix.from_dense(self.to_dense().T)
+
+    def _check_concrete(self, op: str) -> None:
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in self.packed):
+            raise TypeError(
+                f"{op}: expected a concrete matrix, got a traced one. The packed size "
+                "depends on the data: call with_transpose() outside of jit, vmap and "
+                "grad and pass the matrix as an argument"
+            )
+
+    @staticmethod
+    def stack(matrices: Sequence["SparseMatrix"]) -> "SparseMatrix":
+        """Stacks the matrices of several layers, for loops over them.
+
+        `sparse_matmul(x, stack, layer=i)` multiplies by one of them. The arrays get a
+        dimension in front; `values` are padded to the longest.
+
+        Args:
+          matrices: of one shape and dtype, all or none of them with their transpose.
+
+        Returns:
+          A SparseMatrix with the shape of one layer.
+
+        Raises:
+          ValueError: there are no matrices, or they differ or are stacks.
+          TypeError: something else than a SparseMatrix is among them.
+        """
+        matrices = list(matrices)
+        if not matrices:
+            raise ValueError(
+                "SparseMatrix.stack: expected at least one matrix, got none"
+            )
+        for i, w in enumerate(matrices):
+            if not isinstance(w, SparseMatrix):
+                raise TypeError(
+                    "SparseMatrix.stack: expected every element to be a SparseMatrix, "
+                    f"got {type(w).__name__} at {i}"
+                )
+            w.check_leaves("SparseMatrix.stack")
+            if _kind(w) != _kind(matrices[0]):
+                raise ValueError(
+                    "SparseMatrix.stack: expected matrices of one shape and dtype, all "
+                    f"or none with their transposes, got {matrices[0]!r} and, at {i}, "
+                    f"{w!r}"
+                )
+        return jax.tree.map(_stack_padded, *matrices)
+
+    def unstack(self) -> list["SparseMatrix"]:
+        """The matrices of a stack; their `values` stay padded."""
+        self.check_leaves("SparseMatrix.unstack", stacked=True)
+        layers = self.bitmap.shape[0]
+        return [jax.tree.map(lambda leaf: leaf[i], self) for i in range(layers)]  # noqa: B023
+
+    def shard(self, mesh: Any, axis: str, *, dim: Any) -> Any:
+        """Splits the matrix over an axis of a mesh; see ShardedSparseMatrix.from_dense.
+
+        The dense matrix exists for the duration of the call.
+        """
+        from flashjax.sharding import ShardedSparseMatrix  # imports this module
+
+        return ShardedSparseMatrix.from_dense(self.to_dense(), mesh, axis, dim=dim)
+
     @property
     def packed(self) -> tuple[Any, Any, Any]:
         """What the kernels read: bitmap, entries and values."""
         return self.bitmap, self.entries, self.values
 
-    @property
-    def ndim(self) -> int:
-        """Always 2."""
-        return 2
-
-    @property
-    def size(self) -> int:
-        """Number of elements of the dense matrix."""
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def nnz(self) -> int:
-        """Number of nonzero elements; needs concrete arrays."""
-        return int(np.asarray(self.counts).sum(dtype=np.int64))
-
-    @property
-    def sparsity(self) -> float:
-        """Share of zeros, from 0 to 1; 0 for a matrix without elements."""
-        return 1.0 - self.nnz / self.size if self.size else 0.0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the compressed arrays."""
-        leaves = [getattr(self, name) for name in _LEAVES]
-        return sum(int(np.prod(a.shape)) * np.dtype(a.dtype).itemsize for a in leaves)
-
-    def check_leaves(self, op: str) -> None:
-        """Raises ValueError unless the arrays fit the static shape."""
+    def check_leaves(self, op: str, stacked: bool = False) -> None:
+        """Raises ValueError unless the arrays fit the static shape, or are a stack."""
         expected = reference.leaf_shapes(self.shape)
         for name, shape in expected.items():
             leaf = getattr(self, name)
@@ -161,18 +231,22 @@ class SparseMatrix:
                     f"shape {self.shape} as uint32 {_show(shape)}, got {leaf.dtype} "
                     f"{_show(got)}"
                 )
-            if extra:
+            if stacked and extra != 1:
+                raise ValueError(
+                    f"{op}: expected a stack of SparseMatrix for a layer, got {name!r} "
+                    f"of shape {_show(got)}, expected (layers, {_show(shape)[1:]}: use "
+                    "SparseMatrix.stack"
+                )
+            if extra and not stacked:
                 raise ValueError(
                     f"{op}: expected one SparseMatrix, got a stack ({name!r} has shape "
                     f"{_show(got)}, expected {_show(shape)}): use jax.vmap or "
-                    "jax.lax.scan over it, or take one out with "
-                    "jax.tree.map(lambda leaf: leaf[i], w)"
+                    "jax.lax.scan over it, sparse_matmul with layer=i, or take one out "
+                    "with jax.tree.map(lambda leaf: leaf[i], w)"
                 )
 
-    def __rmatmul__(self, x: np.ndarray | jax.Array) -> jax.Array:
-        from flashjax.matmul import sparse_matmul  # matmul.py imports this module
-
-        return sparse_matmul(x, self)
+        if self.transposed is not None:
+            _check_transposed(self, op, stacked)
 
     def __repr__(self) -> str:
         details = f"shape={self.shape}, dtype={self.dtype.name}"
@@ -180,6 +254,8 @@ class SparseMatrix:
             if np.ndim(self.counts) == 1:
                 details += f", nnz={self.nnz}, sparsity={self.sparsity:.3f}"
             details += f", nbytes={self.nbytes}"
+        if self.transposed is not None:
+            details += ", with its transpose"
         return f"SparseMatrix({details}, layout={self.layout!r})"
 
     def __copy__(self) -> "SparseMatrix":
@@ -187,16 +263,21 @@ class SparseMatrix:
 
     def __deepcopy__(self, memo: dict) -> "SparseMatrix":
         leaves = {name: copy.deepcopy(getattr(self, name), memo) for name in _LEAVES}
+        leaves["transposed"] = copy.deepcopy(self.transposed, memo)
         return dataclasses.replace(self, **leaves)
 
     def __reduce__(self):
         leaves = [getattr(self, name) for name in _LEAVES]
         if not all(map(_is_concrete, leaves)) or np.ndim(self.counts) != 1:
-            return SparseMatrix, (*leaves, self.shape, self.dtype, self.layout)
+            static = (self.shape, self.dtype, self.layout)
+            return SparseMatrix, (*leaves, *static, self.transposed)
         # A pickle is a checkpoint to many: keep it independent of the packed layout.
         from flashjax import checkpoint
 
-        return checkpoint.from_arrays, (checkpoint.to_arrays(self),)
+        arrays = checkpoint.to_arrays(self)
+        if self.transposed is not None:
+            return _unpickle_with_transpose, (arrays,)
+        return checkpoint.from_arrays, (arrays,)
 
 
 def _check_dtype(op: str, dtype: Any) -> np.dtype:
@@ -210,6 +291,41 @@ def _check_dtype(op: str, dtype: Any) -> np.dtype:
             "first, for example with dense.astype(jnp.bfloat16)"
         )
     return native
+
+
+def _kind(w: SparseMatrix) -> tuple:
+    return w.shape, w.dtype, w.transposed is None
+
+
+def _stack_padded(*leaves: Any) -> jax.Array:
+    """Stacks arrays that may differ in their first dimension."""
+    size = max(leaf.shape[0] for leaf in leaves)
+
+    def pad(leaf):
+        missing = size - leaf.shape[0]
+        return jnp.pad(leaf, ((0, missing), *[(0, 0)] * (leaf.ndim - 1)))
+
+    return jnp.stack([pad(leaf) for leaf in leaves])
+
+
+def _check_transposed(w: SparseMatrix, op: str, stacked: bool) -> None:
+    other = w.transposed
+    if (
+        not isinstance(other, SparseMatrix)
+        or (other.shape, other.dtype) != (w.shape[::-1], w.dtype)
+        or other.transposed is not None
+    ):
+        raise ValueError(
+            f"{op}: expected the transpose of a SparseMatrix of shape {w.shape} and "
+            f"dtype {w.dtype.name}, got {other!r}"
+        )
+    other.check_leaves(op, stacked)
+
+
+def _unpickle_with_transpose(arrays: dict) -> SparseMatrix:
+    from flashjax import checkpoint
+
+    return checkpoint.from_arrays(arrays).with_transpose()
 
 
 def _is_concrete(leaf: Any) -> bool:

@@ -7,7 +7,22 @@ for the other tests as well, leaves the choice to JAX, which prefers a GPU.
 import os
 import re
 
+import hypothesis
 import pytest
+
+# Cases for each of the fuzz tests (tests/fuzz), chosen by --hypothesis-profile. The
+# default draws the same ones every time; the others go on where luck takes them.
+_PROFILES = {"default": 160, "nightly": 17_000, "gpu": 2_500}
+
+for _name, _cases in _PROFILES.items():
+    hypothesis.settings.register_profile(
+        _name,
+        max_examples=_cases,
+        deadline=None,
+        derandomize=_name == "default",
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+hypothesis.settings.load_profile("default")
 
 
 def _platform(config: pytest.Config) -> str:
@@ -57,6 +72,10 @@ def pytest_report_header() -> str:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("nightly") is not None and (
+        not re.search(r"(?<!not )\bnightly\b", item.config.getoption("markexpr"))
+    ):
+        pytest.skip("takes minutes or gigabytes: run `pytest -m nightly`")
     if item.get_closest_marker("gpu") is None:
         return
     import flashjax as fj

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 
 import flashjax as fj
-from flashjax import _native, matmul
+from flashjax import _native, matmul_impl
 
 from . import op_cases
 
 pytestmark = pytest.mark.gpu
 
-KERNELS = ("mma", "wgmma")
+KERNELS = ("mma", "wgmma", "wgmma_wide")
 
 
 def kernel_product(kernel, x, w, bias=None):
     x_dtype = np.dtype(x.dtype)
-    call = matmul._Call(
+    call = matmul_impl.Call(
         shape=w.shape,
         dtype=w.dtype,
         x_dtype=x_dtype,
@@ -27,14 +27,15 @@ def kernel_product(kernel, x, w, bias=None):
         out_dtype=x_dtype,
         implementation="cuda",
     )
-    product = functools.partial(matmul._cuda, call, kernel=kernel)
-    return jax.jit(product)(jnp.asarray(x), w.packed, bias)
+    product = functools.partial(matmul_impl._cuda, call, kernel=kernel)
+    operands = matmul_impl.Operands(jnp.asarray(x), bias, w.packed, None)
+    return jax.jit(product)(operands)
 
 
 @pytest.fixture(params=KERNELS)
 def kernel(request):
     capability = float(jax.devices()[0].compute_capability)
-    if request.param == "wgmma" and int(capability) != 9:
+    if request.param != "mma" and int(capability) != 9:
         pytest.skip(f"the wgmma kernel needs a Hopper GPU, this one is sm {capability}")
     return request.param
 
@@ -64,6 +65,18 @@ def test_patterns(kernel, pattern):
     x = op_cases.random_x((9, 1100), "bfloat16")
     y = kernel_product(kernel, x, fj.SparseMatrix.from_dense(dense))
     op_cases.check_product(y, x, dense)
+
+
+@pytest.mark.parametrize("rows", [1, 20, 64, 128, 300])
+def test_one_of_a_stack(rows):
+    denses = [op_cases.random_dense(1096, 523, 0.0, "float16", s) for s in range(3)]
+    for dense, sparsity in zip(denses, (0.8, 0.4, 0.6), strict=True):
+        dense[np.random.default_rng(7).random(dense.shape) < sparsity] = 0
+    stack = fj.SparseMatrix.stack([fj.SparseMatrix.from_dense(d) for d in denses])
+    x = op_cases.random_x((rows, 1096), "float16")
+    product = jax.jit(lambda x, w, i: fj.sparse_matmul(x, w, layer=i))
+    for index, layer in [(0, 0), (1, 1), (2, 2), (9, 2), (-3, 0)]:
+        op_cases.check_product(product(x, stack, index), x, denses[layer])
 
 
 @pytest.mark.parametrize("rows", [3, 40, 128])

@@ -2,7 +2,6 @@
 
 import math
 import re
-import types
 
 import jax
 import jax.numpy as jnp
@@ -10,31 +9,18 @@ import numpy as np
 import pytest
 
 import flashjax as fj
-from flashjax import _native, matmul, packing
+from flashjax import _native, matmul
+from flashjax.trainable_matrix import TrainableMatrix
 
-from . import op_cases
+from . import cuda_stand_in, op_cases
 
 K, M = 520, 300
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cuda_module():
-    """Stands in for the CUDA module where it was not built: lowering runs nothing."""
-    if _native.cuda is not None:
+    with cuda_stand_in.cuda_module():
         yield
-        return
-    module = types.SimpleNamespace(workspace_bytes=lambda n, m, k: 4096)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_native, "cuda", module)
-        patch.setattr(packing, "can_lower_for_cuda", lambda: True)
-        _forget_traces()
-        yield
-    _forget_traces()
-
-
-def _forget_traces():
-    jax.clear_caches()
-    matmul._batched.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +52,7 @@ def test_few_rows_use_the_kernel_and_no_dense_weight(w, rows):
     assert targets(text) == ["flashjax_lscd_matmul_cuda"]
     # Not even as many elements as the weight has, whatever their type; but the
     # workspace, which is not larger than it must be for all multiprocessors.
-    workspace = _native.cuda.workspace_bytes(rows, M, K)
+    workspace = _native.cuda.workspace_bytes(0, rows, M, K)
     assert f"tensor<{workspace}xui8>" in text
     text = text.replace(f"{workspace}xui8", "1xui8")
     assert largest_buffer(text) < K * M
@@ -118,6 +104,30 @@ def test_gradient_expands_the_weights(w):
     text = lower(jax.grad(loss), x_of(3), w)
     assert "flashjax_lscd_unpack_cuda" in targets(text)
     assert not any(target.endswith("_cpu") for target in targets(text))
+
+
+@pytest.mark.parametrize("rows", [3, matmul.KERNEL_ROWS["cuda"] + 1])
+def test_gradient_with_a_second_packing(w, rows):
+    def gradient(dy, w):
+        _, pullback = jax.vjp(lambda x: fj.sparse_matmul(x, w), x_of(rows))
+        return pullback(dy)
+
+    text = lower(gradient, jnp.ones((rows, M), jnp.float16), w.with_transpose())
+    few = rows <= matmul.KERNEL_ROWS["cuda"]
+    (target,) = targets(text)
+    assert target == f"flashjax_lscd_{'matmul' if few else 'unpack'}_cuda"
+    assert not few or largest_buffer(text) < K * M
+
+
+def test_gradient_of_trainable_values(w):
+    t = TrainableMatrix.from_sparse(w)
+
+    def loss(values, x):
+        return jnp.sum(fj.sparse_matmul(x, t.replace(values)).astype(jnp.float32))
+
+    text = lower(jax.grad(loss), t.values, x_of(3))
+    assert targets(text) == ["flashjax_lscd_sample_cuda"]
+    assert "output_operand_aliases" in text
 
 
 def test_to_dense(w):

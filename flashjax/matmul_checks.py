@@ -1,0 +1,148 @@
+"""What `sparse_matmul` checks before anything is traced; shared by its containers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flashjax import _native
+from flashjax.matmul_impl import Call
+from flashjax.matrix import PackedMatrix
+from flashjax.sparse_matrix import SparseMatrix
+
+IMPLEMENTATIONS = ("cuda", "cpu", "xla")
+
+_DTYPES = tuple(np.dtype(d) for d in (jnp.float16, jnp.bfloat16, jnp.float32))
+
+
+def make_call(x, w: PackedMatrix, bias, implementation, preferred_element_type) -> Call:
+    """What is static in a product of checked operands.
+
+    Raises:
+      ValueError, TypeError, NotImplementedError: see `sparse_matmul`.
+    """
+    _check_x(x, w)
+    if bias is not None:
+        _check_bias(bias, w)
+        bias_dtype = np.dtype(jax.dtypes.canonicalize_dtype(bias.dtype))
+    _check_implementation(implementation, x)
+    return Call(
+        shape=w.shape,
+        dtype=w.dtype,
+        x_dtype=np.dtype(x.dtype),
+        bias_dtype=None if bias is None else bias_dtype,
+        out_dtype=result_dtype(x, w, preferred_element_type),
+        implementation=implementation,
+    )
+
+
+def check_layer(layer, w: SparseMatrix) -> jax.Array | np.ndarray:
+    """The index into a stack, as int32."""
+    layers = w.bitmap.shape[0]
+    if isinstance(layer, int | np.integer) and not isinstance(layer, bool):
+        if not 0 <= layer < layers:
+            raise ValueError(
+                f"sparse_matmul: expected a layer from 0 to {layers - 1} of a stack of "
+                f"{layers}, got {layer}"
+            )
+        return np.asarray(layer, np.int32)
+    if not isinstance(layer, np.ndarray | jax.Array):
+        raise TypeError(
+            "sparse_matmul: expected layer to be an integer, got "
+            f"{type(layer).__name__}"
+        )
+    if layer.shape != () or not jnp.issubdtype(layer.dtype, jnp.integer):
+        raise TypeError(
+            "sparse_matmul: expected layer to be one integer, got "
+            f"{layer.dtype} {layer.shape}"
+        )
+    return layer.astype(np.int32)
+
+
+def result_dtype(x, w: PackedMatrix, preferred) -> np.dtype:
+    """Dtype of a product: `preferred`, or the promoted one of x and w."""
+    if preferred is None:
+        with jax.numpy_dtype_promotion("standard"):
+            return np.dtype(jnp.result_type(x.dtype, w.dtype))
+    try:
+        dtype = np.dtype(preferred)
+    except TypeError:
+        dtype = None
+    if dtype not in _DTYPES:
+        raise ValueError(
+            "sparse_matmul: expected preferred_element_type float16, bfloat16 or "
+            f"float32, got {preferred}"
+        )
+    return dtype
+
+
+def _check_x(x, w: PackedMatrix) -> None:
+    if not isinstance(x, np.ndarray | jax.Array):
+        raise TypeError(
+            "sparse_matmul: expected x to be a numpy or JAX array, got "
+            f"{type(x).__name__}"
+        )
+    if x.ndim < 1 or x.shape[-1] != w.shape[0]:
+        raise ValueError(
+            f"sparse_matmul: expected x of shape (..., {w.shape[0]}) for w of shape "
+            f"{w.shape}, got {x.shape}"
+        )
+    if x.dtype not in _DTYPES:
+        raise ValueError(
+            "sparse_matmul: expected x of dtype float16, bfloat16 or float32 for w of "
+            f"dtype {w.dtype.name}, got {x.dtype}"
+        )
+
+
+def _check_bias(bias, w: PackedMatrix) -> None:
+    if not isinstance(bias, np.ndarray | jax.Array):
+        raise TypeError(
+            "sparse_matmul: expected bias to be a numpy or JAX array, got "
+            f"{type(bias).__name__}"
+        )
+    if bias.shape != (w.shape[1],):
+        raise ValueError(
+            f"sparse_matmul: expected bias of shape ({w.shape[1]},) for w of shape "
+            f"{w.shape}, got {bias.shape}"
+        )
+    if not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise ValueError(
+            f"sparse_matmul: expected bias of a float dtype, got {bias.dtype}"
+        )
+
+
+def _check_implementation(implementation, x) -> None:
+    if implementation is None:
+        return
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"sparse_matmul: expected implementation to be one of {IMPLEMENTATIONS} or "
+            f"None, got {implementation!r}"
+        )
+    if implementation == "xla":
+        return
+    if implementation == "cuda" and not _native.cuda_available():
+        raise NotImplementedError(
+            "sparse_matmul: implementation 'cuda' cannot run: "
+            f"{_native.cuda_unavailable_reason()}"
+        )
+    # Traced operands show their platform only when they are lowered; JAX then raises
+    # NotImplementedError by itself.
+    if isinstance(x, jax.core.Tracer):
+        return
+    expected = {"cuda": "gpu", "cpu": "cpu"}[implementation]
+    platform = _platform(x)
+    if platform != expected:
+        raise NotImplementedError(
+            f"sparse_matmul: implementation {implementation!r} cannot run: x lives "
+            f"on {platform}, expected {expected}"
+        )
+
+
+def _platform(x) -> str:
+    """Where JAX computes with a concrete array."""
+    if isinstance(x, jax.Array) and x.committed:
+        return next(iter(x.devices())).platform
+    device = getattr(jax.config, "jax_default_device", None)
+    if device is None:
+        return jax.default_backend()
+    return (jax.devices(device)[0] if isinstance(device, str) else device).platform

@@ -1,0 +1,224 @@
+"""The implementations of the product, chosen when a computation is lowered.
+
+A kernel reads the compressed weights once for all rows of x, which pays off for few
+rows (decoding). With many rows (prefill) the weights are expanded and a dense product
+follows; the dense matrix is a temporary of that call.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flashjax import _native, packing, partitioning, reference
+
+# Rows of x up to which the sparse kernel is used; above, expand and multiply.
+KERNEL_ROWS = {"cuda": 256, "cpu": 128}
+
+_CUDA_K_MULTIPLE = 8  # 16-byte rows of x
+
+_FLOAT32 = np.dtype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What is static in a product (..., K) x (K, M)."""
+
+    shape: tuple[int, int]
+    dtype: np.dtype
+    x_dtype: np.dtype
+    bias_dtype: np.dtype | None
+    out_dtype: np.dtype
+    implementation: str | None
+
+
+class Operands(NamedTuple):
+    """What is not. The weights come packed, packed as their transpose, or as both."""
+
+    x: Any  # (..., K)
+    bias: Any  # (M,) or None
+    packed: packing.Packed | None  # of the (K, M) matrix
+    transposed: packing.Packed | None  # of the (M, K) matrix
+    layer: Any = None  # int32: the packed arrays are stacks, and this is the index
+
+
+def compute(call: Call, operands: Operands) -> jax.Array:
+    """(..., K) -> (..., M) in `call.out_dtype`; every device computes its rows of x."""
+
+    def local(*operands):
+        return _compute_rows(call, Operands(*operands))
+
+    return partitioning.over_rows(local, *operands)
+
+
+def _compute_rows(call: Call, operands: Operands) -> jax.Array:
+    functions = {"cuda": _cuda, "cpu": _cpu, "xla": _xla}
+    return dispatch(call.implementation, functions, call, operands)
+
+
+def dispatch(implementation: str | None, functions: dict, call: Any, *operands: Any):
+    """Calls the function of an implementation, or of the platform it is lowered for."""
+    branches = {
+        name: functools.partial(function, call) for name, function in functions.items()
+    }
+    plain = branches.pop("xla")
+    if not packing.can_lower_for_cuda():
+        del branches["cuda"]
+    if implementation == "xla":
+        return plain(*operands)
+    if implementation is not None:
+        branches = {implementation: branches[implementation]}
+        return jax.lax.platform_dependent(*operands, **branches)
+    return jax.lax.platform_dependent(*operands, **branches, default=plain)
+
+
+def _xla(call, operands):
+    def unpack(packed, shape, layer):
+        return reference.unpack(_take_layer(packed, layer), shape, call.dtype)
+
+    return _expand_and_multiply(call, operands, unpack, _after)
+
+
+def _cpu(call, operands):
+    x, bias, packed, transposed, layer = operands
+    rows = math.prod(x.shape[:-1])
+    if _exceeds(rows, KERNEL_ROWS["cpu"]) or _is_empty(call, rows):
+
+        def unpack(packed, shape, layer):
+            return packing.unpack_cpu(packed, shape, call.dtype, _FLOAT32, layer)
+
+        return _expand_and_multiply(call, operands, unpack, _after_on_cpu)
+    x_rows = x.reshape(rows, call.shape[0])
+    # Of a stack, the handler gets all layers and the index: nothing is copied.
+    index = () if layer is None else (layer,)
+    weight_dtype = packing.WEIGHT_DTYPES[call.dtype]
+    result = result_type(jax.typeof(x_rows), call.shape[1], call.out_dtype)
+    if packed is not None:
+        y = jax.ffi.ffi_call("flashjax_lscd_matmul_cpu", result)(
+            x_rows, *packed, _bias_operand(bias), *index, weight_dtype=weight_dtype
+        )
+    else:
+        assert bias is None, "only derivatives lack the packing, and a bias"
+        y = jax.ffi.ffi_call("flashjax_lscd_matmul_transposed_cpu", result)(
+            x_rows, *transposed, *index, weight_dtype=weight_dtype
+        )
+    return y.reshape(*x.shape[:-1], call.shape[1])
+
+
+# Attribute `kernel` of the CUDA target. "mma" runs from sm_80 on, the others on sm_90a.
+_CUDA_KERNELS = {"auto": 0, "mma": 1, "wgmma": 2, "wgmma_wide": 3}
+
+
+def _cuda(call, operands, kernel="auto"):
+    x, bias, packed, _, layer = operands
+    rows = math.prod(x.shape[:-1])
+    if (
+        packed is None
+        or _exceeds(rows, KERNEL_ROWS["cuda"])
+        or x.dtype != call.dtype
+        or _is_empty(call, rows)
+    ):
+
+        def unpack(packed, shape, layer):
+            return packing.unpack_cuda(
+                packed, shape, call.dtype, layer=layer, for_dot=True
+            )
+
+        return _expand_and_multiply(call, operands, unpack, _after)
+    k, m = call.shape
+    x_rows = x.reshape(rows, k)
+    # The kernel writes x's dtype or float32.
+    kernel_dtype = x.dtype if call.out_dtype == x.dtype else _FLOAT32
+    result = result_type(jax.typeof(x_rows), m, np.dtype(kernel_dtype))
+    kernel_number = _CUDA_KERNELS[kernel]
+    workspace_bytes = _cuda_workspace_bytes(kernel_number, rows, m, k)
+    workspace = _workspace_type(x_rows, workspace_bytes)
+    if k % _CUDA_K_MULTIPLE:
+        x_rows = jnp.pad(x_rows, ((0, 0), (0, -k % _CUDA_K_MULTIPLE)))
+    index = () if layer is None else (layer,)
+    y, _ = jax.ffi.ffi_call("flashjax_lscd_matmul_cuda", (result, workspace))(
+        x_rows, *packed, _bias_operand(bias), *index, kernel=kernel_number
+    )
+    return y.reshape(*x.shape[:-1], m).astype(call.out_dtype)
+
+
+def _take_layer(packed, layer):
+    """One layer's arrays, copied out of a stack: the kernels read it where it lies."""
+    if layer is None:
+        return packed
+    take = jax.lax.dynamic_index_in_dim
+    return tuple(take(leaf, layer, keepdims=False) for leaf in packed)
+
+
+def _cuda_workspace_bytes(kernel: int, n: Any, m: int, k: int) -> int:
+    """Bytes for the partial sums of tiles that several blocks share."""
+    assert _native.cuda is not None, "only lowered with the module"
+    n = n if isinstance(n, int) else KERNEL_ROWS["cuda"]
+    return _native.cuda.workspace_bytes(kernel, n, m, k)
+
+
+def _expand_and_multiply(call, operands, unpack, after):
+    """Multiplies by a dense matrix that `unpack` makes of one of the packings."""
+    x, bias, packed, transposed, layer = operands
+    arrays = transposed if packed is None else packed
+    if layer is None:
+        arrays = after(x, arrays)
+    else:
+        (layer,) = after(x, (layer,))  # and not the arrays of all layers
+    if packed is not None:
+        dense = unpack(arrays, call.shape, layer)
+        return reference.dense_product(x, dense, bias, call.out_dtype)
+    dense = unpack(arrays, call.shape[::-1], layer)
+    return reference.dense_product(x, dense, bias, call.out_dtype, transposed=True)
+
+
+def _after(x, arrays):
+    """Makes weights that are going to be expanded, or their index, wait for x.
+
+    They depend on nothing that is computed: XLA could expand those of all layers first,
+    or before a loop, and hold all dense matrices at once.
+    """
+    return jax.lax.optimization_barrier((arrays, x))[0]
+
+
+def _after_on_cpu(x, arrays):
+    """`_after` for CPUs, where jax 0.10 drops the barrier before it schedules.
+
+    Adds a zero that XLA cannot prove to be one.
+    """
+    first, *others = _after(x, arrays)
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+    zero = jnp.sum(bits.astype(jnp.uint32) >> np.uint32(16), dtype=jnp.uint32)
+    return first + zero.astype(first.dtype), *others
+
+
+def _exceeds(rows: Any, limit: int) -> bool:
+    # A symbolic number of rows (jax.export) cannot be compared: use the kernel.
+    return isinstance(rows, int) and rows > limit
+
+
+def _is_empty(call: Call, rows: Any) -> bool:
+    return 0 in call.shape or (isinstance(rows, int) and rows == 0)
+
+
+def _bias_operand(bias):
+    if bias is None:
+        return jnp.zeros((0,), jnp.float32)
+    return bias.astype(jnp.float32)
+
+
+def result_type(x_type: Any, m: int, dtype: np.dtype) -> Any:
+    """Type of the product for x of a type: it keeps x's mesh and manual axes."""
+    sharding = x_type.sharding.update(spec=jax.P(*x_type.sharding.spec[:-1], None))
+    shape = (*x_type.shape[:-1], m)
+    return x_type.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
+
+
+def _workspace_type(x, size):
+    x_type = jax.typeof(x)
+    replicated = x_type.sharding.update(spec=jax.P(None))
+    return x_type.update(shape=(size,), dtype=np.dtype(jnp.uint8), sharding=replicated)

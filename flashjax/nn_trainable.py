@@ -1,0 +1,137 @@
+"""Sparse layers of Flax NNX whose nonzero weights are trained."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from . import nn
+from .nn import SparseDense, SparseWeight
+from .sparse_matrix import SparseMatrix
+from .trainable_matrix import SparsePositions, TrainableMatrix
+
+nnx.register_data_type(SparsePositions)
+nnx.register_data_type(TrainableMatrix)
+
+
+class TrainableSparseDense(SparseDense):
+    """A SparseDense whose nonzero weights are an nnx.Param; their positions stay.
+
+    Made by trainable(), turned back by freeze(). nnx.grad and optimizers over nnx.Param
+    see the values, a few percent more entries than there are nonzeros; products use
+    them rounded to the layer's half precision.
+
+    Attributes:
+      values: nnx.Param (segments, 16, 32, 2), see TrainableMatrix.
+      positions: SparseWeight that holds SparsePositions.
+      bias: nnx.Param (out_features,) or None.
+    """
+
+    def __init__(self, layer: SparseDense, dtype: DTypeLike = jnp.float32):
+        """Takes over a layer, whose bias it shares.
+
+        Args:
+          layer: the layer.
+          dtype: of the values: float32, float16 or bfloat16.
+        """
+        matrix = TrainableMatrix.from_sparse(layer.kernel.get_value(), dtype)
+        self.values = nnx.Param(matrix.values)
+        self.positions = SparseWeight(matrix.positions)
+        self.bias = nnx.data(layer.bias)
+        self.in_features, self.out_features = matrix.shape
+        self.use_bias = layer.use_bias
+        self.dtype = layer.dtype
+        self.param_dtype = layer.param_dtype
+        self.preferred_element_type = layer.preferred_element_type
+        self.implementation = layer.implementation
+
+    @property
+    def kernel(self) -> SparseWeight:  # type: ignore[override]
+        """A new variable that holds the TrainableMatrix of positions and values."""
+        positions, values = self.positions.get_value(), self.values.get_value()
+        return SparseWeight(TrainableMatrix(positions, values))
+
+
+def trainable(
+    model: Any,
+    predicate: Callable[[str, SparseDense], bool] | None = None,
+    dtype: DTypeLike = jnp.float32,
+) -> Any:
+    """Makes the nonzero weights of a model's sparse layers trainable, in place.
+
+    Layers that are shared stay shared. The optimizer comes afterwards::
+
+        model = fj.trainable(model)
+        optimizer = nnx.Optimizer(model, optax.adamw(1e-4), wrt=nnx.Param)
+
+    Args:
+      model: an nnx.Module, or lists, tuples and dicts of them.
+      predicate: called with a layer's path and the layer; says whether to swap it.
+        None swaps every SparseDense.
+      dtype: of the values: float32, float16 or bfloat16.
+
+    Returns:
+      The model; a new layer where the model itself is a SparseDense, a new tuple where
+      it is a tuple.
+
+    Raises:
+      TypeError: the model is none of NNX.
+      ValueError: there is no sparse layer to take, a layer's weights are traced or
+        sharded over devices, or a wrong dtype; the model is then unchanged.
+    """
+    nn._check_model("trainable", model)
+    found = dict(_taken(model, predicate))
+    if not found:
+        raise ValueError(
+            "trainable: expected a model with SparseDense layers"
+            + (" that the predicate takes" if predicate else "")
+            + ", got none: swap its layers first, with fj.sparsify"
+        )
+    for path, layer in found.values():
+        kernel = layer.kernel.get_value()
+        if not isinstance(kernel, SparseMatrix):
+            raise ValueError(
+                f"trainable: {path}: expected a layer that holds a SparseMatrix, got "
+                f"{type(kernel).__name__}"
+            )
+    new = {key: TrainableSparseDense(layer, dtype) for key, (_, layer) in found.items()}
+    return nn._replace(model, SparseDense, lambda old: new.get(id(old), old), set())
+
+
+def _taken(model, predicate):
+    for path, layer in nn._layers(model, SparseDense):
+        if predicate is None or predicate(path, layer):
+            yield id(layer), (path, layer)
+
+
+def freeze(model: Any) -> Any:
+    """Turns trainable() back, in place: values are rounded and packed.
+
+    What was trained to 0 is no longer stored. Call it outside of jax.jit.
+
+    Args:
+      model: an nnx.Module, or lists, tuples and dicts of them.
+
+    Returns:
+      The model; a new layer or tuple where the model itself is one.
+
+    Raises:
+      TypeError: the model is none of NNX.
+    """
+    nn._check_model("freeze", model)
+    frozen: dict[int, SparseDense] = {}
+
+    def swap(layer: TrainableSparseDense) -> SparseDense:
+        if id(layer) not in frozen:
+            frozen[id(layer)] = SparseDense.from_matrix(
+                SparseMatrix.from_dense(layer.kernel.get_value().to_dense()),
+                layer.bias,
+                dtype=layer.dtype,
+                preferred_element_type=layer.preferred_element_type,
+                implementation=layer.implementation,
+            )
+        return frozen[id(layer)]
+
+    return nn._replace(model, TrainableSparseDense, swap, set())

@@ -1,0 +1,312 @@
+"""Products with trainable values as JAX primitives: derivatives and batching.
+
+Two primitives are enough, each being linear in each of its two factors:
+
+* the product ``x @ W(values)``, or with the transposed W;
+* the sampled product: x^T dy at the positions of the values.
+
+The cotangents of one are the other, so derivatives of any order exist. Where values are
+a tangent, or a cotangent that is differentiated again, they are rounded to the weights'
+half precision as the values themselves are; a first derivative is not.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from flashjax import matmul_impl, packing, reference
+from flashjax.matmul_impl import Call
+from flashjax.partitioning import devices_marker
+from flashjax.sample import is_live, sample
+
+product_p = Primitive("trainable_product")
+sample_p = Primitive("sampled_product")
+
+
+class Positions(NamedTuple):
+    """The arrays of a SparsePositions that products need."""
+
+    bitmap: Any
+    entries: Any
+    live: Any
+
+
+class Operands(NamedTuple):
+    """Of a product; the matrix is packed as (K, M), or transposed as (M, K)."""
+
+    x: Any  # (..., K)
+    values: Any  # (segments, 16, 32, 2)
+    bias: Any  # (M,) or None
+    positions: Positions
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleCall:
+    """What is static in a sampled product, of a (K, M) matrix."""
+
+    shape: tuple[int, int]
+    dtype: np.dtype
+    implementation: str | None = None
+
+
+class Factors(NamedTuple):
+    """Of a sampled product; without x, dy is the gradient (K, M) itself."""
+
+    x: Any  # (..., K) or None
+    dy: Any  # (..., M)
+    positions: Positions
+
+
+def product(call: Call, operands: Operands, transposed: bool = False) -> jax.Array:
+    """``x @ W(values) + bias``, differentiable in x, values and bias."""
+    leaves, tree = jax.tree.flatten(operands)
+    devices = devices_marker(operands.x)
+    return product_p.bind(
+        *leaves, call=call, tree=tree, transposed=transposed, devices=devices
+    )
+
+
+def sampled_product(call: SampleCall, factors: Factors) -> jax.Array:
+    """The gradient (K, M) at the positions: (segments, 16, 32, 2) float32."""
+    leaves, tree = jax.tree.flatten(factors)
+    return sample_p.bind(*leaves, call=call, tree=tree)
+
+
+def fold(live: jax.Array, values: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Float values to packed ones; whatever the padding holds counts as 0."""
+    values = jnp.where(is_live(live), values, jnp.zeros((), values.dtype))
+    bits = jax.lax.bitcast_convert_type(values.astype(dtype), jnp.uint16)
+    return jax.lax.bitcast_convert_type(bits, jnp.uint32)
+
+
+# --- Evaluation -------------------------------------------------------------------
+
+
+def _compute_product(*leaves, call, tree, transposed, devices):
+    del devices  # JAX sees it
+    x, values, bias, positions = jax.tree.unflatten(tree, leaves)
+    packed: packing.Packed = (
+        positions.bitmap,
+        positions.entries,
+        fold(positions.live, values, call.dtype),
+    )
+    weights = (None, packed) if transposed else (packed, None)
+    return matmul_impl.compute(call, matmul_impl.Operands(x, bias, *weights))
+
+
+def _compute_sample(*leaves, call, tree):
+    x, dy, positions = jax.tree.unflatten(tree, leaves)
+    factors = (dy,) if x is None else (x, dy)
+    return sample(factors, call.shape, tuple(positions), call.implementation)
+
+
+def _define(primitive: Primitive, compute: Any) -> None:
+    lowering = mlir.lower_fun(compute, multiple_results=False)
+    mlir.register_lowering(primitive, lowering)
+
+    @primitive.def_impl
+    def eager(*leaves, **params):
+        return _compiled(primitive, tuple(params.items()))(*leaves)
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled(primitive, params):
+    return jax.jit(lambda *leaves: primitive.bind(*leaves, **dict(params)))
+
+
+_define(product_p, _compute_product)
+_define(sample_p, _compute_sample)
+
+
+@product_p.def_abstract_eval
+def _product_type(x, *others, call, **unused):
+    del others, unused
+    return matmul_impl.result_type(x, call.shape[1], call.out_dtype)
+
+
+@sample_p.def_abstract_eval
+def _sample_type(*leaves, call, tree):
+    del call
+    live = jax.tree.unflatten(tree, leaves).positions.live
+    return live.update(
+        shape=(live.shape[0], reference.SEGMENT_WORDS, reference.LANES, 2),
+        dtype=np.dtype(jnp.float32),
+        sharding=live.sharding.update(spec=jax.P(None, None, None, None)),
+    )
+
+
+# --- Derivatives ------------------------------------------------------------------
+
+
+def _given(tangent):
+    return None if type(tangent) is ad.Zero else tangent
+
+
+def _sum(terms, like):
+    terms = [term for term in terms if term is not None]
+    if not terms:
+        return ad.Zero(jax.typeof(like).to_tangent_aval())
+    return functools.reduce(jnp.add, terms)
+
+
+def _product_jvp(primals, tangents, *, call, tree, transposed, devices):
+    del devices
+    operands = jax.tree.unflatten(tree, primals)
+    y = product(call, operands, transposed)
+    dx, dvalues = map(_given, tangents[:2])
+    dbias = None if operands.bias is None else _given(tangents[2])
+    plain = dataclasses.replace(call, bias_dtype=None)
+    terms = []
+    if dx is not None:
+        with_bias = plain if dbias is None else call
+        terms.append(
+            product(with_bias, operands._replace(x=dx, bias=dbias), transposed)
+        )
+    elif dbias is not None:
+        row = dbias.astype(call.out_dtype).reshape((1,) * (y.ndim - 1) + dbias.shape)
+        terms.append(row + jnp.zeros_like(y))
+    if dvalues is not None:
+        moved = operands._replace(values=dvalues, bias=None)
+        terms.append(product(plain, moved, transposed))
+    return y, _sum(terms, y)
+
+
+def _product_transpose(dy, *primals, call, tree, transposed, devices):
+    del devices
+    x, values, bias, positions = jax.tree.unflatten(tree, primals)
+    cotangents: list[Any] = [None] * len(primals)
+    if type(dy) is ad.Zero:
+        return cotangents
+    if ad.is_undefined_primal(x):
+        turned = dataclasses.replace(
+            call,
+            shape=call.shape[::-1],
+            x_dtype=np.dtype(dy.dtype),
+            bias_dtype=None,
+            out_dtype=np.dtype(x.aval.dtype),
+        )
+        back = Operands(dy, values, None, positions)
+        cotangents[0] = product(turned, back, not transposed)
+    if ad.is_undefined_primal(values):
+        shape = call.shape[::-1] if transposed else call.shape
+        factors = (dy, x) if transposed else (x, dy)
+        gradient = sampled_product(
+            SampleCall(shape, call.dtype, call.implementation),
+            Factors(*factors, positions),
+        )
+        cotangents[1] = gradient.astype(values.aval.dtype)
+    if ad.is_undefined_primal(bias):
+        rows = tuple(range(dy.ndim - 1))
+        dbias = jnp.sum(dy, axis=rows, dtype=jnp.float32)
+        cotangents[2] = dbias.astype(bias.aval.dtype)
+    return cotangents
+
+
+ad.primitive_jvps[product_p] = _product_jvp
+ad.primitive_transposes[product_p] = _product_transpose
+
+
+def _sample_jvp(primals, tangents, *, call, tree):
+    slots = sample_p.bind(*primals, call=call, tree=tree)
+    factors = jax.tree.unflatten(tree, primals)
+    tangents = jax.tree.unflatten(tree, tangents)
+    terms = []
+    for name in ("x", "dy"):
+        tangent = _given(getattr(tangents, name))
+        if tangent is not None:
+            terms.append(sampled_product(call, factors._replace(**{name: tangent})))
+    return slots, _sum(terms, slots)
+
+
+def _sample_transpose(slots, *primals, call, tree):
+    factors = jax.tree.unflatten(tree, primals)
+    cotangents: list[Any] = [None] * len(primals)
+    if type(slots) is ad.Zero:
+        return cotangents
+    x, dy, positions = factors
+    if x is None:
+        words = fold(positions.live, slots, call.dtype)
+        packed = positions.bitmap, positions.entries, words
+        dense = packing.unpack(packed, call.shape, call.dtype)
+        cotangents[0] = dense.astype(dy.aval.dtype)
+    elif ad.is_undefined_primal(x):
+        cotangents[0] = _factor(call, dy, slots, positions, x.aval.dtype, True)
+    else:
+        cotangents[1] = _factor(call, x, slots, positions, dy.aval.dtype, False)
+    return cotangents
+
+
+def _factor(call, other, slots, positions, dtype, transposed):
+    product_call = Call(
+        shape=call.shape[::-1] if transposed else call.shape,
+        dtype=call.dtype,
+        x_dtype=np.dtype(other.dtype),
+        bias_dtype=None,
+        out_dtype=np.dtype(dtype),
+        implementation=call.implementation,
+    )
+    return product(product_call, Operands(other, slots, None, positions), transposed)
+
+
+ad.primitive_jvps[sample_p] = _sample_jvp
+ad.primitive_transposes[sample_p] = _sample_transpose
+
+
+# --- Batching ---------------------------------------------------------------------
+
+
+def _batch_product(leaves, dims, *, call, tree, transposed, devices):
+    del devices
+    operands = jax.tree.unflatten(tree, _to_front(leaves, dims))
+    batched = jax.tree.unflatten(tree, [dim is not None for dim in dims])
+    if batched.values or any(batched.positions):
+
+        def one_product(*leaves):
+            return product(call, jax.tree.unflatten(tree, leaves), transposed)
+
+        return _one_by_one(one_product, leaves, dims), 0
+    if not batched.bias:  # the batch becomes rows of one product
+        return product(call, operands, transposed), 0
+    plain = dataclasses.replace(call, bias_dtype=None, out_dtype=np.dtype(jnp.float32))
+    y = product(plain, operands._replace(bias=None), transposed)
+    y = y if batched.x else y[None]
+    bias = operands.bias.astype(jnp.float32)
+    bias = bias.reshape(bias.shape[:1] + (1,) * (y.ndim - 2) + bias.shape[1:])
+    return (y + bias).astype(call.out_dtype), 0
+
+
+def _batch_sample(leaves, dims, **params):
+    one_sample = functools.partial(sample_p.bind, **params)
+    return _one_by_one(one_sample, leaves, dims), 0
+
+
+def _to_front(leaves, dims):
+    return [
+        leaf if dim is None else jnp.moveaxis(leaf, dim, 0)
+        for leaf, dim in zip(leaves, dims, strict=True)
+    ]
+
+
+def _one_by_one(function, leaves, dims):
+    leaves = _to_front(leaves, dims)
+    mapped = [leaf for leaf, dim in zip(leaves, dims, strict=True) if dim is not None]
+
+    def one(mapped):
+        rest = iter(mapped)
+        picked = [
+            leaf if dim is None else next(rest)
+            for leaf, dim in zip(leaves, dims, strict=True)
+        ]
+        return function(*picked)
+
+    return jax.lax.map(one, mapped)
+
+
+batching.primitive_batchers[product_p] = _batch_product
+batching.primitive_batchers[sample_p] = _batch_sample

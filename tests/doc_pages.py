@@ -1,0 +1,53 @@
+"""What the documentation holds: pages and their fenced blocks."""
+
+import dataclasses
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "models" / "opt" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+NOT_RUN = "<!-- not run: "
+
+
+@dataclasses.dataclass
+class Block:
+    """A fenced block.
+
+    Attributes:
+      language: the word behind the fence.
+      line: of the first line of its text, from 1.
+      text: what is between the fences.
+      not_run: whether a comment in front of it says that it cannot be run.
+    """
+
+    language: str
+    line: int
+    text: str
+    not_run: bool
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path, *languages: str) -> list[Block]:
+    """The fenced blocks of a page in some languages."""
+    found, opened, before = [], None, ""
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            if opened is None:
+                language = line.strip().removeprefix("```")
+                opened = Block(language, number + 1, "", NOT_RUN in before)
+            else:
+                found.append(opened)
+                opened = None
+        elif opened is not None:
+            opened.text += line + "\n"
+        if line.strip():
+            before = line
+    assert opened is None, f"{name(page)}:{opened and opened.line}: not closed"
+    return [block for block in found if block.language in languages]

@@ -1,0 +1,111 @@
+"""The product under many patterns, shapes, dtypes and memory orders.
+
+`pytest tests/fuzz` has about a thousand cases, with `--hypothesis-profile=nightly` a
+hundred thousand; `-m gpu --hypothesis-profile=gpu` has ten thousand on a GPU.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import op_cases
+import pytest
+from fuzz import cases
+from hypothesis import given
+from hypothesis import strategies as st
+
+import flashjax as fj
+
+kernels = pytest.mark.parametrize("kernel", op_cases.KERNELS)
+scales = st.sampled_from(cases.SCALES)
+
+
+def multiply(kernel, x, w, bias=None):
+    implementation, platform = kernel
+    with op_cases.on_platform(platform):
+        return fj.sparse_matmul(x, w, bias=bias, implementation=implementation)
+
+
+@kernels
+def test_product(kernel):
+    @given(cases.signatures(), cases.patterns, scales, cases.orders, cases.seeds)
+    def check(call, pattern, scale, order, seed):
+        dense = cases.matrix(pattern, call.shape, call.w_dtype, scale, seed)
+        x, bias = cases.operands(call, scale, seed)
+        y = multiply(kernel, cases.in_every_order(x)[order], cases.packed(dense), bias)
+        op_cases.check_product(y, x, dense, bias)
+
+    check()
+
+
+@kernels
+def test_nan_and_infinity(kernel):
+    """Each meets the zeros of the other operand as in a dense product."""
+
+    @given(cases.signatures(), cases.patterns, st.integers(0, 3), cases.seeds)
+    def check(call, pattern, count, seed):
+        dense = cases.matrix(pattern, call.shape, call.w_dtype, 1.0, seed)
+        x, bias = cases.operands(call, 1.0, seed)
+        dense = cases.put_specials(dense, count, seed)
+        x = cases.put_specials(x, 3 - count, seed + 1)
+        y = np.asarray(multiply(kernel, x, cases.packed(dense), bias))
+        with np.errstate(invalid="ignore"):
+            wanted = x.astype(np.float32) @ dense.astype(np.float32)
+        for test in (np.isnan, np.isposinf, np.isneginf):
+            np.testing.assert_array_equal(test(y), test(wanted))
+
+    check()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _cotangent(implementation, x, w, dy):
+    def product(x):
+        return fj.sparse_matmul(x, w, implementation=implementation)
+
+    return jax.vjp(product, x)[1](dy)[0]
+
+
+@kernels
+def test_cotangent(kernel):
+    implementation, platform = kernel
+
+    @given(cases.signatures(), cases.patterns, scales, cases.seeds)
+    def check(call, pattern, scale, seed):
+        dense = cases.matrix(pattern, call.shape, call.w_dtype, scale, seed)
+        x, _ = cases.operands(call, scale, seed)
+        dtype = call.w_dtype if call.x_dtype == call.w_dtype else "float32"
+        dy = op_cases.random_x((call.rows, call.shape[1]), dtype, seed)
+        with op_cases.on_platform(platform):
+            dx = _cotangent(implementation, x, cases.packed(dense), dy)
+        assert dx.dtype == x.dtype
+        op_cases.check_product(dx, dy, dense.T)
+
+    check()
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _in_place(implementation, x, w):
+    return fj.sparse_matmul(x, w, implementation=implementation)
+
+
+@kernels
+def test_donated_and_reused_buffers(kernel):
+    """x gives its memory to y, over and over; the weights stay as they are."""
+    implementation, platform = kernel
+    sizes = st.sampled_from([1, 16, 97, 256])
+
+    @given(sizes, st.sampled_from([1, 8, 9]), cases.patterns, cases.seeds)
+    def check(size, rows, pattern, seed):
+        dense = cases.matrix(pattern, (size, size), "float16", size**-0.5, seed)
+        w = cases.packed(dense)
+        x = op_cases.random_x((rows, size), "float16", seed)
+        expected, y = x, jax.numpy.array(x)
+        for _ in range(3):
+            expected = np.asarray(multiply(kernel, expected, w))
+            with op_cases.on_platform(platform):
+                given_away, y = y, _in_place(implementation, y, w)
+            assert given_away.is_deleted()
+            assert np.asarray(y).tobytes() == expected.tobytes()
+        op_cases.check_product(multiply(kernel, x, w), x, dense)
+
+    check()

@@ -1,0 +1,135 @@
+"""OPT split over devices computes what it computes on one."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from mesh_support import collectives, make_mesh
+from safetensors.numpy import load_file
+
+from flashjax.models import opt
+from flashjax.nn import SparseDense
+
+DATA = Path(__file__).parents[1] / "models/opt/data"
+VARIANTS = sorted(path.parent.name for path in DATA.glob("*/config.json"))
+DEMO = Path(__file__).parents[2] / "examples/demo-opt"
+
+
+def pair(folder, count=2, **kwargs):
+    mesh = make_mesh((count,), kind=jax.sharding.AxisType.Explicit)  # JAX's default
+    one, _ = opt.from_pretrained(folder, **kwargs)
+    split, _ = opt.from_pretrained(folder, mesh=mesh, **kwargs)
+    return one, split
+
+
+def decode_step(model):
+    graph, state = nnx.split(model)
+    cache = jax.jit(lambda: model.init_cache(1, 16))()
+    token, mask = jnp.ones((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+
+    def step(state, cache, start):
+        model = nnx.merge(graph, state)
+        return model.step(token, mask, token, cache, start, last_only=True)
+
+    lowered = jax.jit(step, donate_argnums=1).lower(state, cache, jnp.int32(3))
+    return lowered.compile(), cache
+
+
+def variants():
+    for name in VARIANTS:
+        quick = name in ("pre_norm", "post_norm_projected")
+        yield pytest.param(name, marks=[] if quick else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize("name", list(variants()))
+def test_every_variant_generates_the_same(name):
+    _, split = pair(DATA / name, dtype=jnp.float32)
+    with np.load(DATA / f"{name}.npz") as reference:
+        tokens, mask = reference["tokens"], reference["mask_left"]
+        expected = reference["generated_left"]
+    new = expected.shape[1] - tokens.shape[1]
+    out = opt.generate(split, tokens, mask, max_new_tokens=new)
+    np.testing.assert_array_equal(out, expected)
+    stream = np.stack(
+        list(opt.generate_stream(split, tokens, mask, max_new_tokens=new)), axis=1
+    )
+    end = tokens.shape[1] + stream.shape[1]
+    np.testing.assert_array_equal(stream, np.asarray(out)[:, tokens.shape[1] : end])
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision(dtype, sparse):
+    one, split = pair(DATA / "post_norm_projected", dtype=dtype, sparse=sparse)
+    layers = [n for _, n in nnx.iter_modules(split) if isinstance(n, SparseDense)]
+    assert len(layers) == (6 * len(split.layers) if sparse else 0)
+    tokens = np.array([[2, 5, 9, 11, 4]], np.int32)
+    a, b = np.asarray(split(tokens)), np.asarray(one(tokens))
+    assert np.abs(a - b).max() < 16 * float(jnp.finfo(dtype).eps) * np.abs(b).max()
+
+
+def test_two_collectives_a_layer():
+    """For the vocabulary: an all-reduce of the embedding, a gather of the logits."""
+    one, split = pair(DEMO, count=4, dtype=jnp.float16)
+    compiled, cache = decode_step(split)
+    found = collectives(compiled)
+    assert found.count("all-reduce") == 2 * len(split.layers) + 1
+    assert found.count("all-gather") == 1
+    assert len(found) == 2 * len(split.layers) + 2
+    gathered = re.search(r"= f32\[([\d,]+)\].* all-gather\(", compiled.as_text())
+    assert gathered
+    sizes = [int(n) for n in gathered[1].split(",")]
+    assert np.prod(sizes) == split.config.vocab_size  # the logits, not the table
+    heads = split.config.num_heads
+    assert cache.keys[0].addressable_shards[0].data.shape[1] == heads // 4
+    prompt = np.array([[2, 5, 9, 11, 4]], np.int32)
+    np.testing.assert_array_equal(
+        opt.generate(split, prompt, max_new_tokens=12),
+        opt.generate(one, prompt, max_new_tokens=12),
+    )
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_devices_hold_their_parts(sparse):
+    _, split = pair(DATA / "pre_norm", dtype=jnp.float16, sparse=sparse)
+    layer = split.layers[0]
+    for linear in (layer.fc1, layer.fc2, layer.self_attn.q_proj):
+        for leaf in jax.tree.leaves(nnx.state(linear)["kernel"]):
+            assert leaf.addressable_shards[0].data.size == leaf.size // 2
+    table = split.embed_tokens.embedding[...]
+    assert table.addressable_shards[0].data.shape[0] == table.shape[0] // 2
+    assert layer.fc2.bias[...].is_fully_replicated
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_saves_what_one_device_saves(tmp_path, sparse):
+    one, split = pair(DATA / "no_final_norm_untied", dtype=jnp.float16, sparse=sparse)
+    opt.save_pretrained(one, None, tmp_path / "one")
+    opt.save_pretrained(split, None, tmp_path / "split")
+    a, b = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("one", "split")
+    )
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].tobytes() == b[name].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("count", "axis", "message"),
+    [
+        (3, "model", "num_heads must be divisible by the 3 devices"),
+        (2, "tensor", r"must have an axis 'tensor', got axes \('model',\)"),
+    ],
+)
+def test_wrong_mesh(count, axis, message):
+    with pytest.raises(ValueError, match=message):
+        opt.from_pretrained(DATA / "pre_norm", mesh=make_mesh((count,)), axis=axis)
+
+
+def test_no_mesh():
+    with pytest.raises(ValueError, match=r"mesh must be a jax\.sharding\.Mesh, got 4"):
+        opt.from_pretrained(DATA / "pre_norm", mesh=4)
