@@ -4,7 +4,7 @@ Slots and positions: a prompt of P slots may hold padding anywhere. Token i that
 generated goes to slot P + i of the cache and to position n + i, n being the number of
 the row's real tokens, so padding never shifts a row's positions.
 
-The shapes that are compiled for are rounded up (`_bucket`), which pads prompts on the
+The shapes that are compiled for are rounded up (`bucket`), which pads prompts on the
 right; everything else that differs between calls is an argument of the compiled
 functions. `generate` and `generate_stream` share them: the loop runs up to a step that
 is an argument too, the last one or just the next.
@@ -12,8 +12,9 @@ is an argument too, the last one or just the next.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+import time
+from collections.abc import Iterator
+from typing import Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,20 +22,10 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
+from .generation_config import GenerationConfig, GenerationOptions
+from .generation_request import Request, Settings, make_request
 from .modeling import OPT, KVCache, positions_from_mask
-from .sampling import Sampler, as_int, key_data, make_key
-
-_BUCKET = 64
-
-
-class _Settings(NamedTuple):
-    """What is the same in every step; arguments of the compiled functions."""
-
-    sampler: Sampler
-    key_words: Any  # (2,) uint32
-    ends: Any  # (vocab_size,) bool, the tokens that finish a row
-    min_new_tokens: Any  # int32 scalar
-    pad_id: Any  # int32 scalar
+from .sampling import log_probabilities, make_key, penalize
 
 
 @jax.tree_util.register_dataclass
@@ -45,21 +36,36 @@ class _DecodeState:
     cache: KVCache
     output_table: jax.Array | None  # of the model, where it saves conversions
     tokens: jax.Array  # (batch, width) int32, the generated tokens
+    logprobs: jax.Array | None  # (batch, width) float32, where they are wanted
+    seen: jax.Array | None  # (batch, vocab_size) bool, where repetition is penalized
     last: jax.Array  # (batch,) int32, the newest of them
     finished: jax.Array  # (batch,) bool
     prompt_counts: jax.Array  # (batch,) int32, real tokens of the prompts
     step: jax.Array  # int32 scalar, how many tokens each row has got
 
 
-class _Request(NamedTuple):
-    """A checked call."""
+@overload
+def generate(
+    model: OPT,
+    token_ids: ArrayLike,
+    attention_mask: ArrayLike | None = None,
+    *,
+    config: GenerationConfig | None = None,
+    return_logprobs: Literal[False] = False,
+    **options: Unpack[GenerationOptions],
+) -> jax.Array: ...
 
-    prompt: np.ndarray  # (batch, length) int32, as given
-    padded: np.ndarray  # (batch, prompt bucket) int32
-    mask: np.ndarray  # (batch, prompt bucket) bool
-    max_new_tokens: int
-    width: int
-    settings: _Settings
+
+@overload
+def generate(
+    model: OPT,
+    token_ids: ArrayLike,
+    attention_mask: ArrayLike | None = None,
+    *,
+    config: GenerationConfig | None = None,
+    return_logprobs: Literal[True],
+    **options: Unpack[GenerationOptions],
+) -> tuple[jax.Array, jax.Array]: ...
 
 
 def generate(
@@ -67,71 +73,46 @@ def generate(
     token_ids: ArrayLike,
     attention_mask: ArrayLike | None = None,
     *,
-    max_new_tokens: int,
-    min_new_tokens: int = 0,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    eos_token_id: int | Sequence[int] | None = None,
-) -> jax.Array:
+    config: GenerationConfig | None = None,
+    return_logprobs: bool = False,
+    **options: Unpack[GenerationOptions],
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Continues a batch of prompts.
 
     Prefill and decode loop are compiled once for a model structure, batch size and
     lengths; later calls reuse them, also with other values of every option (greedy,
-    plain and filtered sampling are compiled apart). The loop ends on the device as
-    soon as every row has finished.
+    plain and filtered sampling are compiled apart, and so are calls with a repetition
+    penalty and with log-probabilities). The loop ends on the device as soon as every
+    row has finished.
 
     Args:
       model: the model, dense or sparse.
-      token_ids: (batch, length) integers, the prompts.
+      token_ids: (batch, length) integers, the prompts; `pad_prompts` makes them of
+        prompts of different lengths.
       attention_mask: (batch, length) bool, or integers 0 and 1. False marks padding,
         which may be anywhere as long as every row has a real token; a row's greedy
         continuation does not depend on it. None: every token is real.
-      max_new_tokens: number of tokens to generate; 0 returns the prompts.
-      min_new_tokens: number of tokens before which no row may finish.
-      temperature: divisor of the logits. 0 is greedy: the highest logit wins, of equal
-        ones the lowest id.
-      top_k: draw from the ``top_k`` highest logits only.
-      top_p: draw only from the most probable tokens that together reach this
-        probability, after temperature and ``top_k``.
-      seed: seed of the draws, 0 to 2**64 - 1. A row's draws depend on the seed and the
-        row's index in the batch, not on the other rows.
-      eos_token_id: id, or ids, that finish a row. None takes the model's
-        (``model.config.eos_token_id``); -1 never stops.
+      config: the options; None is the default `GenerationConfig`.
+      return_logprobs: also return the new tokens' log-probabilities.
+      options: fields of `GenerationConfig`, which go before `config`.
 
     Returns:
       (batch, length + max_new_tokens) int32: the prompts as given and what follows
-      them. After its end token a row is filled with ``model.config.pad_token_id``, or
-      with an end token where the configuration has no padding token in the vocabulary.
+      them. After its end token a row is filled with the padding token. With
+      ``return_logprobs`` also (batch, max_new_tokens) float32: the log-probability that
+      the model gives each new token, before penalty, temperature and filters; 0 after
+      a row's end.
 
     Raises:
-      TypeError: an option is no number of the right kind.
+      TypeError: an option is no number of the right kind, or there is none of its name.
       ValueError: a shape, dtype or value that does not fit, among them a row without
         a real token, and more tokens than the model has positions.
     """
-    request = _check(
-        model,
-        token_ids,
-        attention_mask,
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        eos_token_id=eos_token_id,
-    )
+    request = _request(model, token_ids, attention_mask, config, options)
+    tokens, logprobs = run_request(model, request, return_logprobs)
     # On the host, where joining the parts compiles nothing.
-    new_tokens = np.zeros((len(request.prompt), request.max_new_tokens), np.int32)
-    if new_tokens.size:
-        graphdef, params = nnx.split(model)
-        state = _start(graphdef, params, request)
-        if request.max_new_tokens > 1:
-            limit = np.int32(request.max_new_tokens)
-            state, _ = _decode(graphdef, params, request.settings, state, limit)
-        new_tokens = np.asarray(state.tokens)[:, : request.max_new_tokens]
-    return jax.device_put(np.concatenate([request.prompt, new_tokens], axis=1))
+    joined = jax.device_put(np.concatenate([request.prompt, tokens], axis=1))
+    return (joined, jax.device_put(logprobs)) if return_logprobs else joined
 
 
 def generate_stream(
@@ -139,13 +120,8 @@ def generate_stream(
     token_ids: ArrayLike,
     attention_mask: ArrayLike | None = None,
     *,
-    max_new_tokens: int,
-    min_new_tokens: int = 0,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    eos_token_id: int | Sequence[int] | None = None,
+    config: GenerationConfig | None = None,
+    **options: Unpack[GenerationOptions],
 ) -> Iterator[np.ndarray]:
     """Continues a batch of prompts and hands out the tokens as they come.
 
@@ -155,27 +131,57 @@ def generate_stream(
     Returns:
       An iterator of (batch,) int32 numpy arrays, one a step, ``max_new_tokens`` at
       most: it ends after the step in which the last row finished. Rows that finished
-      earlier get ``model.config.pad_token_id``.
+      earlier get the padding token.
 
     Raises:
       TypeError, ValueError: as `generate`.
     """
-    request = _check(
-        model,
-        token_ids,
-        attention_mask,
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        eos_token_id=eos_token_id,
-    )
-    return _stream(model, request)
+    return _stream(model, _request(model, token_ids, attention_mask, config, options))
 
 
-def _stream(model: OPT, request: _Request) -> Iterator[np.ndarray]:
+def run_request(
+    model: OPT, request: Request, logprobs: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """New tokens (int32) and log-probabilities (float32), (batch, max_new_tokens)."""
+    shape = len(request.prompt), request.max_new_tokens
+    if not shape[0] or not shape[1]:
+        return np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+    graphdef, params = nnx.split(model)
+    state = _start(graphdef, params, request, logprobs)
+    if request.max_new_tokens > 1:
+        limit = np.int32(request.max_new_tokens)
+        state, _ = _decode(graphdef, params, request.settings, state, limit)
+    tokens = np.asarray(state.tokens)[:, : request.max_new_tokens]
+    if state.logprobs is None:
+        return tokens, np.zeros(shape, np.float32)
+    return tokens, np.asarray(state.logprobs)[:, : request.max_new_tokens]
+
+
+def time_request(model: OPT, request: Request) -> tuple[float, float]:
+    """Runs a request; seconds of the prefill and of the loop over the later tokens."""
+    graphdef, params = nnx.split(model)
+    times = [time.perf_counter()]
+    state = jax.block_until_ready(_start(graphdef, params, request))
+    times.append(time.perf_counter())
+    limit = np.int32(request.max_new_tokens)
+    state, _ = _decode(graphdef, params, request.settings, state, limit)
+    jax.block_until_ready(state.tokens)
+    times.append(time.perf_counter())
+    return times[1] - times[0], times[2] - times[1]
+
+
+def _request(model, token_ids, attention_mask, config, options) -> Request:
+    if config is None:
+        config = GenerationConfig()
+    elif not isinstance(config, GenerationConfig):
+        raise TypeError(
+            f"config must be a GenerationConfig, got {type(config).__name__}"
+        )
+    config = config.with_options(**options)
+    return make_request(model.config, token_ids, attention_mask, config)
+
+
+def _stream(model: OPT, request: Request) -> Iterator[np.ndarray]:
     if not request.max_new_tokens or not len(request.prompt):
         return
     graphdef, params = nnx.split(model)
@@ -193,7 +199,7 @@ def _stream(model: OPT, request: _Request) -> Iterator[np.ndarray]:
     yield last
 
 
-def _start(graphdef, params, request: _Request) -> _DecodeState:
+def _start(graphdef, params, request: Request, logprobs: bool = False) -> _DecodeState:
     return _prefill(
         graphdef,
         params,
@@ -201,6 +207,7 @@ def _start(graphdef, params, request: _Request) -> _DecodeState:
         request.padded,
         request.mask,
         width=request.width,
+        logprobs=logprobs,
         on_cpu=_platform(params) == "cpu",
     )
 
@@ -215,15 +222,16 @@ def _platform(params: nnx.State) -> str:
 
 # At module level and with the structure as a static argument, the compiled functions
 # outlive a model but hold none of its arrays.
-@functools.partial(jax.jit, static_argnames=("graphdef", "width", "on_cpu"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "width", "logprobs", "on_cpu"))
 def _prefill(
     graphdef: nnx.GraphDef,
     params: nnx.State,
-    settings: _Settings,
+    settings: Settings,
     token_ids: jax.Array,
     mask: jax.Array,
     *,
     width: int,
+    logprobs: bool,
     on_cpu: bool,
 ) -> _DecodeState:
     """Fills a new cache with the prompts and chooses the first token of each row."""
@@ -241,10 +249,17 @@ def _prefill(
         logits_index=length - 1 - from_end,
         output_table=output_table,
     )
+    seen = None
+    if settings.repetition_penalty is not None:
+        rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
+        seen = jnp.zeros((batch, model.config.vocab_size), jnp.bool_)
+        seen = seen.at[rows, token_ids].max(mask)
     state = _DecodeState(
         cache=cache,
         output_table=output_table,
         tokens=jnp.full((batch, width), settings.pad_id, jnp.int32),
+        logprobs=jnp.zeros((batch, width), jnp.float32) if logprobs else None,
+        seen=seen,
         last=jnp.zeros((batch,), jnp.int32),
         finished=jnp.zeros((batch,), jnp.bool_),
         prompt_counts=counts,
@@ -257,7 +272,7 @@ def _prefill(
 def _decode(
     graphdef: nnx.GraphDef,
     params: nnx.State,
-    settings: _Settings,
+    settings: Settings,
     state: _DecodeState,
     limit: jax.Array,
 ) -> tuple[_DecodeState, tuple[jax.Array, jax.Array]]:
@@ -290,169 +305,38 @@ def _decode(
 
 
 def _append(
-    settings: _Settings, state: _DecodeState, logits: jax.Array, cache: KVCache
+    settings: Settings, state: _DecodeState, logits: jax.Array, cache: KVCache
 ) -> _DecodeState:
     """Chooses the next token of each row and writes it down."""
+    scores = logits
+    if state.seen is not None:
+        scores = penalize(scores, state.seen, settings.repetition_penalty)
     early = state.step < settings.min_new_tokens
-    logits = jnp.where((settings.ends & early)[None, :], -jnp.inf, logits)
-    key = make_key(settings.key_words)
-    chosen = settings.sampler.sample(logits, key, state.step)
+    scores = jnp.where((settings.ends & early)[None, :], -jnp.inf, scores)
+    keys = make_key(settings.key_words)
+    chosen = settings.sampler.sample(scores, keys, state.step, settings.streams)
     chosen = jnp.where(state.finished, settings.pad_id, chosen)
-    tokens = jax.lax.dynamic_update_slice(
-        state.tokens, chosen[:, None], (jnp.zeros_like(state.step), state.step)
-    )
+    seen, logprobs = state.seen, state.logprobs
+    if seen is not None:
+        rows = jnp.arange(chosen.shape[0], dtype=jnp.int32)
+        seen = seen.at[rows, chosen].set(True)
+    if logprobs is not None:
+        new = jnp.where(state.finished, 0.0, log_probabilities(logits, chosen))
+        logprobs = _write_column(logprobs, new, state.step)
+    count = state.step + 1
+    ended = settings.ends[chosen] | (count >= settings.limits)
     return dataclasses.replace(
         state,
         cache=cache,
-        tokens=tokens,
+        tokens=_write_column(state.tokens, chosen, state.step),
+        logprobs=logprobs,
+        seen=seen,
         last=chosen,
-        finished=state.finished | settings.ends[chosen],
-        step=state.step + 1,
+        finished=state.finished | ended,
+        step=count,
     )
 
 
-def _bucket(length: int) -> int:
-    """The length compiled for: a power of two up to 64, then a multiple of 64."""
-    if length <= _BUCKET:
-        return 1 << max(length - 1, 0).bit_length()
-    return -(-length // _BUCKET) * _BUCKET
-
-
-def _check(
-    model: OPT,
-    token_ids: ArrayLike,
-    attention_mask: ArrayLike | None,
-    *,
-    max_new_tokens: int,
-    min_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
-    eos_token_id: int | Sequence[int] | None,
-) -> _Request:
-    config = model.config
-    max_new_tokens = as_int("max_new_tokens", max_new_tokens)
-    min_new_tokens = as_int("min_new_tokens", min_new_tokens)
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
-    if not 0 <= min_new_tokens <= max_new_tokens:
-        raise ValueError(
-            f"min_new_tokens must be from 0 to max_new_tokens={max_new_tokens}, "
-            f"got {min_new_tokens}"
-        )
-    sampler = Sampler.create(
-        config.vocab_size, temperature=temperature, top_k=top_k, top_p=top_p
-    )
-    key_words = key_data(seed)
-    ends = _end_tokens(config, eos_token_id)
-    pad_id = config.pad_token_id
-    if pad_id is None or not 0 <= pad_id < config.vocab_size:
-        pad_id = int(np.argmax(ends))
-
-    prompt = _array("token_ids", token_ids)
-    if not np.issubdtype(prompt.dtype, np.integer):
-        raise ValueError(f"token_ids must be integers, got dtype {prompt.dtype}")
-    if prompt.ndim != 2:
-        hint = "; for one prompt use token_ids[None]" if prompt.ndim == 1 else ""
-        raise ValueError(
-            f"token_ids must be (batch, length), got shape {prompt.shape}{hint}"
-        )
-    mask = _mask(attention_mask, prompt.shape)
-    counts = mask.sum(axis=1)
-    if not counts.all():
-        rows = np.flatnonzero(counts == 0).tolist()
-        raise ValueError(
-            f"every prompt needs at least one real token, got none in row(s) {rows} "
-            f"of token_ids of shape {prompt.shape}"
-        )
-    wrong = mask & ((prompt < 0) | (prompt >= config.vocab_size))
-    if wrong.any():
-        row, column = np.argwhere(wrong)[0].tolist()
-        raise ValueError(
-            f"token_ids must be from 0 to {config.vocab_size - 1} (vocab_size - 1), "
-            f"got {prompt[row, column]} in row {row}, column {column}"
-        )
-    longest = int(counts.max(initial=0))
-    if longest + max_new_tokens > config.max_positions:
-        raise ValueError(
-            f"prompt and max_new_tokens must fit the model's {config.max_positions} "
-            f"positions, got a prompt of {longest} tokens and "
-            f"max_new_tokens={max_new_tokens}"
-        )
-
-    length = prompt.shape[1]
-    padding = ((0, 0), (0, _bucket(length) - length))
-    tokens = np.where(mask, prompt, 0).astype(np.int32)
-    return _Request(
-        prompt=prompt.astype(np.int32),
-        padded=np.pad(tokens, padding),
-        mask=np.pad(mask, padding),
-        max_new_tokens=max_new_tokens,
-        width=_bucket(max_new_tokens),
-        settings=_Settings(
-            sampler=sampler,
-            key_words=key_words,
-            ends=ends,
-            min_new_tokens=np.int32(min_new_tokens),
-            pad_id=np.int32(pad_id),
-        ),
-    )
-
-
-def _array(name: str, values: ArrayLike) -> np.ndarray:
-    if isinstance(values, jax.core.Tracer):
-        raise TypeError(
-            f"{name} must be a concrete array, got a tracer: generate compiles its own "
-            "steps and cannot be called under jit, vmap or grad"
-        )
-    try:
-        return np.asarray(values)
-    except ValueError as error:
-        raise ValueError(
-            f"{name} must be a rectangular (batch, length) array; pad shorter prompts "
-            f"and pass attention_mask ({error})"
-        ) from error
-
-
-def _mask(attention_mask: ArrayLike | None, shape: tuple[int, ...]) -> np.ndarray:
-    if attention_mask is None:
-        return np.ones(shape, np.bool_)
-    mask = _array("attention_mask", attention_mask)
-    if mask.dtype != np.bool_ and not np.issubdtype(mask.dtype, np.integer):
-        raise ValueError(
-            f"attention_mask must be bool or integers, got dtype {mask.dtype}"
-        )
-    if mask.shape != shape:
-        raise ValueError(
-            f"attention_mask must have the shape of token_ids, {shape}, "
-            f"got {mask.shape}"
-        )
-    wrong = (mask != 0) & (mask != 1)
-    if wrong.any():
-        raise ValueError(
-            f"attention_mask must hold only 0 and 1, got {mask[wrong].flat[0]}"
-        )
-    return mask.astype(np.bool_)
-
-
-def _end_tokens(config: Any, eos_token_id: int | Sequence[int] | None) -> np.ndarray:
-    """(vocab_size,) bool: the tokens that finish a row."""
-    ends = np.zeros((config.vocab_size,), np.bool_)
-    own = eos_token_id is None
-    ids = config.eos_token_id if own else eos_token_id
-    if ids is None:
-        return ends
-    listed: Any = (ids,) if np.ndim(ids) == 0 else ids
-    ids = [as_int("eos_token_id", i) for i in listed]
-    if not own and ids == [-1]:
-        return ends
-    for i in ids:
-        if 0 <= i < config.vocab_size:
-            ends[i] = True
-        elif not own:
-            raise ValueError(
-                f"eos_token_id must be from 0 to {config.vocab_size - 1} "
-                f"(vocab_size - 1), or -1 to never stop, got {i}"
-            )
-    return ends
+def _write_column(table: jax.Array, column: jax.Array, index: jax.Array) -> jax.Array:
+    at = (jnp.zeros_like(index), index)
+    return jax.lax.dynamic_update_slice(table, column[:, None], at)

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
 from .config import OPTConfig
+from .parallel import TensorParallel
 
 # Rows of the position table before position 0; padding looks up row 1.
 POSITION_OFFSET = 2
@@ -178,6 +179,7 @@ class OPT(nnx.Module):
         dtype = check_dtype(dtype)
         self.config = config
         self.dtype = dtype
+        self.parallel: TensorParallel | None = None
         embed = partial(
             nnx.Embed,
             dtype=dtype,
@@ -247,9 +249,14 @@ class OPT(nnx.Module):
             )
         shape = (batch, self.config.num_heads, max_length, self.config.head_dim)
         layers = range(self.config.num_layers)
+
+        def empty():
+            slots = jnp.zeros(shape, self.dtype)
+            return slots if self.parallel is None else self.parallel.by_heads(slots)
+
         return KVCache(
-            keys=tuple(jnp.zeros(shape, self.dtype) for _ in layers),
-            values=tuple(jnp.zeros(shape, self.dtype) for _ in layers),
+            keys=tuple(empty() for _ in layers),
+            values=tuple(empty() for _ in layers),
             mask=jnp.zeros((batch, max_length), jnp.bool_),
         )
 
@@ -353,6 +360,10 @@ class OPT(nnx.Module):
         return x
 
     def _logits(self, x: jax.Array, table: jax.Array | None = None) -> jax.Array:
+        logits = self._output_layer(x, table)
+        return logits if self.parallel is None else self.parallel.whole_logits(logits)
+
+    def _output_layer(self, x: jax.Array, table: jax.Array | None) -> jax.Array:
         if self.lm_head is not None:
             return self.lm_head(x).astype(jnp.float32)
         if table is None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from tokenizers import Tokenizer
 
@@ -23,13 +24,13 @@ from flashjax.sparse_matrix import SparseMatrix
 from .config import OPTConfig
 from .hf_folder import StoredOPT, convert, listed, open_opt, opt_targets
 from .modeling import OPT, check_dtype
+from .parallel import TensorParallel, transpose
 from .tokenizer import load_tokenizer, save_tokenizer
 
 # "auto" packs a weight from this share of zeros on: below it, sparse is no smaller.
 AUTO_SPARSITY = 0.5
 
 _DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-_BLOCK_ROWS = 32
 _HALVES = (jnp.float16, jnp.bfloat16)
 # A file's tensors are held until it is written.
 _SHARD_BYTES = 1 << 30
@@ -41,6 +42,8 @@ def from_pretrained(
     sparse: bool | Literal["auto"] = "auto",
     *,
     revision: str | None = None,
+    mesh: Mesh | None = None,
+    axis: str = "model",
 ) -> tuple[OPT, Tokenizer | None]:
     """Loads an OPT model and its tokenizer.
 
@@ -53,13 +56,18 @@ def from_pretrained(
         checkpoint stores sparse or that are at least half zeros, if dtype is a half
         precision; True all linear layers of the decoder; False none.
       revision: branch, tag or commit on the hub.
+      mesh: devices over which to split the model (docs/multi-gpu.md); heads and
+        feed-forward units must be divisible by the size of the axis. Each device gets
+        its part of a tensor only. In a multi-process run every process calls this.
+      axis: name of the mesh axis.
 
     Returns:
-      The model on JAX's default device, and the tokenizer, None where the folder has
-      none.
+      The model on the mesh, or else on JAX's default device; and the tokenizer, None
+      where the folder has none.
 
     Raises:
-      ValueError: dtype or sparse is none of the above.
+      ValueError: dtype or sparse is none of the above, or the model cannot be split
+        over the mesh.
       CheckpointError: (a ValueError) the folder is no OPT model, is truncated, or its
         tensors do not fit its configuration, all of them being named; or the hub
         cannot be reached.
@@ -73,7 +81,10 @@ def from_pretrained(
         )
     with open_opt(folder_or_hub_name, revision) as stored:
         tokenizer = load_tokenizer(stored.folder)
-        return _load(stored, dtype, sparse), tokenizer
+        parallel = None
+        if mesh is not None:
+            parallel = TensorParallel.create(stored.config, mesh, axis)
+        return _load(stored, dtype, sparse, parallel), tokenizer
 
 
 def save_pretrained(
@@ -108,6 +119,11 @@ def save_pretrained(
             "expected a tokenizers.Tokenizer or None, got "
             f"{type(tokenizer).__module__}.{type(tokenizer).__name__}"
         )
+    if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(nnx.state(model))):
+        raise ValueError(
+            "expected a model whose arrays all live in this process, got one that is "
+            "spread over several processes: load and save it in one"
+        )
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         hf = model.config.to_hf() | {"torch_dtype": model.dtype.name}
         (temporary / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
@@ -120,14 +136,21 @@ def save_pretrained(
                 writer.add(name, np.asarray(getattr(layer, target.attribute)[...]))
             elif isinstance(layer, SparseDense):
                 dense = np.asarray(layer.kernel.get_value().to_dense())
-                writer.add_sparse(name, _transpose(dense))
+                writer.add_sparse(name, transpose(dense))
             else:
-                writer.add(name, _transpose(np.asarray(layer.kernel[...])))
+                writer.add(name, transpose(np.asarray(layer.kernel[...])))
         writer.close()
 
 
-def _load(stored: StoredOPT, dtype: np.dtype, sparse: bool | Literal["auto"]) -> OPT:
+def _load(
+    stored: StoredOPT,
+    dtype: np.dtype,
+    sparse: bool | Literal["auto"],
+    parallel: TensorParallel | None,
+) -> OPT:
     model = _abstract_model(stored.config, dtype)
+    model.parallel = parallel
+    place = parallel or _OneDevice()
     too_large = []
     for stored_name, name in stored.names.items():
         target = stored.targets[name]
@@ -137,12 +160,13 @@ def _load(stored: StoredOPT, dtype: np.dtype, sparse: bool | Literal["auto"]) ->
             continue
         layer = _module(model, target.module)
         if target.attribute != "kernel":
-            getattr(layer, target.attribute).set_value(jnp.asarray(array))
+            placed = place.put(target.module, target.attribute, array)
+            getattr(layer, target.attribute).set_value(placed)
             continue
-        kernel = _to_kernel(array)
         if _goes_sparse(array, target.module, stored.is_sparse(stored_name), sparse):
+            matrix: Any = place.put_sparse(target.module, array)
             sparse_layer = SparseDense.from_matrix(
-                SparseMatrix.from_dense(kernel),
+                matrix,
                 layer.bias,
                 dtype=layer.dtype,
                 preferred_element_type=layer.preferred_element_type,
@@ -150,13 +174,32 @@ def _load(stored: StoredOPT, dtype: np.dtype, sparse: bool | Literal["auto"]) ->
             _set_module(model, target.module, sparse_layer)
         else:
             # Without waiting, reading would run ahead of copying and pile up tensors.
-            layer.kernel.set_value(jax.block_until_ready(jnp.asarray(kernel)))
+            kernel = place.put_kernel(target.module, array)
+            layer.kernel.set_value(jax.block_until_ready(kernel))
     if too_large:
         raise CheckpointError(
             f"{stored.folder}: values too large for {dtype.name} in "
             f"{listed(too_large)}; load as bfloat16 or float32"
         )
     return model
+
+
+class _OneDevice:
+    """Puts arrays on JAX's default device; the twin of TensorParallel."""
+
+    def put(self, module: str, attribute: str, array: np.ndarray) -> jax.Array:
+        return jnp.asarray(array)
+
+    def put_kernel(self, module: str, weight: np.ndarray) -> jax.Array:
+        return jnp.asarray(self._kernel(weight))
+
+    def put_sparse(self, module: str, weight: np.ndarray) -> SparseMatrix:
+        return SparseMatrix.from_dense(self._kernel(weight))
+
+    def _kernel(self, weight):
+        if jax.default_backend() == "cpu":
+            return transpose(weight)
+        return jnp.asarray(weight).T
 
 
 def _abstract_model(config: OPTConfig, dtype: np.dtype) -> OPT:
@@ -168,28 +211,6 @@ def _abstract_model(config: OPTConfig, dtype: np.dtype) -> OPT:
         model.layers.append(nnx.clone(model.layers[0]))
     model.config = config
     return model
-
-
-def _to_kernel(weight: np.ndarray) -> np.ndarray | jax.Array:
-    """Transposes (out, in) to (in, out) where that is fast.
-
-    That is a GPU, which then packs too, or else blocks that fit the host's caches.
-    """
-    if jax.default_backend() != "cpu":
-        return jnp.asarray(weight).T
-    return _transpose(weight)
-
-
-def _transpose(matrix: np.ndarray) -> np.ndarray:
-    """The transpose, contiguous; several times as fast as numpy's own copy."""
-    transposed = np.empty(matrix.shape[::-1], matrix.dtype)
-    # numpy copies its own dtypes faster than ml_dtypes' bfloat16.
-    bits = f"u{matrix.dtype.itemsize}"
-    source, result = matrix.view(bits), transposed.view(bits)
-    for i in range(0, len(matrix), _BLOCK_ROWS):
-        rows = slice(i, i + _BLOCK_ROWS)
-        result[:, rows] = source[rows].T
-    return transposed
 
 
 def _goes_sparse(

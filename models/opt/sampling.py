@@ -79,31 +79,19 @@ class Sampler:
             ValueError: temperature is negative or not finite, ``top_k`` is below 1, or
                 ``top_p`` is outside (0, 1].
         """
-        temperature = as_float("temperature", temperature)
-        if not (math.isfinite(temperature) and temperature >= 0):
-            raise ValueError(
-                f"temperature must be finite and at least 0, got {temperature}"
-            )
+        temperature, top_k, top_p = check_filters(temperature, top_k, top_p)
         kind = _FULL
         candidates = vocab_size
         k = vocab_size
-        if top_k is not None:
-            k = as_int("top_k", top_k)
-            if k < 1:
-                raise ValueError(f"top_k must be at least 1, got {k}")
-            k = min(k, vocab_size)
-            if k < vocab_size:
-                kind = _FILTERED
-                # A power of two: many values share one compiled step.
-                power = 1 << (k - 1).bit_length()
-                candidates = min(max(power, _MIN_CANDIDATES), vocab_size)
-        p = 1.0
-        if top_p is not None:
-            p = as_float("top_p", top_p)
-            if not 0 < p <= 1:
-                raise ValueError(f"top_p must be greater than 0 and at most 1, got {p}")
-            if p < 1:
-                kind = _FILTERED
+        if top_k is not None and top_k < vocab_size:
+            k = top_k
+            kind = _FILTERED
+            # A power of two: many values share one compiled step.
+            power = 1 << (k - 1).bit_length()
+            candidates = min(max(power, _MIN_CANDIDATES), vocab_size)
+        p = 1.0 if top_p is None else top_p
+        if p < 1:
+            kind = _FILTERED
         if temperature < _TINY:
             kind = _GREEDY
         if kind != _FILTERED:
@@ -117,17 +105,25 @@ class Sampler:
             candidates=candidates,
         )
 
-    def sample(self, logits: jax.Array, key: jax.Array, step: Any) -> jax.Array:
+    def sample(
+        self,
+        logits: jax.Array,
+        key: jax.Array,
+        step: Any,
+        streams: jax.Array | None = None,
+    ) -> jax.Array:
         """Chooses one token for each row.
 
-        A row's draw depends on the key, the step and the row's index alone: not on the
-        other rows nor on how many there are.
+        A row's draw depends on its key, its stream and the step alone: not on the other
+        rows nor on how many there are.
 
         Args:
             logits: (batch, vocab_size), any float dtype; computed in float32. A token
                 at -inf is never drawn.
-            key: a scalar PRNG key.
+            key: a scalar PRNG key, or (batch,) of them.
             step: int32 scalar, the number of tokens generated before this one.
+            streams: (batch,) uint32, which of a key's draws a row gets; None is the
+                row's index.
 
         Returns:
             (batch,) int32 token ids.
@@ -138,7 +134,9 @@ class Sampler:
         # Subtracting first keeps tiny temperatures from overflowing to inf - inf.
         top = jnp.max(logits, axis=-1, keepdims=True)
         scaled = (logits - top) / self.temperature
-        noise = _row_noise(key, step, *logits.shape)
+        if streams is None:
+            streams = jnp.arange(logits.shape[0], dtype=jnp.uint32)
+        noise = _row_noise(key, step, streams, logits.shape[1])
         if self.kind == _FULL:
             return jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
         values, ids = jax.lax.top_k(scaled, self.candidates)
@@ -168,6 +166,29 @@ def filter_sorted(values: jax.Array, top_k: Any, top_p: Any) -> jax.Array:
     return jnp.where(keep, values, -jnp.inf)
 
 
+def penalize(logits: jax.Array, seen: jax.Array, penalty: Any) -> jax.Array:
+    """Makes tokens that were seen less likely (CTRL, arXiv:1909.05858).
+
+    Args:
+        logits: (batch, vocab_size) float32.
+        seen: (batch, vocab_size) bool.
+        penalty: float32 scalar; above 1 discourages.
+
+    Returns:
+        (batch, vocab_size): logits of seen tokens divided by the penalty where they are
+        positive, multiplied where negative.
+    """
+    changed = jnp.where(logits < 0, logits * penalty, logits / penalty)
+    return jnp.where(seen, changed, logits)
+
+
+def log_probabilities(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """(batch,) float32: what the softmax of (batch, vocab_size) logits gives tokens."""
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
 def key_data(seed: int) -> np.ndarray:
     """The (2,) uint32 words of a Threefry key for a seed of 0 to 2**64 - 1.
 
@@ -184,6 +205,30 @@ def key_data(seed: int) -> np.ndarray:
 def make_key(words: jax.Array) -> jax.Array:
     """The PRNG key of `key_data`'s words, whatever JAX's default generator is."""
     return jax.random.wrap_key_data(words, impl="threefry2x32")
+
+
+def check_filters(
+    temperature: Any, top_k: Any, top_p: Any
+) -> tuple[float, int | None, float | None]:
+    """The options of sampling as Python numbers.
+
+    Raises:
+        TypeError, ValueError: as `Sampler.create`.
+    """
+    temperature = as_float("temperature", temperature)
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(
+            f"temperature must be finite and at least 0, got {temperature}"
+        )
+    if top_k is not None:
+        top_k = as_int("top_k", top_k)
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None:
+        top_p = as_float("top_p", top_p)
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be greater than 0 and at most 1, got {top_p}")
+    return temperature, top_k, top_p
 
 
 def as_int(name: str, value: Any) -> int:
@@ -207,9 +252,14 @@ def as_float(name: str, value: Any) -> float:
     return float(value)
 
 
-def _row_noise(key: jax.Array, step: Any, batch: int, vocab_size: int) -> jax.Array:
+def _row_noise(
+    key: jax.Array, step: Any, streams: jax.Array, vocab_size: int
+) -> jax.Array:
     """(batch, vocab_size) float32 Gumbel variates, each row from a key of its own."""
-    step_key = jax.random.fold_in(key, step)
-    rows = jnp.arange(batch, dtype=jnp.uint32)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(step_key, rows)
-    return jax.vmap(lambda k: jax.random.gumbel(k, (vocab_size,), jnp.float32))(keys)
+    keys = jnp.broadcast_to(key, streams.shape)
+
+    def row(key, stream):
+        key = jax.random.fold_in(jax.random.fold_in(key, step), stream)
+        return jax.random.gumbel(key, (vocab_size,), jnp.float32)
+
+    return jax.vmap(row)(keys, streams)

@@ -13,6 +13,7 @@ from flax import nnx
 import flashjax as fj
 from flashjax import matmul
 from flashjax.models import opt
+from flashjax.models.opt import generation_request
 
 # `opt.generate` is the function; this is the module that it comes from.
 generate_module = sys.modules["flashjax.models.opt.generate"]
@@ -193,9 +194,9 @@ def test_padding_takes_no_positions(model):
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 128, 129, 2047, 2048])
 def test_bucket(length):
-    bucket = generate_module._bucket(length)
+    bucket = generation_request.bucket(length)
     assert length <= bucket < max(2 * length, length + 64)
-    assert generate_module._bucket(bucket) == bucket
+    assert generation_request.bucket(bucket) == bucket
 
 
 def test_no_new_tokens(model):
@@ -250,7 +251,7 @@ class TestEnd:
         other = _model(eos_token_id=ends)
         out = opt.generate(other, ids, max_new_tokens=NEW)
         np.testing.assert_array_equal(out[:, 6:], self._cut(new, ends))
-        found = generate_module._end_tokens(CONFIG, None)
+        found = generation_request._end_tokens(CONFIG, None)
         assert np.flatnonzero(found).tolist() == [CONFIG.eos_token_id]
 
     def test_no_end(self, model, free):
@@ -259,7 +260,7 @@ class TestEnd:
         np.testing.assert_array_equal(out[:, 6:], new)
         for own in (None, 1000):
             config = dataclasses.replace(CONFIG, eos_token_id=own)
-            assert not generate_module._end_tokens(config, None).any()
+            assert not generation_request._end_tokens(config, None).any()
 
     @pytest.mark.parametrize("pad", [None, -1, 1000])
     def test_without_padding_token_rows_are_filled_with_an_end(self, free, pad):
@@ -591,17 +592,9 @@ def test_expanded_weights_do_not_stay(platform, hidden_size):
         layers *= 2  # it expands to float32
     sparse = fj.sparsify(model)
     graphdef, params = nnx.split(sparse)
-    request = generate_module._check(
-        sparse,
-        np.full((rows, 1), 3),
-        None,
-        max_new_tokens=2,
-        min_new_tokens=0,
-        temperature=0.0,
-        top_k=None,
-        top_p=None,
-        seed=0,
-        eos_token_id=None,
+    options = opt.GenerationConfig(max_new_tokens=2)
+    request = generation_request.make_request(
+        sparse.config, np.full((rows, 1), 3), None, options
     )
     arguments = (graphdef, params, request.settings)
     prefill = generate_module._prefill.lower(
@@ -609,6 +602,7 @@ def test_expanded_weights_do_not_stay(platform, hidden_size):
         request.padded,
         request.mask,
         width=request.width,
+        logprobs=False,
         on_cpu=platform == "cpu",
     )
     state = generate_module._start(graphdef, params, request)

@@ -405,7 +405,7 @@ def test_failed_save_leaves_nothing(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("flashjax.checkpoint.save_file", full)
+    monkeypatch.setattr("flashjax.checkpoint.writer.save_file", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         opt.save_pretrained(model, None, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,324 @@
+"""Many prompts from one file to another: JSON lines in, JSON lines out.
+
+Lines are sorted by length and go through the model in batches, longest first, so that
+little is padded and a lack of memory shows at once. What is done is kept beside the
+output, in a file that ends in `.partial`; the output itself appears whole, in the order
+of the input.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from .generate import run_request
+from .generation_config import GenerationConfig
+from .generation_request import (
+    Rows,
+    check_length,
+    end_ids,
+    make_request,
+    pad_prompts,
+)
+from .modeling import OPT
+from .text_stream import stream_text
+
+_KEYS = ("id", "prompt", "max_new_tokens", "seed")
+_FORMAT = "flashjax-partial/1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A line of the input.
+
+    Attributes:
+      index: the number of lines before it.
+      id: its "id", of any JSON type; the line's number where it has none.
+      tokens: the prompt's token ids.
+      max_new_tokens: of this line.
+      seed: of the draws.
+      stream: which of the seed's draws it gets: its own index, but 0 if it has a seed.
+    """
+
+    index: int
+    id: Any
+    tokens: Sequence[int]
+    max_new_tokens: int
+    seed: int
+    stream: int
+
+
+def generate_file(
+    model: OPT,
+    tokenizer: Any,
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    config: GenerationConfig | None = None,
+    batch: int = 8,
+    logprobs: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Continues every prompt of a file.
+
+    Each line of the input is an object with "prompt" and, if wanted, "id",
+    "max_new_tokens" and "seed". Each of the output has "id", "text" (the continuation),
+    "new_tokens" (their number), "finish_reason" ("stop" after an end token, else
+    "length") and, with `logprobs`, "token_ids" and "logprobs".
+
+    A line's result depends on the line, its index and the options alone, up to the
+    rounding of another batch size or length: one with a seed gets what `generate` gives
+    its prompt alone with that seed.
+
+    Args:
+      model: the model.
+      tokenizer: its tokenizer.
+      source: the input, UTF-8; blank lines are skipped.
+      target: the output.
+      config: the options; None is the default `GenerationConfig`.
+      batch: prompts at once. Smaller batches are filled up, so that one program serves.
+      logprobs: write the tokens and their log-probabilities too.
+      resume: go on with what an interrupted run left.
+      overwrite: replace an existing output, and what an interrupted run left.
+      progress: called with the lines that are done, and with all.
+
+    Returns:
+      The number of lines written.
+
+    Raises:
+      ValueError: a line does not fit (the first one is named), the output or a partial
+        one exists, or the run to resume had other input or options.
+    """
+    config = config or GenerationConfig()
+    if batch < 1:
+        raise ValueError(f"expected a batch of at least 1, got {batch}")
+    source, target = Path(source), Path(target)
+    check_target(target, resume=resume, overwrite=overwrite)
+    jobs = read_jobs(source, tokenizer, model, config)
+    header = {
+        "format": _FORMAT,
+        "input": hashlib.sha256(source.read_bytes()).hexdigest(),
+        "model": dataclasses.asdict(model.config),
+        "weights": _fingerprint(model),
+        "dtype": model.dtype.name,
+        "options": dataclasses.asdict(config),
+        "batch": batch,
+        "logprobs": logprobs,
+    }
+    header = json.loads(json.dumps(header))
+    partial = partial_path(target)
+    done = _read_partial(partial, header) if resume and partial.exists() else {}
+    if not done:
+        partial.write_text(json.dumps(header) + "\n", encoding="utf-8")
+    with open(partial, "a", encoding="utf-8") as journal:
+        for rows in _batches(jobs, batch):
+            # The whole batch again, so that a resumed run computes the same.
+            if any(job.index not in done for job in rows):
+                size = min(batch, len(jobs))
+                results = _run(model, tokenizer, config, rows, logprobs, size)
+                for job, result in results:
+                    if job.index not in done:
+                        done[job.index] = result
+                        line = {"index": job.index, "result": result}
+                        journal.write(json.dumps(line) + "\n")
+                journal.flush()
+                os.fsync(journal.fileno())
+            if progress is not None:
+                progress(len(done), len(jobs))
+    _write(target, [done[job.index] for job in jobs])
+    partial.unlink()
+    return len(jobs)
+
+
+def partial_path(target: Path) -> Path:
+    """Where an unfinished run keeps its results."""
+    return target.with_name(target.name + ".partial")
+
+
+def check_target(target: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raises ValueError if the output, or a part of it, is in the way."""
+    partial = partial_path(target)
+    if target.is_dir() or not target.parent.is_dir():
+        raise ValueError(f"{target}: expected a file in an existing folder")
+    if target.exists() and not overwrite:
+        raise ValueError(
+            f"{target}: expected a new file, got one that exists (overwrite replaces "
+            "it)"
+        )
+    if partial.exists() and not (resume or overwrite):
+        raise ValueError(
+            f"{target}: an interrupted run left {partial.name} (resume goes on with "
+            "it, overwrite starts again)"
+        )
+
+
+def read_jobs(
+    source: Path, tokenizer: Any, model: OPT, config: GenerationConfig
+) -> list[Job]:
+    """Reads and checks the whole input.
+
+    Raises:
+      ValueError: a line does not fit; the message names file and line.
+    """
+    try:
+        lines = source.read_bytes().split(b"\n")
+    except OSError as error:
+        raise ValueError(
+            f"{source}: expected a file of JSON lines, got: {error.strerror}"
+        ) from error
+    jobs: list[Job] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            jobs.append(_parse(line, number, len(jobs), tokenizer, model, config))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{source}, line {number}: {error}") from error
+    if not jobs:
+        raise ValueError(f"{source}: expected JSON lines, got no line")
+    return jobs
+
+
+def _parse(
+    line: bytes,
+    number: int,
+    index: int,
+    tokenizer: Any,
+    model: OPT,
+    config: GenerationConfig,
+) -> Job:
+    try:
+        content = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected UTF-8 text, got {error.reason}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"expected a JSON object, got {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a JSON object, got {type(content).__name__}")
+    unknown = sorted(content.keys() - set(_KEYS))
+    if unknown:
+        raise ValueError(f"expected the keys {', '.join(_KEYS)}, got {unknown[0]!r}")
+    prompt = content.get("prompt")
+    if not isinstance(prompt, str) or not prompt:
+        raise ValueError(f"expected a prompt with text, got {prompt!r}")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("expected a prompt of whole characters") from None
+    own = {k: content[k] for k in ("max_new_tokens", "seed") if k in content}
+    options = config.with_options(**own)
+    tokens = tokenizer.encode(prompt).ids
+    check_length(model.config, len(tokens), options.max_new_tokens)
+    return Job(
+        index=index,
+        id=content.get("id", number),
+        tokens=tokens,
+        max_new_tokens=options.max_new_tokens,
+        seed=options.seed,
+        stream=0 if "seed" in own else index,
+    )
+
+
+def _fingerprint(model: OPT) -> str:
+    """Of the last layer's last weights, which differ between models."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(nnx.state(model.layers[-1].fc2)):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def _batches(jobs: list[Job], batch: int) -> Iterator[list[Job]]:
+    """Batches of similar lengths, longest first; the same for the same jobs."""
+    longest_first = sorted(jobs, key=lambda j: (-len(j.tokens), -j.max_new_tokens))
+    for start in range(0, len(jobs), batch):
+        yield longest_first[start : start + batch]
+
+
+def _run(
+    model: OPT,
+    tokenizer: Any,
+    config: GenerationConfig,
+    jobs: list[Job],
+    logprobs: bool,
+    size: int,
+) -> Iterator[tuple[Job, dict[str, Any]]]:
+    filler = dataclasses.replace(jobs[-1], max_new_tokens=1)
+    filled = [*jobs, *[filler] * (size - len(jobs))]
+    token_ids, mask = pad_prompts([job.tokens for job in filled])
+    rows = Rows(
+        max_new_tokens=[job.max_new_tokens for job in filled],
+        seeds=[job.seed for job in filled],
+        streams=[job.stream for job in filled],
+    )
+    request = make_request(model.config, token_ids, mask, config, rows)
+    tokens, scores = run_request(model, request, logprobs)
+    ends = end_ids(model.config, config.eos_token_id)
+    for row, job in enumerate(jobs):
+        new = tokens[row, : job.max_new_tokens]
+        at = np.flatnonzero(np.isin(new, list(ends)))
+        count = int(at[0]) + 1 if at.size else len(new)
+        new_ids = new[:count].tolist()
+        result = {
+            "id": job.id,
+            "text": "".join(stream_text(new_ids, tokenizer, job.tokens)),
+            "new_tokens": count,
+            "finish_reason": "stop" if at.size else "length",
+        }
+        if logprobs:
+            result["token_ids"] = new_ids
+            result["logprobs"] = [round(float(s), 6) for s in scores[row, :count]]
+        yield job, result
+
+
+def _read_partial(partial: Path, header: dict[str, Any]) -> dict[int, dict]:
+    """Results by index; cuts off a line that was not written to its end."""
+    data = partial.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    try:
+        found, *lines = [json.loads(line) for line in whole.splitlines()] or [None]
+    except ValueError:
+        found, lines = None, []
+    if found is None and not whole:
+        return {}
+    if not isinstance(found, dict) or found.get("format") != _FORMAT:
+        raise ValueError(f"{partial}: expected what an interrupted run left")
+    different = [key for key in header if found.get(key) != header[key]]
+    if different:
+        shown = [
+            f"{key} {found.get(key)!r}, got {header[key]!r}"
+            if key in ("batch", "dtype", "logprobs")
+            else key
+            for key in different
+        ]
+        if "options" in different:
+            old, new = found.get("options") or {}, header["options"]
+            names = [name for name in new if old.get(name) != new[name]]
+            shown[different.index("options")] = f"options ({', '.join(names)})"
+        raise ValueError(
+            f"{partial}: a run can only be resumed as it was, expected the same "
+            + "; ".join(shown)
+        )
+    os.truncate(partial, len(whole))
+    return {line["index"]: line["result"] for line in lines}
+
+
+def _write(target: Path, results: list[dict]) -> None:
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            for result in results:
+                file.write(json.dumps(result, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)

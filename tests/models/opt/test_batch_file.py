@@ -1,0 +1,249 @@
+"""JSON lines in, JSON lines out."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cli_support import byte_tokenizer
+from flax import nnx
+
+from flashjax.models import opt
+from flashjax.models.opt import batch_file
+
+CONFIG = opt.OPTConfig(
+    vocab_size=260,
+    hidden_size=16,
+    num_layers=1,
+    ffn_size=32,
+    num_heads=2,
+    max_positions=32,
+    init_std=0.4,
+)
+LINES = [
+    {"id": "a", "prompt": "hello"},
+    {"prompt": "a longer prompt", "max_new_tokens": 3},
+    {"id": [1], "prompt": "x", "seed": 7},
+    {"id": "a", "prompt": "é", "max_new_tokens": 0},
+    {"id": None, "prompt": "some words here", "max_new_tokens": 6, "seed": 7},
+]
+OPTIONS = opt.GenerationConfig(max_new_tokens=5, temperature=1.5, seed=3)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return opt.OPT(CONFIG, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write(tmp_path / "in.jsonl", LINES)
+
+
+def write(path, lines):
+    texts = [x if isinstance(x, str) else json.dumps(x) for x in lines]
+    path.write_text("\n".join(texts) + "\n\n")
+    return path
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_order_and_ids(model, tokenizer, source, tmp_path):
+    seen = []
+    target = tmp_path / "out.jsonl"
+    count = opt.generate_file(
+        model,
+        tokenizer,
+        source,
+        target,
+        config=OPTIONS,
+        batch=2,
+        logprobs=True,
+        progress=lambda *args: seen.append(args),
+    )
+    assert count == 5
+    assert seen == [(2, 5), (4, 5), (5, 5)]
+    out = read(target)
+    assert [line["id"] for line in out] == ["a", 2, [1], "a", None]
+    assert [line["new_tokens"] for line in out][1:4:2] == [3, 0]
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.jsonl"]
+    for line in out:
+        assert len(line["token_ids"]) == len(line["logprobs"]) == line["new_tokens"]
+        ended = line["token_ids"][-1:] == [2]
+        assert line["finish_reason"] == ("stop" if ended else "length")
+    # A line with a seed gets what its prompt gets alone.
+    for index in (2, 4):
+        ids = tokenizer.encode(LINES[index]["prompt"]).ids
+        new = LINES[index].get("max_new_tokens", 5)
+        alone = opt.generate(model, [ids], config=OPTIONS, seed=7, max_new_tokens=new)
+        assert (
+            alone[0, len(ids) :].tolist()[: out[index]["new_tokens"]]
+            == (out[index]["token_ids"])
+        )
+
+
+@pytest.mark.parametrize("batch", [1, 3, 100])
+def test_batches_do_not_matter(model, tokenizer, source, tmp_path, batch):
+    outs = [tmp_path / name for name in ("one", "other")]
+    for target, size in zip(outs, (2, batch), strict=True):
+        opt.generate_file(model, tokenizer, source, target, config=OPTIONS, batch=size)
+    assert read(outs[0]) == read(outs[1])
+
+
+@pytest.mark.parametrize("torn", [0, 1, 40])
+def test_resume(model, tokenizer, source, tmp_path, monkeypatch, torn):
+    whole, target = tmp_path / "whole", tmp_path / "out"
+    opt.generate_file(model, tokenizer, source, whole, config=OPTIONS, batch=2)
+    run, calls = batch_file._run, []
+
+    def interrupted(*args):
+        calls.append([job.index for job in args[3]])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        yield from run(*args)
+
+    monkeypatch.setattr(batch_file, "_run", interrupted)
+    again = {"config": OPTIONS, "batch": 2}
+    with pytest.raises(KeyboardInterrupt):
+        opt.generate_file(model, tokenizer, source, target, **again)
+    partial = batch_file.partial_path(target)
+    assert not target.exists()
+    assert len(partial.read_text().splitlines()) == 3
+    os.truncate(partial, partial.stat().st_size - torn)
+    with pytest.raises(ValueError, match=r"interrupted run left out\.partial"):
+        opt.generate_file(model, tokenizer, source, target, **again)
+    changed = OPTIONS.with_options(seed=4, temperature=2.0)
+    with pytest.raises(ValueError, match=r"the same options \(temperature, seed\)"):
+        opt.generate_file(
+            model, tokenizer, source, target, config=changed, batch=2, resume=True
+        )
+    other = opt.OPT(CONFIG, rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match="the same weights"):
+        opt.generate_file(other, tokenizer, source, target, resume=True, **again)
+    opt.generate_file(model, tokenizer, source, target, resume=True, **again)
+    assert target.read_bytes() == whole.read_bytes()
+    assert not partial.exists()
+    # Batches that were done are not computed again.
+    assert (calls[0] in calls[2:]) == bool(torn)
+
+
+def test_existing_output(model, tokenizer, source, tmp_path):
+    target = tmp_path / "out"
+    target.write_text("mine")
+    with pytest.raises(ValueError, match="expected a new file"):
+        opt.generate_file(model, tokenizer, source, target, config=OPTIONS)
+    assert target.read_text() == "mine"
+    opt.generate_file(model, tokenizer, source, target, config=OPTIONS, overwrite=True)
+    assert len(read(target)) == 5
+    with pytest.raises(ValueError, match="in an existing folder"):
+        opt.generate_file(model, tokenizer, source, tmp_path / "no" / "out")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: expected a JSON object"),
+        ("[]", "expected a JSON object, got list"),
+        ({"prompt": ""}, "expected a prompt with text, got ''"),
+        ({"text": "x"}, "expected the keys .* got 'text'"),
+        ({"prompt": "x", "temperature": 1}, "got 'temperature'"),
+        ({"prompt": "x", "seed": -1}, "seed must be at least 0"),
+        ({"prompt": "x", "max_new_tokens": "4"}, "must be an integer, got '4'"),
+        ({"prompt": "x", "max_new_tokens": None}, "must be an integer, got None"),
+        ({"prompt": "x" * 40}, "32 positions, got a prompt of 41 tokens"),
+        ('{"prompt": "\\ud800"}', "whole characters"),
+    ],
+)
+def test_bad_lines(model, tokenizer, tmp_path, line, message):
+    source = write(tmp_path / "in", [{"prompt": "fine"}, line])
+    with pytest.raises(ValueError, match=message) as error:
+        opt.generate_file(model, tokenizer, source, tmp_path / "out", config=OPTIONS)
+    assert "in, line 2: " in str(error.value)
+    assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\n \n", b'{"prompt": "\xff"}'])
+def test_bad_files(model, tokenizer, tmp_path, content):
+    source = tmp_path / "in"
+    if content is not None:
+        source.write_bytes(content)
+    with pytest.raises(ValueError, match="expected"):
+        opt.generate_file(model, tokenizer, source, tmp_path / "out")
+
+
+def test_what_is_no_partial_file(model, tokenizer, source, tmp_path):
+    target = tmp_path / "out"
+    for content in ("hello\n", '{"a": 1}\n', "3\n"):
+        batch_file.partial_path(target).write_text(content)
+        with pytest.raises(ValueError, match="what an interrupted run left"):
+            opt.generate_file(
+                model, tokenizer, source, target, config=OPTIONS, resume=True
+            )
+
+
+def test_one_program_for_a_last_batch_that_is_small(model, tokenizer, tmp_path):
+    shapes = set()
+    source = write(tmp_path / "in", [{"prompt": "abc"}] * 5)
+    run = batch_file.run_request
+
+    def spy(model, request, logprobs):
+        shapes.add((request.padded.shape, request.width))
+        return run(model, request, logprobs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_file, "run_request", spy)
+        opt.generate_file(
+            model, tokenizer, source, tmp_path / "out", config=OPTIONS, batch=4
+        )
+    assert shapes == {((4, 4), 8)}
+    assert len({line["text"] for line in read(tmp_path / "out")}) > 1
+
+
+def test_kill_and_resume(tmp_path, tokenizer):
+    folder = tmp_path / "model"
+    model = opt.OPT(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    opt.save_pretrained(model, tokenizer, folder)
+    source = write(tmp_path / "in.jsonl", LINES)
+    target = tmp_path / "out.jsonl"
+    script = """
+import sys
+from flashjax.models.opt import batch_file
+run, calls = batch_file._run, []
+def waiting(*args):
+    calls.append(0)
+    if len(calls) == 3:
+        print("here", flush=True)
+        sys.stdin.read()
+    return run(*args)
+batch_file._run = waiting
+from flashjax.cli import main
+main()
+"""
+    args = ["generate", folder, "--input", source, "--output", target, "-b", "1"]
+    command = [sys.executable, "-c", script, *args, "-n", "4", "--dtype", "float32"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "here\n"
+        process.send_signal(signal.SIGKILL)
+    assert not target.exists()
+    partial = batch_file.partial_path(target)
+    assert len(partial.read_text().splitlines()) == 3
+    config = opt.GenerationConfig(max_new_tokens=4)
+    opt.generate_file(
+        model, tokenizer, source, target, config=config, batch=1, resume=True
+    )
+    opt.generate_file(model, tokenizer, source, tmp_path / "whole", config=config)
+    assert read(target) == read(tmp_path / "whole")
+    assert np.all([line["new_tokens"] <= 6 for line in read(target)])

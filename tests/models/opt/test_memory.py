@@ -1,0 +1,115 @@
+"""Predicted bytes beside those of real arrays and of XLA's programs."""
+
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from flashjax.models import opt
+from flashjax.models.opt import memory
+from flashjax.models.opt.generation_request import make_request
+from flashjax.nn import parameter_bytes
+from flashjax.testing import random_opt
+
+generate_module = sys.modules["flashjax.models.opt.generate"]
+
+CONFIG = opt.OPTConfig(
+    vocab_size=500,
+    hidden_size=256,
+    num_layers=2,
+    ffn_size=1024,
+    num_heads=8,
+    max_positions=384,
+)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "dtype"), [(0.0, jnp.float32), (0.0, jnp.bfloat16), (0.8, jnp.float16)]
+)
+def test_weights_and_cache(sparsity, dtype):
+    model = random_opt(CONFIG, sparsity, dtype=dtype)
+    predicted = memory.predict(
+        CONFIG, sparsity=sparsity, batch=3, length=320, prompt=64, dtype=dtype
+    )
+    # Exact where dense; a segment or two of each small matrix otherwise.
+    rel = 0.02 if sparsity else 0
+    assert predicted.weights == pytest.approx(parameter_bytes(model), rel=rel)
+    assert predicted.kv_cache == model.init_cache(3, 320).nbytes
+
+
+def test_programs():
+    # In float32, which CPUs do not convert to anything else.
+    model = random_opt(CONFIG, 0, dtype=jnp.float32)
+    batch, prompt, new = 4, 64, 256
+    predicted = memory.predict(
+        CONFIG,
+        sparsity=0,
+        batch=batch,
+        length=prompt + new,
+        prompt=prompt,
+        dtype=jnp.float32,
+    )
+    options = opt.GenerationConfig(max_new_tokens=new)
+    request = make_request(CONFIG, np.full((batch, prompt), 3), None, options)
+    graphdef, params = nnx.split(model)
+    prefill = generate_module._prefill.lower(
+        graphdef,
+        params,
+        request.settings,
+        request.padded,
+        request.mask,
+        width=request.width,
+        logprobs=False,
+        on_cpu=True,
+    )
+    state = generate_module._start(graphdef, params, request)
+    limit = np.int32(new)
+    decode = generate_module._decode.lower(
+        graphdef, params, request.settings, state, limit
+    )
+    prefill, decode = (
+        program.compile().memory_analysis() for program in (prefill, decode)
+    )
+    arguments = predicted.weights + predicted.kv_cache
+    assert decode.argument_size_in_bytes == pytest.approx(arguments, rel=0.01)
+    for real, bound in (
+        (prefill.temp_size_in_bytes, predicted.prefill_temporaries),
+        (decode.temp_size_in_bytes, predicted.decode_temporaries),
+    ):
+        assert bound / 4 < real < 1.05 * bound
+
+
+def test_published_sizes():
+    def predict(config, sparsity, **kwargs):
+        return memory.predict(config, sparsity=sparsity, batch=8, length=128, **kwargs)
+
+    huge, gpu = opt.OPTConfig.opt_175b(), 150_000_000_000
+    assert not predict(huge, 0.0, device_bytes=gpu).fits
+    sparse = predict(huge, 0.8, device_bytes=gpu)
+    assert sparse.fits
+    assert 90e9 < sparse.weights < 100e9
+    assert predict(huge, 0.0, device_bytes=gpu, devices=4).fits
+    halved = predict(huge, 0.8, devices=2)
+    assert halved.linear_weights == pytest.approx(sparse.linear_weights / 2, rel=0.01)
+    assert halved.fits is halved.fits_by_default is None  # a CPU has no limit
+    assert predict(huge, 0.8, device_bytes=100_000_000_000).fits_by_default is False
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sparsity": 1.5}, "sparsity from 0 to 1, got 1.5"),
+        ({"dtype": jnp.float32}, "float16 or bfloat16, got float32"),
+        ({"dtype": "int8"}, "dtype must be float32"),
+        ({"batch": 0}, "batch of at least 1, got 0"),
+        ({"length": 0}, "length of at least 1, got 0"),
+        ({"length": 385}, "384 positions, got 385"),
+        ({"prompt": 9}, "prompt from 1 to length=8, got 9"),
+        ({"devices": 3}, "divides 8 heads, got 3"),
+    ],
+)
+def test_bad_values(change, message):
+    with pytest.raises(ValueError, match=message):
+        memory.predict(CONFIG, **({"sparsity": 0.5, "batch": 1, "length": 8} | change))
