@@ -1,13 +1,16 @@
 """The commands and their options; what they do is in a module each."""
 
+import contextlib
 import enum
+import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from flashjax.cli.bench import bench
 from flashjax.cli.errors import reported
 
 app = typer.Typer(
@@ -17,13 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Half(enum.StrEnum):
-    """Dtypes of sparse weights."""
-
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
+app.add_typer(bench, name="bench")
 
 
 class Dtype(enum.StrEnum):
@@ -46,9 +43,21 @@ class Method(enum.StrEnum):
     """Ways to choose the weights that become zero."""
 
     MAGNITUDE = "magnitude"
+    WANDA = "wanda"
+    SPARSEGPT = "sparsegpt"
+    ALPS = "alps"
+
+
+class Format(enum.StrEnum):
+    """Forms of a stored model."""
+
+    FLASHJAX = "flashjax"
+    HF = "hf"
 
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+# Of options whose value may also come from the model's generation_config.json.
+_FILE = "  [default: the model's, or "
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -71,8 +80,25 @@ def _options(
             help="Print the version and exit.",
         ),
     ] = False,
+    no_cache: Annotated[
+        bool,
+        typer.Option("--no-cache", help="Keep no compiled programs for later runs."),
+    ] = False,
 ) -> None:
-    pass
+    if not no_cache:
+        _keep_compiled()
+
+
+def _keep_compiled() -> None:
+    """Lets JAX keep compiled programs, unless it was told where or not to."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.path.join(cache, "flashjax", "jax")
+    with contextlib.suppress(OSError):  # a home that cannot be written to
+        os.makedirs(folder, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
 
 
 @app.command()
@@ -89,15 +115,39 @@ def generate(
             "--file", "-f", help="Text file with a prompt a line; - is stdin."
         ),
     ] = None,
+    input: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            "-i",
+            help='JSON lines {"prompt": ...}, with "id", "max_new_tokens" and "seed" '
+            "if wanted; needs --output.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="JSON lines, in the order of --input."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted --output.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing --output.")
+    ] = False,
+    logprobs: Annotated[
+        bool, typer.Option("--logprobs", help="Write log-probabilities to --output.")
+    ] = False,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", help="Tokens to generate.")
-    ] = 64,
+        int | None,
+        typer.Option("--max-new-tokens", "-n", help=f"Tokens to generate.{_FILE}64]"),
+    ] = None,
     min_new_tokens: Annotated[
-        int, typer.Option(help="Tokens before which no text ends.")
-    ] = 0,
+        int | None, typer.Option(help=f"Tokens before which no text ends.{_FILE}0]")
+    ] = None,
     temperature: Annotated[
-        float, typer.Option("--temperature", "-t", help="0 is greedy.")
-    ] = 0.0,
+        float | None,
+        typer.Option("--temperature", "-t", help=f"0 is greedy.{_FILE}0]"),
+    ] = None,
     top_k: Annotated[
         int | None, typer.Option(help="Draw from the k likeliest tokens only.")
     ] = None,
@@ -105,7 +155,11 @@ def generate(
         float | None,
         typer.Option(help="Draw from the likeliest tokens of this probability only."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(help=f"Above 1, tokens that were there get rarer.{_FILE}1]"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
     dtype: Annotated[
         Dtype, typer.Option(help="Dtype of the model; float32 expands it.")
     ] = Dtype.FLOAT16,
@@ -130,28 +184,49 @@ def generate(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Continue prompts with a model."""
+    """Continue prompts with a model.
+
+    Options that are not given are those of the model's generation_config.json.
+    """
     from flashjax.cli import generate as command
 
-    command.run(
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "eos_token_id": -1 if ignore_eos else None,
+    }
+    common: dict[str, Any] = {
+        "options": {name: v for name, v in options.items() if v is not None},
+        "dtype": dtype.value,
+        "dense": dense,
+        "implementation": implementation.value if implementation else None,
+        "batch": batch,
+        "quiet": quiet,
+    }
+    if (input is None) != (output is None):
+        raise ValueError("--input and --output: expected both, got one")
+    if input is None or output is None:
+        if resume or overwrite or logprobs:
+            raise ValueError(
+                "--resume, --overwrite and --logprobs: expected --input and --output"
+            )
+        command.run(model, prompts=prompt or [], file=file, stream=stream, **common)
+        return
+    if prompt or file:
+        raise ValueError("--input: expected no --prompt or --file beside it")
+    command.run_file(
         model,
-        prompts=prompt or [],
-        file=file,
-        options={
-            "max_new_tokens": max_new_tokens,
-            "min_new_tokens": min_new_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "seed": seed,
-            "eos_token_id": -1 if ignore_eos else None,
-        },
-        dtype=dtype.value,
-        dense=dense,
-        implementation=implementation.value if implementation else None,
-        batch=batch,
-        stream=stream,
-        quiet=quiet,
+        source=input,
+        target=output,
+        logprobs=logprobs,
+        resume=resume,
+        overwrite=overwrite,
+        **common,
     )
 
 
@@ -161,33 +236,132 @@ def prune(
     folder: Annotated[str, typer.Argument(help="Model folder or hub name.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     sparsity: Annotated[
-        float, typer.Option("--sparsity", "-s", help="Share of zeros, 0 to 1.")
-    ] = 0.6,
+        float | None,
+        typer.Option(
+            "--sparsity", "-s", help="Share of zeros, 0 to 1.  [default: 0.6]"
+        ),
+    ] = None,
     method: Annotated[
         Method, typer.Option(help="How the zeros are chosen.")
     ] = Method.MAGNITUDE,
-    dtype: Annotated[Half, typer.Option(help="Dtype to store.")] = Half.FLOAT16,
+    pattern: Annotated[
+        str | None, typer.Option(help="n:m, as 2:4: keep n of m consecutive inputs.")
+    ] = None,
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="uniform, owl, or a JSON file of sparsities by name, as "
+            '{"layers.0.fc1": 0.7}; others take --sparsity.'
+        ),
+    ] = "uniform",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text file, or folder of txt, jsonl, parquet, arrow files.  "
+            "[default: comes with FlashJAX]"
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
+    length: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a window.  [default: the model's, at most 2048]"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of windows.")] = 0,
+    damping: Annotated[
+        float | None, typer.Option(help="Of sparsegpt and alps.  [default: theirs]")
+    ] = None,
+    format: Annotated[
+        Format, typer.Option(help="Sparse, or plain Hugging Face with zeros in place.")
+    ] = Format.FLASHJAX,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Dtype to store; float32 with --format hf.")
+    ] = Dtype.FLOAT16,
+    activations: Annotated[
+        Dtype | None,
+        typer.Option(help="Dtype of computation, or float32.  [default: --dtype]"),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="JSON file of every matrix' error."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing model folder.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run.")
     ] = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Print nothing.")
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Prune a model's linear layers and store it sparse.
+    """Prune a model's linear layers, one layer after another.
 
-    Embeddings, norms and biases stay dense.
+    Embeddings, norms and biases stay dense. An interrupted run leaves OUT.partial.
     """
     from flashjax.cli import prune as command
 
     command.run(
         folder,
         out,
-        sparsity=sparsity,
-        method=method.value,
+        options={
+            "sparsity": 0.6 if sparsity is None and pattern is None else sparsity,
+            "method": method.value,
+            "pattern": pattern,
+            "damping": damping,
+            "format": format.value,
+            "dtype": dtype.value,
+            "activations": activations.value if activations else None,
+            "overwrite": overwrite,
+            "resume": resume,
+        },
+        budget=budget,
+        calibration={
+            "path": calibration,
+            "samples": samples,
+            "length": length,
+            "seed": seed,
+        },
+        report=report,
+        quiet=quiet,
+    )
+
+
+@app.command("eval")
+@reported
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Model folder or hub name.")],
+    text: Annotated[
+        Path,
+        typer.Option("--text", help="Text file, or folder of txt, jsonl, parquet..."),
+    ],
+    window: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a window.  [default: the model's, at most 2048]"),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(help="Tokens between windows' starts.  [default: the window]"),
+    ] = None,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Dtype of the model; float32 expands it.")
+    ] = Dtype.FLOAT16,
+    json: Json = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print the perplexity alone.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a model's perplexity on a text."""
+    from flashjax.cli import eval as command
+
+    command.run(
+        model,
+        text=text,
+        window=window,
+        stride=stride,
         dtype=dtype.value,
-        overwrite=overwrite,
+        json_output=json,
         quiet=quiet,
     )
 
@@ -202,9 +376,55 @@ def info(
     tensors: Annotated[
         bool, typer.Option("--tensors", help="List every tensor of a folder.")
     ] = False,
+    config: Annotated[
+        str | None,
+        typer.Option(help="Size (opt-66b) or folder whose memory is predicted."),
+    ] = None,
+    sparsity: Annotated[
+        float, typer.Option("--sparsity", "-s", help="Of --config; 0 is dense.")
+    ] = 0.0,
+    batch: Annotated[
+        int, typer.Option("--batch", "-b", help="Texts at once, of --config.")
+    ] = 1,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of a text, prompt and new ones.  [default: all positions]"
+        ),
+    ] = None,
+    prompt: Annotated[
+        int | None, typer.Option(help="Tokens of a prompt.  [default: --length]")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of --config.")] = Dtype.FLOAT16,
+    devices: Annotated[
+        int, typer.Option(help="Devices that share the model of --config.")
+    ] = 1,
+    memory: Annotated[
+        float | None, typer.Option(help="GB of a device.  [default: this one's]")
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Show the system and its kernels, or a model folder's sparsity and bytes."""
+    """Show the system and its kernels, or a model folder's sparsity and bytes.
+
+    With --config, predict whether a model fits a GPU, before anything is loaded.
+    """
+    if config is not None:
+        if folder is not None or tensors:
+            raise ValueError("--config: expected no folder or --tensors beside it")
+        from flashjax.cli import predict
+
+        predict.run(
+            config,
+            sparsity=sparsity,
+            batch=batch,
+            length=length,
+            prompt=prompt,
+            dtype=dtype.value,
+            devices=devices,
+            gigabytes=memory,
+            as_json=json,
+        )
+        return
     from flashjax.cli import info as command
 
     if folder is None:

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,11 @@ from rich.markup import escape
 
 from flashjax import nn
 from flashjax.cli import report
+from flashjax.cli.progress import progress_bar
 from flashjax.models import opt
+from flashjax.models.opt.batch_file import check_target, partial_path
+from flashjax.models.opt.generation_request import check_length, end_ids
+from flashjax.models.opt.hf_folder import local_folder
 
 
 @dataclasses.dataclass
@@ -28,7 +33,7 @@ class _Speed:
 
 
 def run(
-    folder: str,
+    name: str,
     *,
     prompts: list[str],
     file: Path | None,
@@ -43,10 +48,10 @@ def run(
     """Continues prompts and prints the texts.
 
     Args:
-      folder: model folder or hub name.
+      name: model folder or hub name.
       prompts: prompts given one by one.
       file: a text file with a prompt a line, "-" for stdin, or None.
-      options: of opt.generate().
+      options: of opt.generate(); they go before the model's generation_config.json.
       dtype: of the model.
       dense: expand sparse weights.
       implementation: of the sparse product, None for the best.
@@ -60,16 +65,99 @@ def run(
     if batch < 1:
         raise ValueError(f"--batch: expected at least 1, got {batch}")
     prompts = [*prompts, *read_prompts(file)]
-    if not prompts:
-        raise ValueError("expected --prompt or --file, got neither")
-    empty = [i + 1 for i, prompt in enumerate(prompts) if not prompt]
-    if empty:
-        raise ValueError(f"expected prompts with text, got an empty one: {empty[0]}")
-    for i, prompt in enumerate(prompts):
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError:  # bytes of the command line that are no UTF-8
-            raise ValueError(f"expected UTF-8 text in prompt {i + 1}") from None
+    _check_prompts(prompts)
+    folder, config = _read_config(name, options)
+    model, tokenizer = load(folder, dtype, dense, implementation)
+    encoded = [tokenizer.encode(prompt).ids for prompt in prompts]
+    for ids in encoded:
+        check_length(model.config, len(ids), config.max_new_tokens)
+
+    console = Console(highlight=False, soft_wrap=True)
+    speed = _Speed()
+    for start in range(0, len(prompts), batch):
+        rows = slice(start, start + batch)
+        printer = _Printer(console, tokenizer, prompts, start)
+        _run_batch(
+            model, encoded[rows], config, printer, speed, stream=stream, warm=not quiet
+        )
+    if not quiet:
+        lines = [
+            ("device", report.device_line(model)),
+            ("speed", _speed_line(speed, min(batch, len(prompts)))),
+            *report.weight_lines(report.measure(model)),
+        ]
+        console.print()
+        for title, text in lines:
+            console.print(f"[dim]{title + ':':<15}[/dim]{escape(text)}")
+
+
+def run_file(
+    name: str,
+    *,
+    source: Path,
+    target: Path,
+    options: dict[str, Any],
+    dtype: str,
+    dense: bool,
+    implementation: str | None,
+    batch: int,
+    logprobs: bool,
+    resume: bool,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    """Continues the prompts of a JSON lines file; see opt.generate_file().
+
+    The other arguments are those of run().
+    """
+    check_target(target, resume=resume, overwrite=overwrite)
+    folder, config = _read_config(name, options)
+    model, tokenizer = load(folder, dtype, dense, implementation)
+    done = 0
+    began = time.perf_counter()
+    try:
+        # A bar that is piped would only say that it has ended.
+        with progress_bar(disable=quiet or not sys.stderr.isatty()) as advance:
+
+            def progress(count: int, total: int) -> None:
+                nonlocal done
+                done = count
+                advance("lines", count, total)
+
+            lines = opt.generate_file(
+                model,
+                tokenizer,
+                source,
+                target,
+                config=config,
+                batch=batch,
+                logprobs=logprobs,
+                resume=resume,
+                overwrite=overwrite,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        partial = partial_path(target)
+        if partial.exists():
+            typer.echo(
+                f"flashjax: {done} lines are done and kept in {partial}; "
+                "--resume goes on with the others",
+                err=True,
+            )
+        raise
+    if not quiet:
+        seconds = time.perf_counter() - began
+        typer.echo(f"{target}: {lines} lines in {seconds:.1f} s")
+
+
+def load(
+    folder: str | Path, dtype: str, dense: bool, implementation: str | None
+) -> tuple[Any, Any]:
+    """Loads a model and its tokenizer as the options of the command say.
+
+    Raises:
+      ValueError: there is no tokenizer, or no layer for the implementation.
+    """
     model, tokenizer = opt.from_pretrained(
         folder, dtype=jnp.dtype(dtype), sparse=False if dense else "auto"
     )
@@ -83,25 +171,32 @@ def run(
         )
     for layer in layers:
         layer.implementation = implementation
+    return model, tokenizer
 
-    console = Console(highlight=False, soft_wrap=True)
-    speed = _Speed()
-    encoded = [tokenizer.encode(prompt).ids for prompt in prompts]
-    for start in range(0, len(prompts), batch):
-        rows = slice(start, start + batch)
-        printer = _Printer(console, tokenizer, prompts, start)
-        _run_batch(
-            model, encoded[rows], options, printer, speed, stream=stream, warm=not quiet
-        )
-    if not quiet:
-        lines = [
-            ("device", report.device_line(model)),
-            ("speed", _speed_line(speed, min(batch, len(prompts)))),
-            *report.weight_lines(report.measure(model)),
-        ]
-        console.print()
-        for title, text in lines:
-            console.print(f"[dim]{title + ':':<15}[/dim]{escape(text)}")
+
+def _read_config(
+    name: str, options: dict[str, Any]
+) -> tuple[Path, opt.GenerationConfig]:
+    """The model's folder, and its generation_config.json under the options given."""
+    folder = local_folder(name)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        config = opt.GenerationConfig.from_pretrained(folder)
+    for warning in caught:
+        typer.echo(f"flashjax: warning: {warning.message}", err=True)
+    return folder, config.with_options(**options)
+
+
+def _check_prompts(prompts: list[str]) -> None:
+    if not prompts:
+        raise ValueError("expected --prompt or --file, got neither")
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt:
+            raise ValueError(f"expected prompts with text, got an empty one: {number}")
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError:  # bytes of the command line that are no UTF-8
+            raise ValueError(f"expected UTF-8 text in prompt {number}") from None
 
 
 def read_prompts(file: Path | None) -> list[str]:
@@ -161,24 +256,23 @@ class _Printer:
 def _run_batch(
     model: Any,
     encoded: list[list[int]],
-    options: dict[str, Any],
+    config: opt.GenerationConfig,
     printer: _Printer,
     speed: _Speed,
     *,
     stream: bool,
     warm: bool,
 ) -> None:
-    token_ids, mask = pad(encoded, model.config.pad_token_id or 0)
-    request = {"attention_mask": mask, **options}
+    token_ids, mask = opt.pad_prompts(encoded)
     if warm:
-        speed.compile_seconds += _compile(model, token_ids, request)
-    ends = _ends(model, options["eos_token_id"])
+        speed.compile_seconds += _compile(model, token_ids, mask, config)
+    ends = end_ids(model.config, config.eos_token_id)
     began = time.perf_counter()
     if stream:
         columns: list[np.ndarray] = []
 
         def collected() -> Iterator[np.ndarray]:
-            for column in opt.generate_stream(model, token_ids, **request):
+            for column in opt.generate_stream(model, token_ids, mask, config=config):
                 columns.append(column)
                 yield column
 
@@ -189,24 +283,13 @@ def _run_batch(
         speed.seconds += time.perf_counter() - began
         rows = np.stack(columns, axis=1) if columns else np.zeros((len(encoded), 0))
     else:
-        out = np.asarray(opt.generate(model, token_ids, **request))
+        out = np.asarray(opt.generate(model, token_ids, mask, config=config))
         speed.seconds += time.perf_counter() - began
         rows = out[:, token_ids.shape[1] :]
     new_tokens = [list(until_end(map(int, row), ends)) for row in rows]
     speed.tokens += sum(map(len, new_tokens))
     for i in range(1 if stream else 0, len(encoded)):
         printer.row(i, encoded[i], new_tokens[i])
-
-
-def pad(encoded: list[list[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pads prompts on the left: (batch, length) int32 token ids and bool mask."""
-    length = max(map(len, encoded))
-    token_ids = np.full((len(encoded), length), pad_id, np.int32)
-    mask = np.zeros((len(encoded), length), np.bool_)
-    for i, ids in enumerate(encoded):
-        token_ids[i, length - len(ids) :] = ids
-        mask[i, length - len(ids) :] = True
-    return token_ids, mask
 
 
 def until_end(tokens: Iterable[int], ends: set[int]) -> Iterator[int]:
@@ -217,17 +300,12 @@ def until_end(tokens: Iterable[int], ends: set[int]) -> Iterator[int]:
             return
 
 
-def _ends(model: Any, eos_token_id: int | None) -> set[int]:
-    ids = model.config.eos_token_id if eos_token_id is None else ()
-    if ids is None:
-        return set()
-    return set(ids) if isinstance(ids, tuple) else {ids}
-
-
-def _compile(model: Any, token_ids: np.ndarray, request: dict[str, Any]) -> float:
+def _compile(
+    model: Any, token_ids: np.ndarray, mask: np.ndarray, config: opt.GenerationConfig
+) -> float:
     """Runs the first two steps, so that what is timed later is compiled."""
     began = time.perf_counter()
-    steps = opt.generate_stream(model, token_ids, **request)
+    steps = opt.generate_stream(model, token_ids, mask, config=config)
     for _ in zip(range(2), steps, strict=False):
         pass
     return time.perf_counter() - began

@@ -186,7 +186,7 @@ def read_tensors(folder: Path) -> list[TensorInfo]:
             )
             if isinstance(reader, CheckpointReader) and stored_sparse:
                 stored_bytes = reader.stored_bytes(name)
-                zeros = int(np.prod(shape)) - reader.nnz(name)
+                zeros = int(np.prod(shape)) - reader.counted_nnz(name)
             elif len(shape) == 2 and _LAYER.search(name):
                 zeros = int(np.prod(shape)) - int(np.count_nonzero(reader.load(name)))
             sparsity = None

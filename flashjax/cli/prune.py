@@ -1,69 +1,102 @@
 """``flashjax prune``."""
 
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
+from flashjax.checkpoint import read_json
+from flashjax.cli.progress import progress_bar
 from flashjax.cli.report import format_bytes
-from flashjax.models.opt.pruning import prune_pretrained
+from flashjax.models.opt.calibration import CalibrationText
+from flashjax.models.opt.pruning import PruneResult, prune_pretrained
 
 
 def run(
     folder: str,
     out: Path,
     *,
-    sparsity: float,
-    method: str,
-    dtype: str,
-    overwrite: bool,
+    options: Mapping[str, Any],
+    budget: str,
+    calibration: Mapping[str, Any],
+    report: Path | None,
     quiet: bool,
 ) -> None:
     """Prunes a model folder and prints what came of it.
 
-    The arguments are those of prune_pretrained(); quiet prints nothing.
+    Args:
+      folder: the model.
+      out: the folder to write.
+      options: of prune_pretrained().
+      budget: its name, or a JSON file.
+      calibration: of CalibrationText.
+      report: JSON file to write, or None.
+      quiet: print nothing.
     """
-    columns = (
-        TextColumn("[progress.percentage]{task.percentage:>3.0f}%"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    bar = Progress(*columns, console=Console(stderr=True), disable=quiet)
-    task = bar.add_task("", total=None)
-
-    def progress(name: str, done: int, total: int) -> None:
-        if not done:
-            bar.start()  # not before, so that errors of the input come alone
-        name = name.removeprefix("model.decoder.")
-        bar.update(task, completed=done, total=total, description=escape(name))
-
-    try:
+    if report is not None:
+        _check_report(report)
+    budgets: Any = budget if budget in ("uniform", "owl") else read_json(budget)
+    with progress_bar(disable=quiet) as advance:
         result = prune_pretrained(
             folder,
             out,
-            sparsity=sparsity,
-            method=method,
-            dtype=dtype,
-            overwrite=overwrite,
-            progress=progress,
+            **options,
+            budget=budgets,
+            calibration=CalibrationText(**calibration),
+            progress=lambda what, done, total: advance(
+                what.removeprefix("model.decoder."), done, total
+            ),
         )
-    finally:
-        if bar.live.is_started:
-            bar.stop()
-    if quiet:
-        return
+    if report is not None:
+        _write_report(report, folder, out, {**options, "budget": budget}, result)
+    if not quiet:
+        _print(out, options["dtype"], result)
+
+
+def _check_report(report: Path) -> None:
+    if report.is_dir() or not report.absolute().parent.is_dir():
+        raise ValueError(f"{report}: expected a file in an existing folder")
+
+
+def _write_report(
+    path: Path, folder: str, out: Path, options: Mapping[str, Any], result: PruneResult
+) -> None:
+    content = {"model": folder, "out": str(out), "options": dict(options)}
+    content |= dataclasses.asdict(result)
+    content["matrices"] = content.pop("reports")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _print(out: Path, dtype: str, result: PruneResult) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(
         f"{escape(str(out))}: {result.matrices} matrices pruned to "
         f"{result.sparsity:.1%} zeros; all weights {format_bytes(result.stored_bytes)}"
         f", {format_bytes(result.dense_bytes)} if they were dense {dtype}"
+    )
+    errors = [r for r in result.reports if r.error is not None]
+    if errors:
+        mean = sum(r.error or 0.0 for r in errors) / len(errors)
+        worst = max(errors, key=lambda r: r.error or 0.0)
+        console.print(
+            f"calibrated on {result.samples} windows of {result.length} tokens; error "
+            f"of the outputs {mean:.2%} on average, at most {worst.error:.2%} "
+            f"({worst.name})"
+        )
+    device = ""
+    if result.device_peak_bytes is not None:
+        device = f", {format_bytes(result.device_peak_bytes)} on the device"
+    resumed = ""
+    if result.resumed_layers:
+        resumed = f", after {result.resumed_layers} layers of an earlier run"
+    host = format_bytes(result.host_peak_bytes)
+    console.print(
+        f"{result.seconds:.1f} s{resumed}; peak memory {host} on the host{device}"
     )

@@ -1,6 +1,7 @@
 """``flashjax generate``."""
 
 import io
+import json
 import shutil
 import sys
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from cli_support import assert_error
 
 from flashjax.cli import generate as command
 from flashjax.models import opt
+from flashjax.models.opt import batch_file
 
 PROMPTS = ["hello", "a longer prompt", "x"]
 
@@ -177,3 +179,73 @@ def test_interrupted(cli, sparse_folder, monkeypatch):
     result = generate(cli, sparse_folder, "-p", "hello")
     assert result.code == 130
     assert result.err.strip() == "flashjax: interrupted"
+
+
+def test_generation_config_file(cli, sparse_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(sparse_folder, folder)
+    content = {"max_new_tokens": 3, "repetition_penalty": 1.5, "num_beams": 4}
+    (folder / "generation_config.json").write_text(json.dumps(content))
+    for args, options in (
+        ([], {"max_new_tokens": 3, "repetition_penalty": 1.5}),
+        (
+            ["-n", 5, "--repetition-penalty", 1],
+            {"max_new_tokens": 5, "repetition_penalty": 1.0},
+        ),
+    ):
+        result = cli("generate", folder, "-p", "hello", "-q", "--ignore-eos", *args)
+        assert result.out == expected_texts(folder, ["hello"], **options)[0] + "\n"
+        assert "ignored, not supported: num_beams=4" in result.err
+
+
+def test_a_late_prompt_that_is_too_long_is_found_first(cli, sparse_folder):
+    args = [a for p in ("x", "y", "z" * 70) for a in ("--prompt", p)]
+    result = generate(cli, sparse_folder, *args, "-q", "--batch", 1)
+    assert_error(result, "64 positions", "71 tokens")
+    assert result.out == ""
+
+
+class TestFiles:
+    """JSON lines in, JSON lines out."""
+
+    def test_lines(self, cli, sparse_folder, tmp_path):
+        source, target = tmp_path / "in", tmp_path / "out"
+        source.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS))
+        files = ("--input", source, "--output", target)
+        result = generate(cli, sparse_folder, *files, "-b", 2)
+        assert (result.code, result.err) == (0, "")
+        assert result.out.startswith(f"{target}: 3 lines in ")
+        out = [json.loads(line) for line in target.read_text().splitlines()]
+        texts = [p + line["text"] for p, line in zip(PROMPTS, out, strict=True)]
+        assert texts == expected_texts(sparse_folder, PROMPTS)
+        again = generate(cli, sparse_folder, *files)
+        assert_error(again, "expected a new file, got one that exists")
+        again = generate(cli, sparse_folder, *files, "--overwrite", "-q", "--logprobs")
+        assert (again.code, again.out, again.err) == (0, "", "")
+        assert len(json.loads(target.read_text().split("\n")[0])["logprobs"]) == 8
+
+    def test_interrupted(self, cli, sparse_folder, tmp_path, monkeypatch):
+        source, target = tmp_path / "in", tmp_path / "out"
+        source.write_text('{"prompt": "x"}\n' * 3)
+
+        def interrupt(*unused):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(batch_file, "_run", interrupt)
+        result = generate(cli, sparse_folder, "-i", source, "-o", target)
+        assert result.code == 130
+        assert "0 lines are done and kept in" in result.err
+        assert "Traceback" not in result.err
+
+    @pytest.mark.parametrize(
+        ("args", "message"),
+        [
+            (["-i", "in"], "expected both, got one"),
+            (["-i", "in", "-o", "out", "-p", "x"], "no --prompt or --file beside it"),
+            (["-p", "x", "--resume"], "expected --input and --output"),
+            (["-i", "in", "-o", "out"], "expected a file of JSON lines"),
+        ],
+    )
+    def test_bad_options(self, cli, sparse_folder, tmp_path, args, message):
+        args = [str(tmp_path / a) if a in ("in", "out") else a for a in args]
+        assert_error(cli("generate", sparse_folder, *args), message)

@@ -6,7 +6,8 @@ import shutil
 import jax
 import pytest
 from cli_support import assert_error
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 import flashjax as fj
 
@@ -85,3 +86,49 @@ def test_bad_folders(cli, dense_folder, tmp_path, kind):
         weights = folder / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:1000])
     assert_error(cli("info", folder), str(folder), "expected")
+
+
+def test_prediction(cli):
+    args = ("info", "--config", "opt-175b", "-s", 0.8, "-b", 8, "--length", 128)
+    result = cli(*args)
+    assert (result.code, result.err) == (0, "")
+    assert "give --memory" in result.out
+    assert "fits, but JAX takes only 75%" in cli(*args, "--memory", 120).out
+    assert "does not fit" in cli(*args, "--memory", 80).out
+    assert cli(*args, "--memory", 200).out.endswith("\nfits\n")
+    assert "on each device" in cli(*args, "--devices", 2).out
+    found = json.loads(cli(*args, "--memory", 150, "--json").out)
+    assert found["fits"]
+    assert found["weights"] == found["linear_weights"] + found["other_weights"]
+
+
+def test_prediction_of_a_folder(cli, sparse_folder):
+    found = json.loads(cli("info", "--config", sparse_folder, "--json").out)
+    assert found["length"] == 64
+    assert found["fits"] is None
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--config", "opt-7b"], "expected a model folder or one of opt-125m"),
+        (["--config", "opt-125m", "-s", "2"], "sparsity from 0 to 1, got 2.0"),
+        (["--config", "opt-125m", "--length", "3000"], "2048 positions, got 3000"),
+        (["--config", "opt-125m", "--memory", "0"], "more than 0 GB"),
+        (["folder", "--config", "opt-125m"], "no folder or --tensors"),
+    ],
+)
+def test_bad_predictions(cli, args, message):
+    assert_error(cli("info", *args), message)
+
+
+def test_header_that_lies_about_the_values(cli, sparse_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(sparse_folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.decoder.layers.0.fc1.weight"
+    tensors[f"{name}.values"] = tensors[f"{name}.values"][:-3]
+    with safe_open(folder / "model.safetensors", framework="np") as file:
+        metadata = file.metadata()
+    save_file(tensors, folder / "model.safetensors", metadata)
+    assert_error(cli("info", folder), name, "bits set in the bitmap")

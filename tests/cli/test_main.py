@@ -1,6 +1,7 @@
 """The command line as a whole."""
 
 import errno
+import os
 import subprocess
 import sys
 
@@ -90,3 +91,21 @@ def test_reader_that_goes_away(sparse_folder):
     )
     assert result.stdout == "{"
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "given", "expected"),
+    [
+        ([], None, "{home}/flashjax/jax"),
+        (["--no-cache"], None, None),
+        ([], "elsewhere", "elsewhere"),
+    ],
+)
+def test_compiled_programs_are_kept(cli, monkeypatch, tmp_path, args, given, expected):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", given or "")
+    if given is None:
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    assert cli(*args, "info", tmp_path / "nothing").code == 1
+    found = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    assert found == (expected and expected.format(home=tmp_path))

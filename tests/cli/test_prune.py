@@ -20,8 +20,10 @@ from safetensors.numpy import load_file
 
 from flashjax import checkpoint, prune
 from flashjax.checkpoint import CheckpointReader
+from flashjax.cli.app import Method
 from flashjax.models import opt
 from flashjax.models.opt import pruning
+from flashjax.models.opt.pruning import partial_run
 
 PRUNED = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
@@ -53,6 +55,110 @@ def test_prune(cli, dense_folder, tmp_path, dtype):
     assert model.layers[0].fc1.kernel[...].sparsity == pytest.approx(0.6, abs=0.001)
 
 
+CALIBRATED = ("--samples", 4, "--length", 32)
+
+
+def test_methods_are_those_there_are():
+    assert [method.value for method in Method] == list(prune.METHODS)
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "alps"])
+def test_methods(cli, dense_folder, tmp_path, method):
+    report = tmp_path / "report.json"
+    args = ("-s", 0.5, "--method", method, *CALIBRATED, "--report", report)
+    result = cli("prune", dense_folder, tmp_path / "out", *args)
+    assert result.code == 0, result.err
+    assert "12 matrices pruned to 50." in result.out.replace("49.9", "50.")
+    assert "calibrated on 4 windows of 32 tokens; error of the outputs" in result.out
+    assert "peak memory" in result.out
+    content = json.loads(report.read_text())
+    assert len(content["matrices"]) == 12
+    assert content["options"]["method"] == method
+    assert all(0 < m["error"] < 1 for m in content["matrices"])
+    assert content["host_peak_bytes"] > 0
+    opt.from_pretrained(tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["out", "report.json"]
+
+
+def test_kill_and_resume(cli, dense_folder, tmp_path):
+    args = [dense_folder, tmp_path / "out", "-s", 0.5, "--method", "sparsegpt"]
+    args += ["--activations", "float32", *CALIBRATED]
+    script = """
+import os, signal
+from flashjax.models.opt.pruning import partial_run
+write = partial_run.write_file
+def kill(path, dense, sparse):
+    write(path, dense, sparse)
+    if any("layers.1." in name for name in sparse):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(path, dense, sparse)
+partial_run.write_file = kill
+from flashjax.cli import main
+main()
+"""
+    command = [sys.executable, "-c", script, "prune", *map(str, args)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert os.listdir(tmp_path) == ["out.partial"]
+    assert_error(cli("prune", *args), "unfinished run (1 of 2 layers done)", "resume")
+    other = cli("prune", *args, "--resume", "--damping", 0.1)
+    assert_error(other, "damping was None, is 0.1")
+    result = cli("prune", *args, "--resume")
+    assert result.code == 0, result.err
+    assert "after 1 layers of an earlier run" in result.out
+    args[1] = tmp_path / "whole"
+    assert cli("prune", *args).code == 0
+    assert sorted(os.listdir(tmp_path)) == ["out", "whole"]
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+def test_budget_file(cli, dense_folder, tmp_path):
+    budget = tmp_path / "budget.json"
+    budget.write_text('{"layers.0.fc1": 0.75}')
+    out = tmp_path / "out"
+    assert cli("prune", dense_folder, out, "--budget", budget, "-s", 0.5).code == 0
+    with CheckpointReader(out) as reader:
+        assert reader.nnz("model.decoder.layers.0.fc1.weight") == 64 * 128 // 4
+        assert reader.nnz("model.decoder.layers.1.fc1.weight") == 64 * 128 // 2
+
+
+def test_calibration_folder(cli, dense_folder, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.jsonl").write_text('{"text": "' + "hello " * 50 + '"}')
+    args = ("--calibration", tmp_path / "texts", "--method", "wanda", *CALIBRATED)
+    args += ("--format", "hf", "--dtype", "bfloat16", "--pattern", "2:4")
+    result = cli("prune", dense_folder, tmp_path / "out", *args)
+    assert result.code == 0, result.err
+    assert "12 matrices pruned to 50.0% zeros" in result.out
+
+
+@pytest.mark.parametrize(
+    ("options", "messages"),
+    [
+        (["--budget", "nothing.json"], ["nothing.json", "expected a readable file"]),
+        (["--report", "no/such/folder.json"], ["in an existing folder"]),
+        (["--samples", 0], ["calibration samples", "got 0"]),
+        (["--method", "wanda", "--length", 65], ["64 positions, got 65"]),
+        (["--method", "wanda", "--calibration", "nothing"], ["No such file"]),
+        (["--pattern", "5:4"], ["expected a pattern as '2:4'", "'5:4'"]),
+        (["--damping", 1], ["damping: the method magnitude has none"]),
+        (["--dtype", "float32"], ["format 'hf' stores it"]),
+    ],
+)
+def test_bad_options(cli, dense_folder, tmp_path, options, messages):
+    assert_error(cli("prune", dense_folder, tmp_path / "out", *options), *messages)
+    assert os.listdir(tmp_path) == []
+
+
+def test_too_little_calibration_text(cli, dense_folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("short")
+    args = ("--method", "wanda", "--calibration", text)
+    result = cli("prune", dense_folder, tmp_path / "out", *args)
+    assert_error(result, "at least one window of 64 tokens, got 6 tokens")
+
+
 def test_quiet(cli, dense_folder, tmp_path):
     result = cli("prune", dense_folder, tmp_path / "out", "-s", 0.5, "--quiet")
     assert (result.code, result.out, result.err) == (0, "", "")
@@ -67,7 +173,7 @@ def test_prune_a_sparse_folder_further(cli, sparse_folder, tmp_path):
 
 
 def test_shards(dense_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(pruning, "_MIN_SHARD_BYTES", 1)
+    monkeypatch.setattr(partial_run, "_MERGED_BYTES", 1)
     pruning.prune_pretrained(dense_folder, tmp_path / "out", sparsity=0.5)
     assert (tmp_path / "out" / checkpoint.INDEX_NAME).exists()
     opt.from_pretrained(tmp_path / "out")
@@ -138,7 +244,7 @@ def test_nan(cli, dense_folder, tmp_path):
     kernel.set_value(kernel[...].at[0, 0].set(np.nan))
     opt.save_pretrained(model, None, folder)
     result = cli("prune", folder, tmp_path / "out", "-s", 0.5)
-    assert_error(result, "layers.1.fc2.weight", "without NaN, got 1 NaN")
+    assert_error(result, "layers.1.fc2", "without NaN, got 1 NaN")
     assert os.listdir(tmp_path) == ["nan"]
 
 
@@ -152,7 +258,7 @@ def test_disk_full(cli, dense_folder, sparse_folder, tmp_path, monkeypatch, exis
     def full(*unused, **unused_too):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint.writer, "save_file", full)
     result = cli("prune", dense_folder, out, "-s", 0.5, "--overwrite")
     assert_error(result, "not saved", "No space left on device", "bytes free")
     assert sorted(os.listdir(tmp_path)) == before
@@ -176,7 +282,7 @@ def test_interrupted(cli, dense_folder, tmp_path, monkeypatch):
     def interrupt(*unused, **unused_too):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save_file", interrupt)
+    monkeypatch.setattr(checkpoint.writer, "save_file", interrupt)
     result = cli("prune", dense_folder, tmp_path / "out", "-s", 0.5)
     assert result.code == 130
     assert os.listdir(tmp_path) == []
@@ -186,18 +292,16 @@ def test_interrupted(cli, dense_folder, tmp_path, monkeypatch):
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 )
 def test_signals_leave_nothing(dense_folder, tmp_path, number, code):
-    # A hook that stops in the middle of the work until the signal comes.
+    # A method that stops in the middle of the work until the signal comes.
     script = """
 import signal, sys, time
-from flashjax.models.opt import pruning
+from flashjax import prune
 # A shell's background jobs, and so these tests in one, ignore the interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-def wait(array, sparsity):
-    if array.size > 1:
-        print("here", flush=True)
-        time.sleep(60)
-    return array
-pruning.METHODS["magnitude"] = wait
+def wait(array, sparsity, pattern):
+    print("here", flush=True)
+    time.sleep(60)
+prune.METHODS["magnitude"] = prune.Method(wait, False)
 from flashjax.cli import main
 main()
 """
@@ -206,7 +310,7 @@ main()
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout.readline() == "here\n"
-        assert [p.suffix for p in tmp_path.iterdir()] == [".tmp"]
+        assert os.listdir(tmp_path) == ["out.partial"]
         time.sleep(0.1)
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
@@ -218,7 +322,7 @@ main()
 def test_memory_stays_near_one_layer(tmp_path, config, monkeypatch):
     import dataclasses
 
-    monkeypatch.setattr(pruning, "_MIN_SHARD_BYTES", 1)
+    monkeypatch.setattr(partial_run, "_MERGED_BYTES", 1)
     config = dataclasses.replace(
         config, hidden_size=256, ffn_size=1024, num_layers=12, num_heads=4
     )

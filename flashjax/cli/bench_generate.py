@@ -1,0 +1,282 @@
+"""``flashjax bench generate``: speed and memory of generation.
+
+A request is a call of `opt.generate`, from token ids on the host to new ones there. The
+prefill is one program on the device and ends with the first token; all later steps are
+another, whose time by their number is that of a step. Times are medians after a call
+that compiles.
+
+A step cannot be faster than reading the weights and the keys and values of the tokens
+so far (half of the new ones on average); the bandwidth for this bound is measured.
+"""
+
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flashjax.cli.environment import save_results
+from flashjax.cli.predict import find_config
+from flashjax.cli.progress import progress_bar
+from flashjax.models import opt
+from flashjax.models.opt.generate import time_request
+from flashjax.models.opt.generation_request import make_request
+from flashjax.models.opt.memory import MemoryPrediction, predict
+from flashjax.nn import parameter_bytes
+from flashjax.testing import random_opt
+
+_BANDWIDTH_BYTES = {"cpu": 1 << 28, "gpu": 1 << 31}
+
+
+def run(
+    model: str,
+    *,
+    layers: int,
+    sparsities: list[float],
+    batches: list[int],
+    prompt: int,
+    new: int,
+    dtype: str,
+    repetitions: int,
+    out: Path,
+    name: str,
+    as_json: bool,
+) -> None:
+    """Measures every sparsity with every batch; prints a table and writes files.
+
+    Raises:
+      ValueError: an option does not fit.
+    """
+    config = find_config(model)
+    if layers > config.num_layers:
+        raise ValueError(
+            f"--layers: expected up to {config.num_layers} for {model}, got {layers}"
+        )
+    config = dataclasses.replace(config, num_layers=layers or config.num_layers)
+    # All are checked, and those that fit found, before the first is made.
+    plan = {
+        (s, b): predict(
+            config, sparsity=s, batch=b, length=prompt + new, prompt=prompt, dtype=dtype
+        )
+        for s in sparsities
+        for b in batches
+    }
+    bandwidth = read_bandwidth()
+    results = []
+    # From what needs little memory to what needs much: the peak only grows.
+    for s in sorted(sparsities, reverse=True):
+        fitting = [b for b in sorted(batches) if _fits(plan[s, b])]
+        built = _build(config, s, dtype) if fitting else None
+        for b in sorted(batches):
+            result = {
+                "model": model,
+                "layers": config.num_layers,
+                "sparsity": s,
+                "dtype": dtype,
+                "batch": b,
+                "prompt": prompt,
+                "new": new,
+                "predicted_bytes": plan[s, b].total,
+            }
+            if built is not None and b in fitting:
+                result |= _measure(built, b, prompt, new, repetitions, bandwidth)
+            results.append(result)
+        del built
+    _add_speedups(results)
+    results.sort(key=lambda r: (r["sparsity"], r["batch"]))
+    device_bytes = next(iter(plan.values())).device_bytes
+    content = {
+        "read_gb_per_s": round(bandwidth / 1e9, 1),
+        "device_bytes": device_bytes,
+        "results": results,
+    }
+    path = save_results(out, name, content)
+    if as_json:
+        print(json.dumps(content, indent=2))
+    else:
+        _print_table(model, config, content)
+    written = [str(path)]
+    try:
+        from flashjax.cli.bench_plot import plot
+    except ImportError:
+        typer.echo("flashjax: no plot: matplotlib is not installed", err=True)
+    else:
+        plot(path)
+        written.append(str(path.with_suffix(".png")))
+    typer.echo(f"written to {' and '.join(written)}", err=as_json)
+
+
+def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    """The values of an option that is a list.
+
+    Raises:
+      ValueError: one of them is no number.
+    """
+    try:
+        return list(dict.fromkeys(kind(part) for part in text.split(",")))
+    except ValueError:
+        raise ValueError(
+            f"{option}: expected numbers with commas between them, got {text!r}"
+        ) from None
+
+
+def measure(
+    model: opt.OPT,
+    batch: int,
+    prompt: int,
+    new: int,
+    repetitions: int,
+    bandwidth: float,
+) -> dict[str, Any]:
+    """Times of one model and batch, with the bytes that bound a step."""
+    config = model.config
+    ids = np.random.default_rng(0).integers(4, config.vocab_size, (batch, prompt))
+
+    options = opt.GenerationConfig(max_new_tokens=new, eos_token_id=-1)
+    request = make_request(config, ids, None, options)
+    parts = [time_request(model, request) for _ in range(repetitions + 1)][1:]
+    prefill, steps = (statistics.median(part) for part in zip(*parts, strict=True))
+    step = steps / (new - 1)
+    whole = _median_seconds(
+        lambda: opt.generate(model, ids, config=options).block_until_ready(),
+        repetitions,
+    )
+    weights, itemsize = parameter_bytes(model), model.dtype.itemsize
+    row = 2 * config.num_layers * config.hidden_size * itemsize
+    # The position table, and an embedding that is not the output layer too, are only
+    # looked up.
+    looked_up = config.max_positions * config.hidden_size
+    if not config.tie_word_embeddings:
+        looked_up += config.vocab_size * (config.word_embed_proj_dim or 0)
+    read = weights - looked_up * itemsize + row * batch * (prompt + new // 2)
+    stats = jax.devices()[0].memory_stats() or {}
+    return {
+        "weight_bytes": weights,
+        "peak_bytes": stats.get("peak_bytes_in_use"),
+        "prefill_ms": round(prefill * 1e3, 3),
+        "step_ms": round(step * 1e3, 4),
+        "request_ms": round(whole * 1e3, 3),
+        "prefill_tokens_per_s": round(batch * prompt / prefill, 1),
+        "decode_tokens_per_s": round(batch / step, 1),
+        "tokens_per_s": round(batch * new / whole, 1),
+        "step_bytes": read,
+        "bound_ms": round(read / bandwidth * 1e3, 4),
+        "share_of_bound": round(read / bandwidth / step, 4),
+    }
+
+
+def _measure(*args: Any) -> dict[str, Any]:
+    """measure(), empty where memory ran out: what was measured before is kept."""
+    try:
+        return measure(*args)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {}
+
+
+def _fits(prediction: MemoryPrediction) -> bool:
+    """Whether JAX may take so much here."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    return prediction.fits is not False and (limit is None or prediction.total <= limit)
+
+
+def read_bandwidth() -> float:
+    """Bytes a second at which the first device reads a large array."""
+    size = _BANDWIDTH_BYTES.get(jax.default_backend(), 1 << 28)
+    array = jnp.ones((size // 4,), jnp.int32)
+    total = jax.jit(jnp.sum)
+    times = []
+    for _ in range(6):
+        began = time.perf_counter()
+        total(array).block_until_ready()
+        times.append(time.perf_counter() - began)
+    return size / min(times)
+
+
+def _build(config: opt.OPTConfig, sparsity: float, dtype: str) -> opt.OPT:
+    with progress_bar(disable=not sys.stderr.isatty()) as advance:
+        return random_opt(
+            config,
+            sparsity,
+            dtype=dtype,
+            progress=lambda done, total: advance(
+                f"layers of sparsity {sparsity:.0%}", done, total
+            ),
+        )
+
+
+def _median_seconds(call: Callable[[], Any], repetitions: int) -> float:
+    call()
+    times = []
+    for _ in range(repetitions):
+        began = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def _add_speedups(results: list[dict[str, Any]]) -> None:
+    dense = {
+        r["batch"]: r["step_ms"]
+        for r in results
+        if not r["sparsity"] and "step_ms" in r
+    }
+    for r in results:
+        if "step_ms" in r and r["batch"] in dense:
+            r["speedup"] = round(dense[r["batch"]] / r["step_ms"], 3)
+
+
+def _print_table(model: str, config: opt.OPTConfig, content: dict[str, Any]) -> None:
+    results = content["results"]
+    first = results[0]
+    table = Table(
+        title=f"{model}, {config.num_layers} layers, {first['dtype']}: prompts of "
+        f"{first['prompt']}, {first['new']} new tokens"
+    )
+    for column in (
+        "zeros",
+        "batch",
+        "weights GB",
+        "memory GB",
+        "prefill ms",
+        "step ms",
+        "bound ms",
+        "reached",
+        "tokens/s",
+        "x dense",
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
+    for r in results:
+        start = f"{r['sparsity']:.0%}" if r["sparsity"] else "dense", str(r["batch"])
+        memory = f"{(r.get('peak_bytes') or r['predicted_bytes']) / 1e9:.2f}"
+        if "step_ms" not in r:
+            table.add_row(*start, "", memory, "does not fit")
+            continue
+        table.add_row(
+            *start,
+            f"{r['weight_bytes'] / 1e9:.2f}",
+            memory,
+            f"{r['prefill_ms']:.1f}",
+            f"{r['step_ms']:.2f}",
+            f"{r['bound_ms']:.2f}",
+            f"{r['share_of_bound']:.0%}",
+            f"{r['tokens_per_s']:.1f}",
+            f"{r['speedup']:.2f}" if "speedup" in r else "",
+        )
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    console.print(
+        f"bound: weights, keys and values at the {content['read_gb_per_s']:.0f} GB/s "
+        "that this device was measured to read"
+    )

@@ -1,0 +1,70 @@
+"""Where and when figures were measured."""
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+
+def environment() -> dict[str, Any]:
+    """Device, driver, versions, commit and date; what is unknown is left out."""
+    import jax
+
+    import flashjax as fj
+    from flashjax.cli.report import device_name
+
+    device = jax.devices()[0]
+    cpu = device.platform == "cpu"
+    facts = {
+        "device": device_name(device)[5:-1] if cpu else device.device_kind,
+        "platform": device.platform,
+        "driver": _output(
+            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+        ),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "flashjax": fj.__version__,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    return {name: fact for name, fact in facts.items() if fact}
+
+
+def save_results(folder: Path, name: str, content: dict[str, Any]) -> Path:
+    """Writes `NAME-DEVICE.json` with the environment and returns its path."""
+    facts = environment()
+    device = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
+    path = folder / f"{name}-{device}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"environment": facts, **content}, indent=1)
+    # One result a line.
+    text = re.sub(r"\{\s+([^{}]*?)\s+\}", _on_one_line, text)
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def _on_one_line(match: re.Match) -> str:
+    line = re.sub(r"\s*\n\s*", " ", match.group(1))
+    return "{" + line + "}" if len(line) < 480 else match.group(0)
+
+
+def _commit() -> str:
+    folder = str(Path(__file__).resolve().parent)
+    # The variable is for a copy of the tree without its repository.
+    commit = os.environ.get("FLASHJAX_COMMIT") or _output(
+        "git", "-C", folder, "rev-parse", "--short", "HEAD"
+    )
+    changed = _output("git", "-C", folder, "status", "--porcelain", "-uno")
+    return f"{commit} with changes" if commit and changed else commit
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else ""

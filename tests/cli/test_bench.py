@@ -1,0 +1,73 @@
+"""``flashjax bench``."""
+
+import json
+import sys
+
+import pytest
+from cli_support import assert_error
+
+ARGS = ("--layers", 1, "--prompt", 4, "--new", 4, "--repetitions", 1)
+
+
+def test_generate(cli, sparse_folder, tmp_path):
+    out = tmp_path / "results"
+    args = ("--model", sparse_folder, "--sparsity", "0,0.8", "--batch", "1,3")
+    result = cli("bench", "generate", *args, *ARGS, "--out", out)
+    assert (result.code, result.err) == (0, "")
+    assert "reached" in result.out
+    (path,) = out.glob("generate-*.json")
+    assert path.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    content = json.loads(path.read_text())
+    rows = content["results"]
+    pairs = [(r["sparsity"], r["batch"]) for r in rows]
+    assert pairs == [(0, 1), (0, 3), (0.8, 1), (0.8, 3)]
+    assert all(r["layers"] == 1 and r["speedup"] > 0 for r in rows)
+    assert rows[2]["weight_bytes"] < rows[0]["weight_bytes"]
+    for r in rows:
+        bound = r["step_bytes"] / content["read_gb_per_s"] / 1e6
+        assert r["bound_ms"] == pytest.approx(bound, rel=0.05, abs=1e-3)
+    assert content["environment"]["platform"] == "cpu"
+
+
+def test_what_does_not_fit_is_said(cli, sparse_folder, tmp_path, monkeypatch):
+    from flashjax.models.opt import memory
+
+    monkeypatch.setattr(memory, "detect_device_bytes", lambda: 1000)
+    monkeypatch.setitem(sys.modules, "flashjax.cli.bench_plot", None)
+    args = ("--model", sparse_folder, "--sparsity", "0", "--out", tmp_path, "--json")
+    result = cli("bench", "generate", *args, *ARGS)
+    assert result.code == 0
+    assert "matplotlib is not installed" in result.err
+    (row, _) = json.loads(result.out)["results"]
+    assert "step_ms" not in row
+
+
+def test_memory_that_runs_out(cli, sparse_folder, tmp_path, monkeypatch):
+    import jax
+
+    from flashjax.cli import bench_generate
+
+    def full(*unused, **unused_too):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(bench_generate, "measure", full)
+    args = ("--model", sparse_folder, "--sparsity", "0", "--out", tmp_path)
+    result = cli("bench", "generate", *args, *ARGS)
+    assert result.code == 0
+    assert result.out.count("does not fit") == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model", "opt-7b"], "expected a model folder or one of"),
+        (["--sparsity", "0,x"], "--sparsity: expected numbers"),
+        (["--batch", "1,0"], "batch of at least 1, got 0"),
+        (["--layers", "13"], "--layers: expected up to 12"),
+        (["--prompt", "2000", "--new", "100"], "2048 positions, got 2100"),
+        (["--dtype", "float32"], "float16 or bfloat16, got float32"),
+    ],
+)
+def test_bad_options(cli, args, message, tmp_path):
+    assert_error(cli("bench", "generate", *args, "--out", tmp_path), message)
+    assert not list(tmp_path.iterdir())
