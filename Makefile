@@ -10,16 +10,22 @@ BUILD ?= build/$(patsubst .%,%,$(notdir $(VENV)))
 JAX ?= jax
 FLASHJAX_CUDA ?= AUTO
 export FLASHJAX_CUDA
+FLASHJAX_SANITIZE ?=
+export FLASHJAX_SANITIZE
 PYTEST_ARGS ?=
+RUN ?=
 # Much of the time is compiling for XLA, which uses one core.
 PYTEST = $(PY) -m pytest -n auto --maxprocesses=4
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
-NATIVE_SOURCES := CMakeLists.txt pyproject.toml flashjax/__init__.py \
+# The editable install knows each module's file: a module that turns into a package
+# needs a new one.
+NATIVE_SOURCES := CMakeLists.txt pyproject.toml \
+  flashjax/__init__.py $(wildcard flashjax/*/__init__.py) \
   $(wildcard cmake/*.cmake cpu/* cuda/* cuda/common/* bindings/*)
 
-.PHONY: help demo test gpu-test lint format install requirements clean FORCE
+.PHONY: help demo test gpu-test nightly sanitize lint docs format install requirements clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -33,6 +39,22 @@ test: $(VENV)/.installed ## set up, build, and run the tests
 gpu-test: $(VENV)/.installed ## the tests that need a GPU (set JAX="jax[cuda13]")
 	@$(PY) -m pytest -m gpu $(PYTEST_ARGS)
 
+nightly: $(VENV)/.installed ## the tests that take minutes or gigabytes, and a night of fuzzing
+	@$(PY) -m pytest -m nightly $(PYTEST_ARGS)
+	@$(PYTEST) tests/fuzz --hypothesis-profile=nightly $(PYTEST_ARGS)
+
+# The tests of native code, in an environment of their own. Python is not built with the
+# sanitizers, so their library comes first, and the C++ library that it wraps second.
+SANITIZED = tests/cpu tests/test_native.py tests/fuzz tests/emulation
+SANITIZE = FLASHJAX_SANITIZE=address,undefined
+RUN_SANITIZED = env $(SANITIZE) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+  LD_PRELOAD="$(foreach lib,libasan libstdc++,$(shell $(CXX) -print-file-name=$(lib).so))"
+sanitize: ## the tests of native code under AddressSanitizer and UBSan
+	@$(MAKE) --no-print-directory install VENV=.venv-sanitize FLASHJAX_CUDA=OFF $(SANITIZE) \
+	  RUN='$(RUN_SANITIZED)'
+	@$(RUN_SANITIZED) .venv-sanitize/bin/python -m pytest -n auto --maxprocesses=4 \
+	  $(SANITIZED) $(PYTEST_ARGS)
+
 install: $(VENV)/.installed ## set up and build only
 
 requirements: $(VENV)/.requirements ## set up without building
@@ -42,6 +64,10 @@ lint: $(VENV)/.dev ## ruff, clang-format and mypy
 	@$(PY) -m ruff format --check .
 	@git ls-files '*.cc' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 	@$(PY) -m mypy
+
+docs: $(VENV)/.docs ## the documentation as a site, in build/site
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
+	@echo "open build/site/index.html"
 
 format: $(VENV)/.dev ## rewrite the sources in the project's style
 	@$(PY) -m ruff check --fix-only --quiet .
@@ -70,7 +96,7 @@ $(VENV)/.made: FORCE
 # What the environment depends on besides files; rewritten only when it changes.
 $(VENV)/.settings: $(VENV)/.made FORCE
 	@settings="CUDA=$(FLASHJAX_CUDA) nvcc=$$(command -v nvcc) $$CUDACXX $$CUDA_HOME $$CUDAARCHS"; \
-	settings="$$settings $(JAX)"; \
+	settings="$$settings $(JAX) $(FLASHJAX_SANITIZE)"; \
 	[ "$$(cat $@ 2>/dev/null)" = "$$settings" ] || echo "$$settings" > $@
 
 $(VENV)/.requirements: $(VENV)/.made $(VENV)/.settings pyproject.toml .ci/requirements.py
@@ -80,9 +106,9 @@ $(VENV)/.requirements: $(VENV)/.made $(VENV)/.settings pyproject.toml .ci/requir
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.requirements $(NATIVE_SOURCES)
-	@echo "Building FlashJAX in $(BUILD)"
+	@echo "Building FlashJAX in $(BUILD) (takes minutes where there is nvcc)"
 	@$(PIP) --no-build-isolation --no-deps --config-settings=build-dir=$(BUILD) -e .
-	@cd $(VENV) && bin/python -c "import flashjax._native as n; i = n.build_info(); print( \
+	@cd $(VENV) && $(RUN) bin/python -c "import flashjax._native as n; i = n.build_info(); print( \
 	  'Built for the CPU and CUDA', i['cuda_version'] + ':', i['cuda_architectures']) \
 	  if n.cuda else print('Built for the CPU alone:', i['cuda_missing'])"
 	@touch $@
@@ -90,6 +116,11 @@ $(VENV)/.installed: $(VENV)/.requirements $(NATIVE_SOURCES)
 $(VENV)/.dev: $(VENV)/.requirements
 	@$(PY) .ci/requirements.py dev > $(VENV)/requirements-dev.txt
 	@$(call install,-r $(VENV)/requirements-dev.txt)
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.dev
+	@$(PY) .ci/requirements.py docs > $(VENV)/requirements-docs.txt
+	@$(call install,-r $(VENV)/requirements-docs.txt)
 	@touch $@
 
 # uv where it works; a machine where it does not (own certificates, say) still has pip.

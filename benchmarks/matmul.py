@@ -11,6 +11,7 @@ repetitions is taken. Dense is the faster of the two memory orders of the weight
 Prints a table and writes `benchmarks/results/matmul-DEVICE.json`.
 """
 
+import functools
 import statistics
 import time
 from typing import Annotated
@@ -23,6 +24,7 @@ import typer
 from rich.table import Table
 
 import flashjax as fj
+from flashjax import matmul_impl
 
 # (out_features, in_features) of linear layers, by the model that has them.
 SHAPES = {
@@ -65,7 +67,21 @@ def cold_copies(weight, nbytes: int) -> list:
     return [jax.tree.map(jnp.copy, weight) for _ in range(count)]
 
 
-def time_shape(name: str, sparsities, rows, dtype) -> list[dict]:
+def sparse_product(kernel: str):
+    """sparse_matmul, or one of its CUDA kernels by name."""
+    if kernel == "auto":
+        return fj.sparse_matmul
+
+    def product(x, w):
+        dtype = jnp.dtype(x.dtype)
+        call = matmul_impl.Call(w.shape, w.dtype, dtype, None, dtype, "cuda")
+        operands = matmul_impl.Operands(x, None, w.packed, None)
+        return functools.partial(matmul_impl._cuda, call, kernel=kernel)(operands)
+
+    return product
+
+
+def time_shape(name: str, sparsities, rows, dtype, kernel: str) -> list[dict]:
     m, k = SHAPES[name]
     results = []
     key = jax.random.key(0)
@@ -86,7 +102,7 @@ def time_shape(name: str, sparsities, rows, dtype) -> list[dict]:
         w = fj.SparseMatrix.from_dense(jnp.where(keep, dense, jnp.zeros((), dtype)))
         copies = cold_copies(w, w.nbytes)
         for n in rows:
-            us = microseconds(fj.sparse_matmul, n, k, dtype, copies)
+            us = microseconds(sparse_product(kernel), n, k, dtype, copies)
             results.append(
                 {
                     "layer": name,
@@ -94,6 +110,7 @@ def time_shape(name: str, sparsities, rows, dtype) -> list[dict]:
                     "k": k,
                     "n": n,
                     "dtype": str(jnp.dtype(dtype)),
+                    "kernel": kernel,
                     "sparsity": sparsity,
                     "bytes_per_element": round(w.nbytes / (m * k), 4),
                     "sparse_us": round(us, 2),
@@ -134,6 +151,9 @@ def main(
     sparsity: Annotated[str, typer.Option()] = "0.5,0.6,0.7,0.8,0.9",
     rows: Annotated[str, typer.Option(help="N: rows of x.")] = "1,8,16,32,64,128",
     dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
+    kernel: Annotated[
+        str, typer.Option(help="auto (as sparse_matmul), mma, wgmma or wgmma_wide.")
+    ] = "auto",
     name: Annotated[str, typer.Option(help="Stem of the result file.")] = "matmul",
 ) -> None:
     """Times sparse_matmul beside jnp.dot."""
@@ -150,6 +170,7 @@ def main(
             [float(s) for s in sparsity.split(",")],
             [int(n) for n in rows.split(",")],
             jnp.dtype(dtype),
+            kernel,
         )
     print_table(results)
     path = report.save(name, {"results": results})

@@ -1,9 +1,9 @@
-"""Writes measured figures into the README, from the files that hold them.
+"""Writes measured figures into the README and docs, from the files that hold them.
 
     python benchmarks/update_readme.py
 
-The speed table comes from `results/matmul-nvidia-h200.json`, the demo model's figures
-from `examples/demo-opt/training.json`.
+Speeds come from `results/`, the demo model's figures from
+`examples/demo-opt/training.json`.
 """
 
 import json
@@ -13,11 +13,47 @@ import textwrap
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+WHEN_SPARSE_PAYS = ROOT / "docs" / "when-sparse-pays.md"
+
+# What the README's first screen shows.
+LAYER, OTHER_LAYER, ROWS, SPARSITY = "opt-30b.fc1", "opt-30b.attention", 8, 0.6
 
 
-def speed_table(path: pathlib.Path) -> str:
+def load(path: pathlib.Path) -> tuple[dict, list[dict]]:
     content = json.loads(path.read_text(encoding="utf-8"))
-    facts, results = content["environment"], content["results"]
+    return content["environment"], content["results"]
+
+
+def shape(result: dict) -> str:
+    return f"{result['m']} x {result['k']}"
+
+
+def origin(facts: dict) -> str:
+    driver = f", driver {facts['driver']}" if "driver" in facts else ""
+    date = facts["date"].split()[0]
+    return f"jax {facts['jax']}{driver}, commit {facts['commit']}, {date}"
+
+
+def headline(facts: dict, results: list[dict]) -> str:
+    chosen = {
+        r["layer"]: r for r in results if (r["n"], r["sparsity"]) == (ROWS, SPARSITY)
+    }
+    large, small = chosen[LAYER], chosen[OTHER_LAYER]
+    text = (
+        f"On one {facts['device']}, {ROWS} rows times a {shape(large)} layer of "
+        f"OPT-30B with {SPARSITY:.0%} zeros take **{large['sparse_us']:.0f}\u00a0µs**, "
+        "the same in dense float16 (`jnp.dot`, which is cuBLAS) "
+        f"{large['dense_us']:.0f}\u00a0µs: **{large['speedup']:.2f} times as fast in "
+        f"{large['bytes_per_element'] / 2:.0%} of the memory**. Not everything gains: "
+        f"a {shape(small)} layer runs at {small['speedup']:.2f} times the speed of "
+        "dense. [When sparse pays](docs/when-sparse-pays.md) has all figures (median "
+        f"device time, {origin(facts)})."
+    )
+    return textwrap.fill(text, 90, break_long_words=False, break_on_hyphens=False)
+
+
+def speed_table(facts: dict, results: list[dict]) -> str:
     layers = {r["layer"]: f"{r['m']}x{r['k']}" for r in results}
     sparsities = sorted({r["sparsity"] for r in results})
     speedups = {(r["layer"], r["n"], r["sparsity"]): r["speedup"] for r in results}
@@ -27,11 +63,10 @@ def speed_table(path: pathlib.Path) -> str:
         f"{facts['device']}, "
         f"for layers of OPT-30B (out x in) {shapes}: {results[0]['dtype']}, random "
         "patterns, weights not in the L2 cache, median device time, both in the same "
-        f"process (jax {facts['jax']}, driver {facts['driver']}, "
-        f"{facts['date'].split()[0]})."
+        f"process ({origin(facts)})."
     )
     lines = [
-        textwrap.fill(text, 90),
+        textwrap.fill(text, 98),
         "",
         "| rows of x | " + " | ".join(f"{s:.0%} zeros" for s in sparsities) + " |",
         "|---" * (len(sparsities) + 1) + "|",
@@ -42,6 +77,55 @@ def speed_table(path: pathlib.Path) -> str:
             for s in sparsities
         ]
         lines.append(f"| {n} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cpu_table(facts: dict, results: list[dict]) -> str:
+    rows = sorted({r["rows"] for r in results})
+    layers = {(r["out"], r["in"]) for r in results}
+    speedups = {
+        (r["out"], r["in"], r["sparsity"], r["rows"]): r["x_dense"] for r in results
+    }
+    text = (
+        f"Speed-up over `jnp.dot` in float32, which is XLA's fastest there, on an "
+        f"{facts['device']} ({results[0]['dtype']} weights, median wall time, "
+        f"{origin(facts)}). The columns are rows of x."
+    )
+    lines = [
+        textwrap.fill(text, 98),
+        "",
+        "| layer (out x in) | zeros | " + " | ".join(map(str, rows)) + " |",
+        "|---" * (len(rows) + 2) + "|",
+    ]
+    for out, inputs in sorted(layers):
+        for sparsity in sorted({r["sparsity"] for r in results}):
+            cells = [f"{speedups[out, inputs, sparsity, n]:.1f}" for n in rows]
+            lines.append(
+                f"| {out} x {inputs} | {sparsity:.0%} | " + " | ".join(cells) + " |"
+            )
+    return "\n".join(lines)
+
+
+def generate_table(facts: dict, results: list[dict]) -> str:
+    first = results[0]
+    text = (
+        f"{first['layers']} layers of {first['model']} with synthetic weights, "
+        f"{first['dtype']}, batch {first['batch']}, {first['prompt']} tokens of prompt "
+        f"and {first['new']} new ones, on one {facts['device']} ({origin(facts)}). "
+        "Prefill is the prompt, a step is one new token for each row."
+    )
+    lines = [
+        textwrap.fill(text, 98),
+        "",
+        "| zeros | weights, GB | prefill, ms | step, ms | step, x dense |",
+        "|---|---|---|---|---|",
+    ]
+    for r in results:
+        zeros = f"{r['sparsity']:.0%}" if r["sparsity"] else "dense"
+        lines.append(
+            f"| {zeros} | {r['weight_bytes'] / 1e9:.1f} | {r['prefill_ms']:.1f} | "
+            f"{r['step_ms']:.2f} | {r.get('speedup', 1.0):.2f} |"
+        )
     return "\n".join(lines)
 
 
@@ -57,21 +141,30 @@ def demo_figures(path: pathlib.Path) -> str:
     return textwrap.fill(text, 90)
 
 
-def replace(text: str, name: str, content: str) -> str:
+def replace(document: pathlib.Path, name: str, content: str) -> None:
+    """Writes a section, which lies between two comments."""
+    text = document.read_text(encoding="utf-8")
     pattern = rf"(<!-- {name}: begin[^\n]*-->\n).*?(<!-- {name}: end -->)"
-    new, count = re.subn(pattern, rf"\g<1>{content}\n\g<2>", text, flags=re.DOTALL)
+    new, count = re.subn(
+        pattern, lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.DOTALL
+    )
     if count != 1:
-        raise SystemExit(f"expected one {name} section in README.md, found {count}")
-    return new
+        raise SystemExit(
+            f"expected one section {name!r} in {document.name}, found {count}"
+        )
+    document.write_text(new, encoding="utf-8")
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    text = replace(text, "matmul", speed_table(RESULTS / "matmul-nvidia-h200.json"))
+    gpu = load(RESULTS / "matmul-nvidia-h200.json")
+    cpu = load(RESULTS / "cpu_matmul-amd-epyc.json")
+    model = load(RESULTS / "generate-nvidia-h200.json")
     training = ROOT / "examples" / "demo-opt" / "training.json"
-    text = replace(text, "demo", demo_figures(training))
-    readme.write_text(text, encoding="utf-8")
+    replace(README, "matmul", headline(*gpu))
+    replace(README, "demo", demo_figures(training))
+    replace(WHEN_SPARSE_PAYS, "matmul", speed_table(*gpu))
+    replace(WHEN_SPARSE_PAYS, "cpu", cpu_table(*cpu))
+    replace(WHEN_SPARSE_PAYS, "generate", generate_table(*model))
 
 
 if __name__ == "__main__":

@@ -166,13 +166,17 @@ class Run:
         model = self.functions.build(params, jnp.float16)
         opt.save_pretrained(model, self.tokenizer, folder, overwrite=True)
 
-    def measure(self, dense: Params, pruned: Params) -> dict[str, Any]:
+    def measure(self, dense: Params, pruned: Params | None) -> dict[str, Any]:
         """Returns the record of the run, without samples.
 
         Args:
           dense: parameters as they would be read from a folder.
-          pruned: likewise.
+          pruned: likewise; None if the model stays dense.
         """
+        models = (
+            {"dense": dense} if pruned is None else {"dense": dense, "pruned": pruned}
+        )
+        final = models.get("pruned", dense)
         names = self.functions.prunable()
         nll = jax.jit(
             lambda params, ids: negative_log_likelihood(
@@ -196,7 +200,7 @@ class Run:
         excerpt_ids = text.encode(self.tokenizer, self.excerpt)
         held_out["excerpt"]["tokens"] = len(excerpt_ids)
         size = sum(len(part.encode()) for part in parts.values())
-        for kind, params in (("dense", dense), ("pruned", pruned)):
+        for kind, params in models.items():
             losses = {name: float(nll(params, part)) for name, part in ids.items()}
             total = sum(losses[name] * sizes[name] for name in ids)
             record[f"{kind}_perplexity"] = math.exp(total / tokens)
@@ -206,10 +210,10 @@ class Run:
             loss = float(nll(params, excerpt_ids))
             held_out["excerpt"][f"{kind}_perplexity"] = math.exp(loss)
         return record | {
-            "sparsity": pruning.sparsity(pruned, names),
-            "parameters": sum(p.size for p in pruned.values()),
+            "sparsity": pruning.sparsity(final, names),
+            "parameters": sum(p.size for p in final.values()),
             "nonzero_parameters": sum(
-                int(np.count_nonzero(np.asarray(p))) for p in pruned.values()
+                int(np.count_nonzero(np.asarray(p))) for p in final.values()
             ),
             "training_tokens": len(self.corpus.train),
             "settings": dataclasses.asdict(self.settings),
@@ -252,7 +256,10 @@ def main(
     dense_out: Annotated[
         Path | None, typer.Option(help="Also save the dense model, here.")
     ] = None,
-    preset: Annotated[str, typer.Option(help="demo or tiny.")] = "demo",
+    no_prune: Annotated[
+        bool, typer.Option("--no-prune", help="Write the dense model to --out.")
+    ] = False,
+    preset: Annotated[str, typer.Option(help="demo, small or tiny.")] = "demo",
     dropout: Annotated[
         list[float] | None,
         typer.Option(help="Several: the best on the validation text is kept."),
@@ -293,7 +300,9 @@ def main(
             ffn_size=ffn,
             seed=seed,
         )
-        record = train(chosen, texts, out, dense_out, console)
+        if no_prune and (docs is not None or dense_out is not None):
+            raise ValueError("--no-prune goes with neither --docs nor --dense-out")
+        record = train(chosen, texts, out, dense_out, console, prune=not no_prune)
         if docs is not None:
             report.plot(record, docs / "images" / "demo-loss.png")
             report.update_page(docs / "demo-model.md", record)
@@ -308,8 +317,18 @@ def train(
     out: Path,
     dense_out: Path | None,
     console: Console,
+    *,
+    prune: bool = True,
 ) -> dict[str, Any]:
     """Does a whole run; `out` appears at its end or not at all.
+
+    Args:
+      settings: of the run.
+      texts: UTF-8 files.
+      out: folder of the pruned model.
+      dense_out: folder of the dense model too, or None.
+      console: where progress goes.
+      prune: whether to prune; otherwise `out` is the dense model's.
 
     Returns:
       The record that was saved as `training.json`.
@@ -332,27 +351,28 @@ def train(
             f"{jnp.dtype(run.dtype).name}, attention by {run.functions.attention}"
         )
         dense = run.train_dense()
-        pruned = run.prune(dense)
         if dense_out is not None:
             run.save(dense, dense_out)
-        run.save(pruned, temporary)
+        run.save(run.prune(dense) if prune else dense, temporary)
         # Measured is what the folders hold: weights rounded to float16.
         dense = {n: p.astype(jnp.float16).astype(jnp.float32) for n, p in dense.items()}
         model, _ = opt.from_pretrained(temporary, dtype=jnp.float32, sparse=False)
-        pruned = run.functions.parameters(model)
-        record = run.measure(dense, pruned)
+        saved = run.functions.parameters(model)
+        record = run.measure(dense, saved if prune else None)
         record["samples"] = write_samples(model, run.tokenizer, 100, settings.seed)
         (temporary / EXCERPT).write_text(run.excerpt, encoding="utf-8")
         content = json.dumps(record, indent=1, ensure_ascii=False)
         (temporary / "training.json").write_text(content + "\n", encoding="utf-8")
     for sample in record["samples"]:
         say(f"\n{sample['text']}")
-    change = record["pruned_perplexity"] / record["dense_perplexity"] - 1
+    change = ""
+    if prune:
+        ratio = record["pruned_perplexity"] / record["dense_perplexity"]
+        change = f", pruned {record['pruned_perplexity']:.2f} ({ratio - 1:+.1%})"
     say(
         f"\n{out}: {record['parameters']:,} parameters, {record['sparsity']:.1%} zeros "
-        "in the pruned matrices; held-out perplexity dense "
-        f"{record['dense_perplexity']:.2f}, pruned {record['pruned_perplexity']:.2f} "
-        f"({change:+.1%}); seconds {record['seconds']}"
+        "in the matrices that are pruned; held-out perplexity dense "
+        f"{record['dense_perplexity']:.2f}{change}; seconds {record['seconds']}"
     )
     return record
 

@@ -102,7 +102,25 @@ TINY = Settings(
     excerpt_size=2_000,
 )
 
-PRESETS = {"demo": DEMO, "tiny": TINY}
+# Minutes on a CPU core; just large enough for pruning methods to differ.
+SMALL = Settings(
+    vocab_size=1024,
+    hidden_size=128,
+    num_layers=3,
+    ffn_size=512,
+    num_heads=4,
+    max_positions=128,
+    batch_size=8,
+    epochs=1,
+    learning_rate=3e-3,
+    dropout=(0.0,),
+    prune_epochs=1,
+    recover_epochs=1,
+    prune_learning_rate=1.5e-3,
+    prune_dropout=0.0,
+)
+
+PRESETS = {"demo": DEMO, "small": SMALL, "tiny": TINY}
 
 
 def settings(preset: str, **changes: Any) -> Settings:

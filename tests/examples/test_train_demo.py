@@ -119,6 +119,28 @@ def test_training_lowers_the_loss(run):
     assert record["history"][1]["sparsity"] == [0.65, 0.65]
 
 
+def test_run_without_pruning_writes_the_dense_model(book, tmp_path):
+    import pruning_study
+    import train_demo
+    from demo_training.settings import settings
+    from rich.console import Console
+
+    chosen = settings("tiny", vocab_size=300, batch_size=16, num_layers=1, epochs=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_demo, "PROMPTS", ())
+        record = train_demo.train(
+            chosen, [book], tmp_path / "m", None, Console(quiet=True), prune=False
+        )
+    assert "pruned_perplexity" not in record
+    assert record["dense_perplexity"] > 1
+    assert record["sparsity"] == 0
+    model, _ = opt.from_pretrained(tmp_path / "m", dtype=jnp.float32)
+    assert np.count_nonzero(model.layers[0].fc1.kernel[...] == 0) == 0
+    facts = pruning_study.training_facts(tmp_path / "m")
+    assert facts["epochs"] == 1
+    assert facts["texts"] == ["book"]
+
+
 def test_tokenizer_and_model_never_see_held_out_text(book):
     from demo_training import text
 
@@ -246,7 +268,11 @@ def test_report(run, tmp_path):
     ("arguments", "message"),
     [
         (["--text", "nowhere.txt"], "nowhere.txt"),
-        (["--text", "BOOK", "--preset", "huge"], "expected a preset of demo, tiny"),
+        (
+            ["--text", "BOOK", "--preset", "huge"],
+            "expected a preset of demo, small, tiny",
+        ),
+        (["--text", "BOOK", "--no-prune", "--docs", "docs"], "--no-prune goes with"),
         (["--text", "BOOK", "--sparsity", "1.5"], r"sparsity must be in \[0, 1\)"),
         (["--text", "BOOK"], "expected text that yields 8192 tokenizer entries"),
         (["--text", "SHORT", "--preset", "tiny"], "expected a text of paragraphs"),

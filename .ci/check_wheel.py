@@ -1,0 +1,82 @@
+"""Checks what wheels hold: check_wheel.py WHEEL... [--cuda].
+
+With --cuda the CUDA module must be there, with machine code for sm_80 and sm_90a and
+with PTX; that needs cuobjdump, a part of the CUDA toolkit.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+NEEDED = (
+    "flashjax/__init__.py",
+    "flashjax/py.typed",
+    "flashjax/models/opt/__init__.py",
+)
+CUDA_CODE = ["sm_80", "sm_90a"]
+CUDA_PTX = ["sm_80"]
+
+
+def find_cuobjdump() -> str:
+    """Where the program is; ends this one if it is nowhere."""
+    folders = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    path = os.pathsep.join([os.environ["PATH"], *(f"{f}/bin" for f in folders if f)])
+    found = shutil.which("cuobjdump", path=path)
+    if not found:
+        sys.exit("check_wheel.py: --cuda needs cuobjdump, of the CUDA toolkit")
+    return found
+
+
+def architectures(module: Path, kind: str) -> list[str]:
+    """What a module holds of "elf" (machine code) or "ptx"."""
+    command = [find_cuobjdump(), f"--list-{kind}", str(module)]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False)
+    return sorted(set(re.findall(r"\.(sm_\w+)\.", listed.stdout)))
+
+
+def problems(wheel: Path, cuda: bool) -> list[str]:
+    """What is wrong with a wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        found = [f"{name} is missing" for name in NEEDED if name not in names]
+        modules = {"_cpu", "_cuda"} if cuda else {"_cpu"}
+        paths = {
+            m: [n for n in names if n.startswith(f"flashjax/{m}.")] for m in modules
+        }
+        found += [f"the module {m} is missing" for m in modules if not paths[m]]
+        if not any(name.endswith("licenses/LICENSE") for name in names):
+            found.append("the licence is missing")
+        other = {name.split("/")[0] for name in names} - {"flashjax"}
+        found += [f"{n} is there" for n in other if not n.endswith(".dist-info")]
+        if not cuda or not paths["_cuda"]:
+            return found
+        with tempfile.TemporaryDirectory() as folder:
+            module = Path(archive.extract(paths["_cuda"][0], folder))
+            for kind, wanted in (("elf", CUDA_CODE), ("ptx", CUDA_PTX)):
+                got = architectures(module, kind)
+                if got != wanted:
+                    found.append(f"CUDA {kind}: expected {wanted}, got {got}")
+    return found
+
+
+def main() -> None:  # noqa: D103
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("wheels", nargs="+", type=Path)
+    parser.add_argument("--cuda", action="store_true")
+    arguments = parser.parse_args()
+    failed = False
+    for wheel in arguments.wheels:
+        found = problems(wheel, arguments.cuda)
+        failed |= bool(found)
+        print(f"{wheel.name}: {'; '.join(found) or 'ok'}")
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

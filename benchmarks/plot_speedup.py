@@ -1,0 +1,93 @@
+"""Plots the measured speed-up against rows of x and zeros: docs/images/speedup.svg.
+
+    python benchmarks/plot_speedup.py
+
+The figures are those of `results/matmul-nvidia-h200.json`.
+"""
+
+import io
+import re
+
+import matplotlib
+from update_readme import RESULTS, ROOT, load, origin, shape
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+SOURCE = RESULTS / "matmul-nvidia-h200.json"
+OUT = ROOT / "docs" / "images" / "speedup.svg"
+
+# Stand-ins for the colours of the page; the style sheet has those of both modes.
+INK, PAPER = "#010203", "#fdfcfb"
+STYLE = """<style>
+svg { --ink: #222; --paper: #fff; }
+@media (prefers-color-scheme: dark) { svg { --ink: #ddd; --paper: #1e2129; } }
+</style>"""
+COLORS = ("#4c9be8", "#2ca58d", "#d9912b", "#d9566b")  # legible on both papers
+
+
+def figure(facts: dict, results: list[dict]) -> str:
+    """The plot as SVG."""
+    settings = {
+        "svg.hashsalt": "flashjax",
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "figure.facecolor": PAPER,
+        "axes.facecolor": PAPER,
+        **{
+            f"{name}color": INK
+            for name in ("text.", "xtick.", "ytick.", "axes.edge", "axes.label")
+        },
+    }
+    layers = {r["layer"]: r for r in results}
+    with plt.rc_context(settings):
+        drawing, panels = plt.subplots(
+            1, len(layers), figsize=(9, 3.4), sharey=True, layout="constrained"
+        )
+        for axes, (layer, example) in zip(panels, layers.items(), strict=True):
+            draw(axes, [r for r in results if r["layer"] == layer])
+            axes.set_title(f"{layer.split('.')[1]}, {shape(example)}", fontsize=10)
+        panels[0].set_ylabel("times as fast as dense")
+        panels[0].legend(frameon=False, fontsize=9)
+        drawing.suptitle(
+            f"{facts['device']}, {results[0]['dtype']}, OPT-30B ({origin(facts)})",
+            fontsize=9,
+        )
+        buffer = io.StringIO()
+        drawing.savefig(buffer, format="svg", metadata={"Date": None})
+        plt.close(drawing)
+    svg = buffer.getvalue().replace(INK, "var(--ink)").replace(PAPER, "var(--paper)")
+    return re.sub(r"(<svg[^>]*>)", rf"\1\n{STYLE}", svg, count=1)
+
+
+def draw(axes: plt.Axes, results: list[dict]) -> None:
+    sparsities = sorted({r["sparsity"] for r in results})
+    for sparsity, color in zip(sparsities, COLORS, strict=True):
+        points = sorted(
+            (r["n"], r["speedup"]) for r in results if r["sparsity"] == sparsity
+        )
+        axes.plot(
+            *zip(*points, strict=True),
+            marker="o",
+            markersize=3,
+            color=color,
+            label=f"{sparsity:.0%} zeros",
+        )
+    axes.axhline(1, color=INK, linewidth=1, linestyle="--")
+    axes.set_xscale("log", base=2)
+    rows = sorted({r["n"] for r in results})
+    axes.set_xticks(rows, map(str, rows))
+    axes.set_ylim(0.6, 1.8)
+    axes.set_xlabel("rows of x")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def main() -> None:
+    OUT.write_text(figure(*load(SOURCE)), encoding="utf-8")
+    print(OUT.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()

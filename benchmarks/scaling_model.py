@@ -1,0 +1,164 @@
+"""Predicts OPT on several GPUs from kernel times measured on one.
+
+    python benchmarks/scaling_model.py
+
+Nothing here was measured on more than one GPU. A product's time is a straight line
+through the times measured on one H200 (`results/matmul-nvidia-h200.json`): a constant
+and a time per element, by sparsity and rows of x. The other bytes of a step (cache,
+vocabulary) pass at BYTES_PER_SECOND, and an all-reduce takes LATENCY_US and its bytes'
+time on the links. Norms, attention's arithmetic and launches are left out.
+
+Writes the table and the plot of `docs/multi-gpu.md`.
+"""
+
+import json
+import pathlib
+import re
+
+import matplotlib
+import numpy as np
+
+from flashjax.models.opt import OPTConfig
+from flashjax.models.opt.memory import predict
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+MEASURED = ROOT / "benchmarks/results/matmul-nvidia-h200.json"
+DOCUMENT = ROOT / "docs/multi-gpu.md"
+PLOT = ROOT / "docs/multi-gpu.png"
+
+MODELS = {
+    "OPT-30B": OPTConfig.opt_30b(),
+    "OPT-66B": OPTConfig.opt_66b(),
+    "OPT-175B": OPTConfig.opt_175b(),
+}
+SPARSITIES = (0.0, 0.6, 0.8)
+DEVICES = (1, 2, 4, 8)
+BATCH, LENGTH = 8, 1024
+
+# Assumptions, not measured here.
+GPU_BYTES = 141e9
+BYTES_PER_SECOND = 4.0e12  # of 4.8e12 that an H200's memory has
+LINK_BYTES_PER_SECOND = 360e9  # of 450e9 that NVLink 4 has in each direction
+LATENCY_US = {1: 0.0, 2: 10.0, 4: 12.0, 8: 15.0}  # of an all-reduce by NCCL
+
+
+def product_lines(results: list[dict], rows: int) -> dict[float, tuple[float, float]]:
+    """Microseconds of a product: (constant, per element) by sparsity; 0 is dense."""
+    lines = {}
+    points = [r for r in results if r["n"] == rows]
+    for sparsity in SPARSITIES:
+        chosen = [r for r in points if r["sparsity"] == (sparsity or 0.6)]
+        elements = np.array([r["m"] * r["k"] for r in chosen], np.float64)
+        times = [r["sparse_us" if sparsity else "dense_us"] for r in chosen]
+        slope, constant = np.polyfit(elements, times, 1)
+        lines[sparsity] = max(constant, 0.0), slope
+    return lines
+
+
+def all_reduce_us(nbytes: float, devices: int) -> float:
+    """Latency and the bytes of a ring, each device sending and receiving them."""
+    if devices == 1:
+        return 0.0
+    sent = 2 * (devices - 1) / devices * nbytes
+    return LATENCY_US[devices] + sent / LINK_BYTES_PER_SECOND * 1e6
+
+
+def predict_step(config: OPTConfig, sparsity: float, devices: int, line) -> dict:
+    """Memory of a GPU, and bytes and time of one decode step."""
+    size, ffn = config.hidden_size, config.ffn_size
+    memory = predict(
+        config, sparsity=sparsity, batch=BATCH, length=LENGTH, prompt=1, devices=devices
+    )
+    table = config.vocab_size * (config.word_embed_proj_dim or size) * 2
+    saved = table - table // devices  # the vocabulary is split too
+    constant, per_element = line
+    shapes = [size * size] * 4 + [size * ffn] * 2
+    products = config.num_layers * sum(
+        constant + per_element * elements / devices for elements in shapes
+    )
+    others = (memory.kv_cache + table / devices) / BYTES_PER_SECOND * 1e6
+    # Sums are float32; the logits are gathered once, which costs half a reduction.
+    reductions = 2 * config.num_layers + 1
+    communication = reductions * all_reduce_us(BATCH * size * 4, devices)
+    communication += all_reduce_us(BATCH * config.vocab_size * 2, devices)
+    total = memory.total - saved
+    return {
+        "sparsity": sparsity,
+        "devices": devices,
+        "gigabytes": total / 1e9,
+        "fits": total + (1 << 30) <= GPU_BYTES,
+        "read_gigabytes": (memory.linear_weights + memory.kv_cache + table / devices)
+        / 1e9,
+        "products_ms": products / 1e3,
+        "communication_ms": communication / 1e3,
+        "step_ms": (products + others + communication) / 1e3,
+    }
+
+
+def table_lines(results: dict[str, list[dict]]) -> list[str]:
+    lines = [
+        "| model | zeros | GPUs | GB a GPU | GB read a step | products ms "
+        "| communication ms | step ms |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for model, steps in results.items():
+        for s in steps:
+            zeros = f"{s['sparsity']:.0%}" if s["sparsity"] else "dense"
+            fits = "" if s["fits"] else " (too much)"
+            mark = " *" if model == "OPT-30B" and s["devices"] == 1 else ""
+            lines.append(
+                f"| {model} | {zeros} | {s['devices']} | {s['gigabytes']:.0f}{fits} "
+                f"| {s['read_gigabytes']:.1f} | {s['products_ms']:.1f}{mark} "
+                f"| {s['communication_ms']:.1f} | {s['step_ms']:.1f} |"
+            )
+    return lines
+
+
+def plot(results: dict[str, list[dict]], path: pathlib.Path) -> None:
+    figure, axes = plt.subplots(1, len(results), figsize=(10, 3.4), sharey=False)
+    for axis, (model, steps) in zip(axes, results.items(), strict=True):
+        for sparsity in SPARSITIES:
+            chosen = [s for s in steps if s["sparsity"] == sparsity]
+            label = f"{sparsity:.0%} zeros" if sparsity else "dense"
+            (drawn,) = axis.plot(DEVICES, [s["step_ms"] for s in chosen], label=label)
+            for s in chosen:
+                style = "o" if s["fits"] else "x"
+                axis.plot(s["devices"], s["step_ms"], style, color=drawn.get_color())
+        axis.set(title=model, xlabel="GPUs", xscale="log", ylim=(0, None))
+        axis.set_xticks(DEVICES, [str(n) for n in DEVICES])
+        axis.minorticks_off()
+    axes[0].set_ylabel("ms a decode step (model)")
+    axes[0].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def run() -> dict[str, list[dict]]:
+    measured = json.loads(MEASURED.read_text(encoding="utf-8"))["results"]
+    lines = product_lines(measured, BATCH)
+    return {
+        name: [
+            predict_step(config, sparsity, devices, lines[sparsity])
+            for sparsity in SPARSITIES
+            for devices in DEVICES
+        ]
+        for name, config in MODELS.items()
+    }
+
+
+def main() -> None:
+    results = run()
+    plot(results, PLOT)
+    text = DOCUMENT.read_text(encoding="utf-8")
+    begin, end = "<!-- scaling: begin -->", "<!-- scaling: end -->"
+    table = "\n".join([begin, *table_lines(results), end])
+    text = re.sub(f"{begin}.*{end}", lambda _: table, text, flags=re.DOTALL)
+    DOCUMENT.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
