@@ -18,11 +18,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 
 from flashjax import matmul_impl, packing, reference
 from flashjax.matmul_impl import Call
 from flashjax.partitioning import devices_marker
+from flashjax.primitives import (
+    batch_rows,
+    bias_cotangent,
+    define,
+    given,
+    one_by_one,
+    product_tangent,
+    to_front,
+    total,
+    transpose_call,
+)
 from flashjax.sample import is_live, sample
 
 product_p = Primitive("trainable_product")
@@ -106,22 +117,8 @@ def _compute_sample(*leaves, call, tree):
     return sample(factors, call.shape, tuple(positions), call.implementation)
 
 
-def _define(primitive: Primitive, compute: Any) -> None:
-    lowering = mlir.lower_fun(compute, multiple_results=False)
-    mlir.register_lowering(primitive, lowering)
-
-    @primitive.def_impl
-    def eager(*leaves, **params):
-        return _compiled(primitive, tuple(params.items()))(*leaves)
-
-
-@functools.lru_cache(maxsize=1024)
-def _compiled(primitive, params):
-    return jax.jit(lambda *leaves: primitive.bind(*leaves, **dict(params)))
-
-
-_define(product_p, _compute_product)
-_define(sample_p, _compute_sample)
+define(product_p, _compute_product)
+define(sample_p, _compute_sample)
 
 
 @product_p.def_abstract_eval
@@ -144,37 +141,18 @@ def _sample_type(*leaves, call, tree):
 # --- Derivatives ------------------------------------------------------------------
 
 
-def _given(tangent):
-    return None if type(tangent) is ad.Zero else tangent
-
-
-def _sum(terms, like):
-    terms = [term for term in terms if term is not None]
-    if not terms:
-        return ad.Zero(jax.typeof(like).to_tangent_aval())
-    return functools.reduce(jnp.add, terms)
-
-
 def _product_jvp(primals, tangents, *, call, tree, transposed, devices):
     del devices
     operands = jax.tree.unflatten(tree, primals)
-    y = product(call, operands, transposed)
-    dx, dvalues = map(_given, tangents[:2])
-    dbias = None if operands.bias is None else _given(tangents[2])
-    plain = dataclasses.replace(call, bias_dtype=None)
-    terms = []
-    if dx is not None:
-        with_bias = plain if dbias is None else call
-        terms.append(
-            product(with_bias, operands._replace(x=dx, bias=dbias), transposed)
-        )
-    elif dbias is not None:
-        row = dbias.astype(call.out_dtype).reshape((1,) * (y.ndim - 1) + dbias.shape)
-        terms.append(row + jnp.zeros_like(y))
+    tangents = jax.tree.unflatten(tree, tangents)
+    multiply = functools.partial(product, transposed=transposed)
+    y = multiply(call, operands)
+    terms = [product_tangent(multiply, call, operands, tangents, y)]
+    dvalues = given(tangents.values)
     if dvalues is not None:
-        moved = operands._replace(values=dvalues, bias=None)
-        terms.append(product(plain, moved, transposed))
-    return y, _sum(terms, y)
+        plain = dataclasses.replace(call, bias_dtype=None)
+        terms.append(multiply(plain, operands._replace(values=dvalues, bias=None)))
+    return y, total(terms, y)
 
 
 def _product_transpose(dy, *primals, call, tree, transposed, devices):
@@ -184,13 +162,7 @@ def _product_transpose(dy, *primals, call, tree, transposed, devices):
     if type(dy) is ad.Zero:
         return cotangents
     if ad.is_undefined_primal(x):
-        turned = dataclasses.replace(
-            call,
-            shape=call.shape[::-1],
-            x_dtype=np.dtype(dy.dtype),
-            bias_dtype=None,
-            out_dtype=np.dtype(x.aval.dtype),
-        )
+        turned = transpose_call(call, dy.dtype, x.aval.dtype)
         back = Operands(dy, values, None, positions)
         cotangents[0] = product(turned, back, not transposed)
     if ad.is_undefined_primal(values):
@@ -202,9 +174,7 @@ def _product_transpose(dy, *primals, call, tree, transposed, devices):
         )
         cotangents[1] = gradient.astype(values.aval.dtype)
     if ad.is_undefined_primal(bias):
-        rows = tuple(range(dy.ndim - 1))
-        dbias = jnp.sum(dy, axis=rows, dtype=jnp.float32)
-        cotangents[2] = dbias.astype(bias.aval.dtype)
+        cotangents[2] = bias_cotangent(dy, bias.aval.dtype)
     return cotangents
 
 
@@ -218,10 +188,10 @@ def _sample_jvp(primals, tangents, *, call, tree):
     tangents = jax.tree.unflatten(tree, tangents)
     terms = []
     for name in ("x", "dy"):
-        tangent = _given(getattr(tangents, name))
+        tangent = given(getattr(tangents, name))
         if tangent is not None:
             terms.append(sampled_product(call, factors._replace(**{name: tangent})))
-    return slots, _sum(terms, slots)
+    return slots, total(terms, slots)
 
 
 def _sample_transpose(slots, *primals, call, tree):
@@ -263,49 +233,21 @@ ad.primitive_transposes[sample_p] = _sample_transpose
 
 def _batch_product(leaves, dims, *, call, tree, transposed, devices):
     del devices
-    operands = jax.tree.unflatten(tree, _to_front(leaves, dims))
+    multiply = functools.partial(product, transposed=transposed)
     batched = jax.tree.unflatten(tree, [dim is not None for dim in dims])
     if batched.values or any(batched.positions):
 
         def one_product(*leaves):
-            return product(call, jax.tree.unflatten(tree, leaves), transposed)
+            return multiply(call, jax.tree.unflatten(tree, leaves))
 
-        return _one_by_one(one_product, leaves, dims), 0
-    if not batched.bias:  # the batch becomes rows of one product
-        return product(call, operands, transposed), 0
-    plain = dataclasses.replace(call, bias_dtype=None, out_dtype=np.dtype(jnp.float32))
-    y = product(plain, operands._replace(bias=None), transposed)
-    y = y if batched.x else y[None]
-    bias = operands.bias.astype(jnp.float32)
-    bias = bias.reshape(bias.shape[:1] + (1,) * (y.ndim - 2) + bias.shape[1:])
-    return (y + bias).astype(call.out_dtype), 0
+        return one_by_one(one_product, leaves, dims), 0
+    operands = jax.tree.unflatten(tree, to_front(leaves, dims))
+    return batch_rows(multiply, call, operands, batched), 0
 
 
 def _batch_sample(leaves, dims, **params):
     one_sample = functools.partial(sample_p.bind, **params)
-    return _one_by_one(one_sample, leaves, dims), 0
-
-
-def _to_front(leaves, dims):
-    return [
-        leaf if dim is None else jnp.moveaxis(leaf, dim, 0)
-        for leaf, dim in zip(leaves, dims, strict=True)
-    ]
-
-
-def _one_by_one(function, leaves, dims):
-    leaves = _to_front(leaves, dims)
-    mapped = [leaf for leaf, dim in zip(leaves, dims, strict=True) if dim is not None]
-
-    def one(mapped):
-        rest = iter(mapped)
-        picked = [
-            leaf if dim is None else next(rest)
-            for leaf, dim in zip(leaves, dims, strict=True)
-        ]
-        return function(*picked)
-
-    return jax.lax.map(one, mapped)
+    return one_by_one(one_sample, leaves, dims), 0
 
 
 batching.primitive_batchers[product_p] = _batch_product
