@@ -69,6 +69,8 @@ def sparse_matmul(
     """
     if not isinstance(w, SparseMatrix) and hasattr(w, "get_value"):
         w = w.get_value()  # a Flax variable, which stands for its value elsewhere too
+    if bias is not None and hasattr(bias, "get_value"):
+        bias = bias.get_value()
     multiply = getattr(type(w), "__sparse_matmul__", None)
     if multiply is not None:  # a container of its own around packed weights
         return multiply(
@@ -85,8 +87,6 @@ def sparse_matmul(
         )
     w.check_leaves("sparse_matmul", stacked=layer is not None)
     index = None if layer is None else check_layer(layer, w)
-    if bias is not None and hasattr(bias, "get_value"):
-        bias = bias.get_value()
     call = make_call(x, w, bias, implementation, preferred_element_type)
     transposed = None if w.transposed is None else w.transposed.packed
     return _jitted(call, x, w.packed, bias, transposed, index)

@@ -20,9 +20,8 @@ def make_call(x, w: PackedMatrix, bias, implementation, preferred_element_type) 
     Raises:
       ValueError, TypeError, NotImplementedError: see `sparse_matmul`.
     """
-    _check_x(x, w)
+    check_operands(x, bias, w, w.shape)
     if bias is not None:
-        _check_bias(bias, w)
         bias_dtype = np.dtype(jax.dtypes.canonicalize_dtype(bias.dtype))
     _check_implementation(implementation, x)
     return Call(
@@ -75,34 +74,47 @@ def result_dtype(x, w: PackedMatrix, preferred) -> np.dtype:
     return dtype
 
 
-def _check_x(x, w: PackedMatrix) -> None:
+def check_operands(x, bias, w: PackedMatrix, shape: tuple[int, int]) -> None:
+    """Checks x and the bias, or None, for a matrix or for the shape of one shard.
+
+    Raises:
+      ValueError, TypeError: see `sparse_matmul`.
+    """
+    owner = f"w of shape {w.shape}"
+    if shape != w.shape:
+        owner += f" in shards of {shape}"
+    _check_x(x, shape[0], owner, w.dtype)
+    if bias is not None:
+        _check_bias(bias, shape[1], owner)
+
+
+def _check_x(x, k: int, owner: str, dtype: np.dtype) -> None:
     if not isinstance(x, np.ndarray | jax.Array):
         raise TypeError(
             "sparse_matmul: expected x to be a numpy or JAX array, got "
             f"{type(x).__name__}"
         )
-    if x.ndim < 1 or x.shape[-1] != w.shape[0]:
+    if x.ndim < 1 or x.shape[-1] != k:
         raise ValueError(
-            f"sparse_matmul: expected x of shape (..., {w.shape[0]}) for w of shape "
-            f"{w.shape}, got {x.shape}"
+            f"sparse_matmul: expected x of shape (..., {k}) for {owner}, got {x.shape}"
         )
     if x.dtype not in _DTYPES:
         raise ValueError(
             "sparse_matmul: expected x of dtype float16, bfloat16 or float32 for w of "
-            f"dtype {w.dtype.name}, got {x.dtype}"
+            f"dtype {dtype.name}, got {x.dtype}"
         )
 
 
-def _check_bias(bias, w: PackedMatrix) -> None:
+def _check_bias(bias, m: int, owner: str) -> None:
     if not isinstance(bias, np.ndarray | jax.Array):
         raise TypeError(
             "sparse_matmul: expected bias to be a numpy or JAX array, got "
             f"{type(bias).__name__}"
         )
-    if bias.shape != (w.shape[1],):
+    if bias.shape != (m,):
         raise ValueError(
-            f"sparse_matmul: expected bias of shape ({w.shape[1]},) for w of shape "
-            f"{w.shape}, got {bias.shape}"
+            f"sparse_matmul: expected bias of shape ({m},) for {owner}, got "
+            f"{bias.shape}"
         )
     if not jnp.issubdtype(bias.dtype, jnp.floating):
         raise ValueError(

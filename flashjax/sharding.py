@@ -19,9 +19,9 @@ from jax.sharding import PartitionSpec as P
 
 from flashjax import packing, reference
 from flashjax.matmul import sparse_matmul
-from flashjax.matmul_checks import result_dtype
+from flashjax.matmul_checks import check_operands, result_dtype
 from flashjax.matrix import PackedMatrix
-from flashjax.sparse_matrix import LAYOUT, SparseMatrix
+from flashjax.sparse_matrix import LAYOUT, SparseMatrix, check_layout
 
 Dim = Literal["out", "in"]
 
@@ -63,15 +63,8 @@ class ShardedSparseMatrix(PackedMatrix):
     dim: Dim = dataclasses.field(metadata={"static": True})
     layout: str = dataclasses.field(default=LAYOUT, metadata={"static": True})
 
-    # numpy arrays defer `array @ matrix` to `__rmatmul__`.
-    __array_ufunc__ = None
-
     def __post_init__(self):
-        if self.layout != LAYOUT:
-            raise ValueError(
-                f"ShardedSparseMatrix: expected packed layout {LAYOUT!r}, got "
-                f"{self.layout!r}"
-            )
+        check_layout("ShardedSparseMatrix", self.layout)
         shard_shape(self.shape, self.mesh, self.axis, self.dim)
 
     @classmethod
@@ -212,8 +205,6 @@ class ShardedSparseMatrix(PackedMatrix):
                 "sparse_matmul: expected no layer for a ShardedSparseMatrix, got "
                 f"{layer!r}: stacks of sharded matrices are scanned over"
             )
-        if bias is not None and hasattr(bias, "get_value"):
-            bias = bias.get_value()
         inside = self._is_inside_shard_map()
         self._check_operands(x, bias, inside)
         dtype = result_dtype(x, self, preferred_element_type)
@@ -276,24 +267,7 @@ class ShardedSparseMatrix(PackedMatrix):
                 f"{(shards, *expected)}, got {np.shape(self.bitmap)}"
                 + (f"; pass it to shard_map with P({self.axis!r})" if inside else "")
             )
-        k, m = self._local_shape if inside else self.shape
-        k = self.shape[0] if self.dim == "out" else k
-        m = self.shape[1] if self.dim == "in" else m
-        if not isinstance(x, np.ndarray | jax.Array):
-            raise TypeError(
-                "sparse_matmul: expected x to be a numpy or JAX array, got "
-                f"{type(x).__name__}"
-            )
-        if x.ndim < 1 or x.shape[-1] != k:
-            raise ValueError(
-                f"sparse_matmul: expected x of shape (..., {k}) for {self!r}, got "
-                f"{x.shape}"
-            )
-        if bias is not None and np.shape(bias) != (m,):
-            raise ValueError(
-                f"sparse_matmul: expected bias of shape ({m},) for {self!r}, got "
-                f"{np.shape(bias)}"
-            )
+        check_operands(x, bias, self, self._local_shape if inside else self.shape)
 
 
 @functools.partial(jax.jit, static_argnames=("implementation", "dtype"))

@@ -56,10 +56,7 @@ class SparseMatrix(PackedMatrix):
                 "SparseMatrix: expected a shape (in_features, out_features), got "
                 f"{self.shape}"
             )
-        if self.layout != LAYOUT:
-            raise ValueError(
-                f"SparseMatrix: expected packed layout {LAYOUT!r}, got {self.layout!r}"
-            )
+        check_layout("SparseMatrix", self.layout)
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "dtype", _check_dtype("SparseMatrix", self.dtype))
 
@@ -278,6 +275,12 @@ class SparseMatrix(PackedMatrix):
         if self.transposed is not None:
             return _unpickle_with_transpose, (arrays,)
         return checkpoint.from_arrays, (arrays,)
+
+
+def check_layout(op: str, layout: str) -> None:
+    """Raises ValueError unless the kernels read this layout."""
+    if layout != LAYOUT:
+        raise ValueError(f"{op}: expected packed layout {LAYOUT!r}, got {layout!r}")
 
 
 def _check_dtype(op: str, dtype: Any) -> np.dtype:

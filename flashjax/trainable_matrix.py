@@ -92,8 +92,6 @@ class TrainableMatrix(PackedMatrix):
     positions: SparsePositions
     values: Any
 
-    __array_ufunc__ = None
-
     @classmethod
     def from_sparse(
         cls, matrix: SparseMatrix, dtype: DTypeLike = jnp.float32
@@ -197,7 +195,6 @@ class TrainableMatrix(PackedMatrix):
                 "TrainableMatrix: use jax.lax.scan over a stack of these"
             )
         self.check_leaves("sparse_matmul")
-        bias = bias.get_value() if hasattr(bias, "get_value") else bias
         # Here, because what JAX traces next must be arrays.
         call = make_call(x, self, bias, implementation, preferred_element_type)
         return _multiply(call, x, self.values, self.positions.arrays, bias)
