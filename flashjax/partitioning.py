@@ -118,12 +118,7 @@ def _sharding_rule(x, others) -> tuple[str, tuple[str, ...]]:
 
 def vary_like(x: jax.Array, tree: Any) -> Any:
     """Inside shard_map, makes arrays vary over the mesh axes over which x varies."""
-
-    def vary(leaf):
-        missing = tuple(_varying_axes(x) - _varying_axes(leaf))
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(vary, tree)
+    return _vary_over(_varying_axes(x), tree)
 
 
 def vary_alike(operands):
@@ -132,15 +127,15 @@ def vary_alike(operands):
     The transpose of this sums the cotangents of operands that vary over fewer axes.
     """
     axes = [_varying_axes(leaf) for leaf in jax.tree.leaves(operands)]
-    union = frozenset().union(*axes)
-    if not union:
-        return operands
+    return _vary_over(frozenset().union(*axes), operands)
 
+
+def _vary_over(axes: frozenset, tree: Any) -> Any:
     def vary(leaf):
-        missing = tuple(union - _varying_axes(leaf))
+        missing = tuple(axes - _varying_axes(leaf))
         return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
-    return jax.tree.map(vary, operands)
+    return jax.tree.map(vary, tree)
 
 
 def _varying_axes(leaf) -> frozenset:
