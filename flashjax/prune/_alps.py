@@ -8,18 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import cho_solve
 
-from ._checks import (
-    Array,
-    Pattern,
-    all_finite,
-    check_sparsity,
-    check_weight,
-    parse_pattern,
-)
+from ._checks import Array, Pattern, all_finite
 from ._gram import check_damping, damped_diagonal, dead_inputs, singular, with_diagonal
 from ._placement import on_device_of, rounded
 from ._selection import keys, smallest, smallest_of_groups
-from ._statistics import InputStatistics, check_statistics
+from ._statistics import InputStatistics, check_arguments
 
 _FIRST_PENALTY = 0.1
 _STEPS_PER_PENALTY = 3
@@ -68,11 +61,8 @@ def alps(
       TypeError: an argument is of the wrong type, or traced.
     """
     where = "prune.alps"
-    groups = parse_pattern(where, pattern)
-    sparsity = check_sparsity(where, sparsity, groups)
     damping = check_damping(where, damping)
-    check_weight(where, dense)
-    check_statistics(where, dense, stats)
+    sparsity, groups = check_arguments(where, dense, stats, sparsity, pattern)
     count = round(sparsity * dense.size)
 
     def prune(dense: jax.Array) -> jax.Array:

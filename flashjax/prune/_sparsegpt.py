@@ -9,11 +9,11 @@ import numpy as np
 from jax import lax
 from jax.scipy.linalg import solve_triangular
 
-from ._checks import Array, Pattern, check_sparsity, check_weight, parse_pattern
+from ._checks import Array, Pattern
 from ._gram import check_damping, damped_diagonal, dead_inputs, singular, with_diagonal
 from ._placement import on_device_of, rounded
 from ._selection import keys, smallest
-from ._statistics import InputStatistics, check_statistics
+from ._statistics import InputStatistics, check_arguments
 
 
 def sparsegpt(
@@ -56,12 +56,9 @@ def sparsegpt(
       TypeError: an argument is of the wrong type, or traced.
     """
     where = "prune.sparsegpt"
-    groups = parse_pattern(where, pattern)
-    sparsity = check_sparsity(where, sparsity, groups)
     damping = check_damping(where, damping)
     block = _check_block_size(where, block_size)
-    check_weight(where, dense)
-    check_statistics(where, dense, stats)
+    sparsity, groups = check_arguments(where, dense, stats, sparsity, pattern)
     K, M = dense.shape
     block = min(block, max(K, 1))
     if groups is not None:

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ._checks import all_finite, check_weight, native
+from ._checks import (
+    Pattern,
+    all_finite,
+    check_sparsity,
+    check_weight,
+    native,
+    parse_pattern,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -113,6 +120,21 @@ def check_statistics(where: str, dense: Any, stats: Any) -> None:
             f"{where}: expected statistics of at least one input, got none: update "
             "them with the layer's inputs first"
         )
+
+
+def check_arguments(
+    where: str,
+    dense: Any,
+    stats: InputStatistics,
+    sparsity: float | None,
+    pattern: str | None,
+) -> tuple[float, Pattern | None]:
+    """Returns the share of zeros and the pattern, if a method can prune with these."""
+    groups = parse_pattern(where, pattern)
+    sparsity = check_sparsity(where, sparsity, groups)
+    check_weight(where, dense)
+    check_statistics(where, dense, stats)
+    return sparsity, groups
 
 
 def reconstruction_error(dense: Any, pruned: Any, stats: InputStatistics) -> float:

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ._checks import Array, Pattern, check_sparsity, check_weight, parse_pattern
+from ._checks import Array, Pattern
 from ._placement import on_device_of
 from ._selection import keys, smallest, smallest_of_groups
-from ._statistics import InputStatistics, check_statistics
+from ._statistics import InputStatistics, check_arguments
 
 
 def wanda(
@@ -44,10 +44,7 @@ def wanda(
       TypeError: an argument is of the wrong type, or traced.
     """
     where = "prune.wanda"
-    groups = parse_pattern(where, pattern)
-    sparsity = check_sparsity(where, sparsity, groups)
-    check_weight(where, dense)
-    check_statistics(where, dense, stats)
+    sparsity, groups = check_arguments(where, dense, stats, sparsity, pattern)
     count = round(sparsity * dense.shape[0])
     return on_device_of(dense, lambda w: _wanda(w, stats.gram, count, groups))
 
