@@ -53,8 +53,8 @@ def _segments(shape: tuple[int, int], density: float) -> float:
         return 0.0
     chains = reference.chain_count(shape)
     strips = -(-m // reference.STRIP_ROWS)
-    chain_strips = -(-reference.CHAIN_STEPS // _steps(k))
-    last = strips - (chains - 1) * min(chain_strips, strips)
+    chain_strips = reference.chain_strips(shape)
+    last = strips - (chains - 1) * chain_strips
     total = _chain_segments(k, last, m - (strips - 1) * reference.STRIP_ROWS, density)
     if chains > 1:
         whole = _chain_segments(k, chain_strips, reference.STRIP_ROWS, density)
@@ -69,7 +69,7 @@ def _chain_segments(k: int, strips: int, last_rows: int, density: float) -> floa
     rows = np.arange(_STREAMS) % reference.LANES // 4 + 8 * (
         np.arange(_STREAMS) // reference.LANES
     )
-    capacity[-_steps(k) :, rows >= last_rows] = 0
+    capacity[-reference.step_count(k) :, rows >= last_rows] = 0
     nonzeros = rng.binomial(
         capacity[:, None], density, (len(capacity), _CHAINS, _STREAMS)
     )
@@ -88,12 +88,8 @@ def _capacity(k: int) -> np.ndarray:
     i = np.arange(reference.POSITIONS)
     t = np.arange(_STREAMS) % 4
     columns = 16 * (i // 4) + 8 * (i // 2 % 2) + i % 2 + 2 * t[:, None]
-    starts = reference.STEP_K * np.arange(_steps(k))
+    starts = reference.STEP_K * np.arange(reference.step_count(k))
     return (starts[:, None, None] + columns < k).sum(axis=2)
-
-
-def _steps(k: int) -> int:
-    return -(-k // (reference.STEP_K * reference.GROUP_STEPS)) * reference.GROUP_STEPS
 
 
 def _ceil_segments(words: np.ndarray) -> np.ndarray:

@@ -44,7 +44,7 @@ def leaf_shapes(shape: tuple[int, int]) -> dict[str, tuple[int | None, ...]]:
     k, m = shape
     strips = _ceil_div(m, STRIP_ROWS)
     groups = _ceil_div(k, GROUP_STEPS * STEP_K)
-    entries = _ceil_div(groups * GROUP_STEPS, ENTRY_STEPS)
+    entries = _ceil_div(step_count(k), ENTRY_STEPS)
     return {
         "bitmap": (strips, groups, LANES, GROUP_STEPS),
         "entries": (strips, entries, ENTRY_WORDS),
@@ -53,13 +53,25 @@ def leaf_shapes(shape: tuple[int, int]) -> dict[str, tuple[int | None, ...]]:
     }
 
 
+def step_count(k: int) -> int:
+    """Number of steps of a strip, in whole groups."""
+    return _ceil_div(k, GROUP_STEPS * STEP_K) * GROUP_STEPS
+
+
+def chain_strips(shape: tuple[int, int]) -> int:
+    """Number of strips that are packed together; the last of such runs may be shorter.
+
+    At least 1.
+    """
+    k, m = shape
+    steps = step_count(k)
+    strips = _ceil_div(CHAIN_STEPS, steps) if steps else 1
+    return max(1, min(strips, _ceil_div(m, STRIP_ROWS)))
+
+
 def chain_count(shape: tuple[int, int]) -> int:
     """Number of runs of strips that are packed independently."""
-    k, m = shape
-    strips = _ceil_div(m, STRIP_ROWS)
-    steps = _ceil_div(k, GROUP_STEPS * STEP_K) * GROUP_STEPS
-    chain_strips = _ceil_div(CHAIN_STEPS, steps) if steps else 1
-    return _ceil_div(strips, max(1, min(chain_strips, strips)))
+    return _ceil_div(_ceil_div(shape[1], STRIP_ROWS), chain_strips(shape))
 
 
 def _stream_starts(entries: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 """How much memory a model will take, from its configuration alone."""
 
 import dataclasses
+import math
 import os
 from typing import Any
 
@@ -14,6 +15,7 @@ from .config import OPTConfig
 from .generation_request import bucket
 from .hf_folder import opt_targets
 from .modeling import check_dtype
+from .parallel import DECODER_LINEARS
 
 # Partial sums of the CUDA kernel, LscdWorkspaceBytes() at its largest tile.
 _WORKSPACE = 160 * 16 * (4 + 128 // 8 * 32 * 16)
@@ -21,8 +23,6 @@ _WORKSPACE = 160 * 16 * (4 + 128 // 8 * 32 * 16)
 _RUNTIME = 1 << 30
 # JAX takes this share of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 _DEFAULT_FRACTION = 0.75
-_DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-_ROW_PARALLEL = ("out_proj", "fc2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,14 +150,12 @@ def _weights(
     linear = other = 0
     for target in opt_targets(config).values():
         name = target.module.split(".")[-1]
-        elements = 1
-        for size in target.shape:
-            elements *= size
-        if target.attribute != "kernel" or name not in _DECODER_LINEARS:
+        elements = math.prod(target.shape)
+        if target.attribute != "kernel" or name not in DECODER_LINEARS:
             other += elements * itemsize
         elif sparsity:
             out_features, in_features = target.shape
-            if name in _ROW_PARALLEL:
+            if DECODER_LINEARS[name] == "in":
                 in_features = -(-in_features // devices)
             else:
                 out_features = -(-out_features // devices)

@@ -22,7 +22,8 @@ from flashjax.sparse_matrix import SparseMatrix
 
 from .config import OPTConfig
 
-_DIMS: dict[str, Dim] = {
+# The linear layers of the decoder, and what is split: output or input features.
+DECODER_LINEARS: dict[str, Dim] = {
     "q_proj": "out",
     "k_proj": "out",
     "v_proj": "out",
@@ -103,10 +104,10 @@ class TensorParallel:
         """Packs a weight (out, in) slice by slice, each on its device."""
         name = module.split(".")[-1]
         shape = (weight.shape[1], weight.shape[0])
-        if name not in _DIMS:
+        if name not in DECODER_LINEARS:
             matrix = SparseMatrix.from_dense(to_kernel(weight, self._first_device()))
             return jax.tree.map(lambda leaf: self._put(leaf, P()), matrix)
-        dim = _DIMS[name]
+        dim = DECODER_LINEARS[name]
         size = weight.shape[0 if dim == "out" else 1] // self.mesh.shape[self.axis]
 
         def shard(index: int, device: jax.Device) -> SparseMatrix:
@@ -125,9 +126,9 @@ class TensorParallel:
             return rows if shape[0] % count == 0 else P()
         if name == "lm_head":
             return columns if shape[1] % count == 0 else P()
-        if _DIMS.get(name) == "out":
+        if DECODER_LINEARS.get(name) == "out":
             return columns if attribute == "kernel" else rows
-        return rows if name in _DIMS and attribute == "kernel" else P()
+        return rows if name in DECODER_LINEARS and attribute == "kernel" else P()
 
     def _put(self, array: np.ndarray | jax.Array, spec: P) -> jax.Array:
         sharding = NamedSharding(self.mesh, spec)

@@ -24,13 +24,12 @@ from flashjax.sparse_matrix import SparseMatrix
 from .config import OPTConfig
 from .hf_folder import StoredOPT, convert, listed, open_opt, opt_targets
 from .modeling import OPT, check_dtype
-from .parallel import TensorParallel, transpose
+from .parallel import DECODER_LINEARS, TensorParallel, transpose
 from .tokenizer import load_tokenizer, save_tokenizer
 
 # "auto" packs a weight from this share of zeros on: below it, sparse is no smaller.
 AUTO_SPARSITY = 0.5
 
-_DECODER_LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 _HALVES = (jnp.float16, jnp.bfloat16)
 # A file's tensors are held until it is written.
 _SHARD_BYTES = 1 << 30
@@ -223,7 +222,7 @@ def _goes_sparse(
         return False
     if stored_sparse:
         return True
-    if module.split(".")[-1] not in _DECODER_LINEARS:
+    if module.split(".")[-1] not in DECODER_LINEARS:
         return False
     # Shifting the sign out counts -0.0 as zero.
     zeros = array.size - np.count_nonzero(array.view(np.uint16) << np.uint16(1))
