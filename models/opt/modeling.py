@@ -233,7 +233,7 @@ class OPT(nnx.Module):
 
         x = self._embed(token_ids, positions_from_mask(mask))
         for layer in self.layers:
-            x = layer(x, partial(_attention, mask=mask, query_slots=slots))
+            x = layer(x, partial(attention, mask=mask, query_slots=slots))
         return self._logits(self._finish(x))
 
     def init_cache(self, batch: int, max_length: int) -> KVCache:
@@ -317,7 +317,7 @@ class OPT(nnx.Module):
             keys, values = jax.lax.optimization_barrier((keys, values))
             all_keys.append(keys)
             all_values.append(values)
-            return _attention(
+            return attention(
                 queries,
                 keys[:, :, :end],
                 values[:, :, :end],
@@ -492,7 +492,7 @@ def _check_step(token_ids, mask, positions, cache, start):
         )
 
 
-def _attention(
+def attention(
     queries: jax.Array,
     keys: jax.Array,
     values: jax.Array,

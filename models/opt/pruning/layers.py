@@ -16,7 +16,7 @@ from flashjax.prune import InputStatistics
 from ..calibration import Calibration
 from ..config import OPTConfig
 from ..hf_folder import StoredOPT, convert
-from ..modeling import OPT, DecoderLayer, _attention, positions_from_mask
+from ..modeling import OPT, DecoderLayer, attention, positions_from_mask
 from ..params import transpose as transpose
 
 # Matrices with the same inputs, in the order in which they are pruned.
@@ -236,7 +236,7 @@ def _gather(
 
 def _apply(layer: DecoderLayer, x: jax.Array, mask: jax.Array) -> jax.Array:
     slots = jnp.arange(x.shape[1], dtype=jnp.int32)
-    return layer(x, functools.partial(_attention, mask=mask, query_slots=slots))
+    return layer(x, functools.partial(attention, mask=mask, query_slots=slots))
 
 
 def _all_finite(x: jax.Array, mask: jax.Array) -> jax.Array:
