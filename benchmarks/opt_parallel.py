@@ -31,8 +31,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from flashjax.models.opt import OPT, OPTConfig
-from flashjax.models.opt.parallel import TensorParallel
+from flashjax.models.opt.parallel import DECODER_LINEARS, TensorParallel
 from flashjax.nn import SparseDense
+from flashjax.nnx_tree import set_node
 from flashjax.sharding import ShardedSparseMatrix, shard_shape
 from flashjax.sparse_matrix import SparseMatrix
 
@@ -44,8 +45,6 @@ MODELS = {
     "opt-66b": OPTConfig.opt_66b(),
     "opt-175b": OPTConfig.opt_175b(),
 }
-LINEARS = {"q_proj": "out", "k_proj": "out", "v_proj": "out", "fc1": "out"}
-LINEARS |= {"out_proj": "in", "fc2": "in"}
 PARTS = 8  # random numbers are drawn in so many slices, whatever the devices
 REPETITIONS = 5
 
@@ -77,18 +76,15 @@ def fill(module: nnx.Module, parallel: TensorParallel, sparsity: float, seed: in
             table = generator.standard_normal(node.embedding.shape, np.float32) / 50
             table = parallel.put(name, "embedding", table.astype(np.float16))
             node.embedding.set_value(table)
-        elif isinstance(node, nnx.Linear) and name in LINEARS:
+        elif isinstance(node, nnx.Linear) and name in DECODER_LINEARS:
             key = jax.random.fold_in(jax.random.key(seed), number)
             node.bias.set_value(parallel.put(name, "bias", 0 * ones(node.bias)))
             kernel = random_kernel(key, node.kernel.shape, sparsity, parallel, name)
             if not sparsity:
                 node.kernel.set_value(jax.block_until_ready(kernel.to_dense()))
                 continue
-            parent = module
-            for part in path[:-1]:
-                parent = getattr(parent, str(part))
             sparse = SparseDense.from_matrix(kernel, node.bias, dtype=node.dtype)
-            setattr(parent, name, nnx.data(sparse))
+            set_node(module, ".".join(map(str, path)), sparse)
 
 
 def ones(variable) -> np.ndarray:
@@ -97,7 +93,7 @@ def ones(variable) -> np.ndarray:
 
 def random_kernel(key, shape, sparsity, parallel, name) -> ShardedSparseMatrix:
     """Drawn in PARTS slices along the split dimension, so that every split is equal."""
-    mesh, dim = parallel.mesh, LINEARS[name]
+    mesh, dim = parallel.mesh, DECODER_LINEARS[name]
     local = shard_shape(shape, mesh, "model", dim)
     each = PARTS // mesh.shape["model"]
     split = 1 if dim == "out" else 0

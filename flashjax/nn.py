@@ -1,7 +1,4 @@
-"""Layers with sparse weights, for Flax NNX and Linen.
-
-With nn_trainable.py the only file of flashjax that imports Flax.
-"""
+"""Layers with sparse weights, for Flax NNX and Linen."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from . import checkpoint, prune
 from .matmul import sparse_matmul
+from .nnx_tree import check_model, layers_of, replace_layers
 from .sharding import ShardedSparseMatrix
 from .sparse_matrix import SparseMatrix
 from .trainable_matrix import SparsePositions, TrainableMatrix
@@ -314,9 +312,9 @@ def sparsify(
       ValueError: the predicate took no layer, or a kernel cannot be packed; the model
         is then unchanged.
     """
-    _check_model("sparsify", model)
+    check_model("sparsify", model)
     found: dict[int, tuple[nnx.Linear, list[str]]] = {}
-    for path, layer in _layers(model, nnx.Linear):
+    for path, layer in layers_of(model, nnx.Linear):
         found.setdefault(id(layer), (layer, []))[1].append(path)
     taken = {
         key: (layer, paths[0])
@@ -341,7 +339,7 @@ def sparsify(
             swapped[id(layer)] = _from_linear(SparseDense, layer, dtype, implementation)
         return swapped[id(layer)]
 
-    return _replace(model, nnx.Linear, swap, set())
+    return replace_layers(model, nnx.Linear, swap)
 
 
 def sparse_layers(model: Any) -> Iterator[tuple[str, SparseDense]]:
@@ -464,63 +462,3 @@ def _from_linear(cls, linear, dtype, implementation) -> SparseDense:
         preferred_element_type=linear.preferred_element_type,
         implementation=implementation,
     )
-
-
-def _check_model(op: str, model: Any) -> None:
-    if not isinstance(model, nnx.Module | list | tuple | dict):
-        raise TypeError(
-            f"{op}: expected an nnx.Module, or lists, tuples or dicts of them, got "
-            f"{type(model).__name__}"
-        )
-
-
-def _children(node: Any) -> list[tuple[str, Any]]:
-    if isinstance(node, nnx.Variable):
-        return []
-    if isinstance(node, nnx.Module):
-        return [(k, v) for k, v in vars(node).items() if not k.startswith("_pytree_")]
-    if isinstance(node, dict):
-        return [(str(key), child) for key, child in node.items()]
-    if hasattr(node, "_fields"):
-        return list(zip(node._fields, node, strict=True))
-    if isinstance(node, list | tuple):
-        return [(str(i), child) for i, child in enumerate(node)]
-    return []
-
-
-def _layers(
-    node: Any, kind: type, path: str = "", active: frozenset[int] = frozenset()
-) -> Iterator[tuple[str, Any]]:
-    """Every path to every layer of exactly this type; a cycle is followed once."""
-    if type(node) is kind:
-        yield path, node
-    elif id(node) not in active:
-        for name, child in _children(node):
-            child_path = f"{path}.{name}" if path else name
-            yield from _layers(child, kind, child_path, active | {id(node)})
-
-
-def _replace(
-    node: Any, kind: type, swap: Callable[[Any], Any], visited: set[int]
-) -> Any:
-    if type(node) is kind:
-        return swap(node)
-    if isinstance(node, tuple):
-        new = [_replace(child, kind, swap, visited) for child in node]
-        if all(a is b for a, b in zip(new, node, strict=True)):
-            return node
-        return type(node)(*new) if hasattr(node, "_fields") else type(node)(new)
-    if id(node) in visited:
-        return node
-    visited.add(id(node))
-    if isinstance(node, dict):
-        for key, child in list(node.items()):
-            node[key] = _replace(child, kind, swap, visited)
-    elif isinstance(node, list):
-        node[:] = [_replace(child, kind, swap, visited) for child in node]
-    else:
-        for name, child in _children(node):
-            new = _replace(child, kind, swap, visited)
-            if new is not child:
-                setattr(node, name, nnx.data(new))
-    return node

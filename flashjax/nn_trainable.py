@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from . import nn
 from .nn import SparseDense, SparseWeight
+from .nnx_tree import check_model, layers_of, replace_layers
 from .sparse_matrix import SparseMatrix
 from .trainable_matrix import SparsePositions, TrainableMatrix
 
@@ -81,7 +81,7 @@ def trainable(
       ValueError: there is no sparse layer to take, a layer's weights are traced or
         sharded over devices, or a wrong dtype; the model is then unchanged.
     """
-    nn._check_model("trainable", model)
+    check_model("trainable", model)
     found = dict(_taken(model, predicate))
     if not found:
         raise ValueError(
@@ -97,11 +97,11 @@ def trainable(
                 f"{type(kernel).__name__}"
             )
     new = {key: TrainableSparseDense(layer, dtype) for key, (_, layer) in found.items()}
-    return nn._replace(model, SparseDense, lambda old: new.get(id(old), old), set())
+    return replace_layers(model, SparseDense, lambda old: new.get(id(old), old))
 
 
 def _taken(model, predicate):
-    for path, layer in nn._layers(model, SparseDense):
+    for path, layer in layers_of(model, SparseDense):
         if predicate is None or predicate(path, layer):
             yield id(layer), (path, layer)
 
@@ -120,7 +120,7 @@ def freeze(model: Any) -> Any:
     Raises:
       TypeError: the model is none of NNX.
     """
-    nn._check_model("freeze", model)
+    check_model("freeze", model)
     frozen: dict[int, SparseDense] = {}
 
     def swap(layer: TrainableSparseDense) -> SparseDense:
@@ -134,4 +134,4 @@ def freeze(model: Any) -> Any:
             )
         return frozen[id(layer)]
 
-    return nn._replace(model, TrainableSparseDense, swap, set())
+    return replace_layers(model, TrainableSparseDense, swap)

@@ -7,7 +7,7 @@ held dense, neither there nor on the host.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from flashjax.nn import SparseDense
+from flashjax.nnx_tree import set_node
 from flashjax.sparse_matrix import SparseMatrix
 
 if TYPE_CHECKING:
@@ -110,17 +111,13 @@ def _fill(layer: nnx.Module, key: jax.Array, sparsity: float) -> None:
             # Without waiting, random numbers of many layers would pile up.
             kernel.set_value(jax.block_until_ready(dense))
             continue
-        *parents, name = map(str, path)
-        parent: Any = layer
-        for part in parents:
-            parent = getattr(parent, part)
         sparse = SparseDense.from_matrix(
             SparseMatrix.from_dense(dense),
             node.bias,
             dtype=node.dtype,
             preferred_element_type=node.preferred_element_type,
         )
-        setattr(parent, name, nnx.data(sparse))
+        set_node(layer, ".".join(map(str, path)), sparse)
 
 
 def _set(variable: nnx.Variable | None, make: Callable) -> None:

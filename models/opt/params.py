@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from flashjax.checkpoint import CheckpointError, CheckpointWriter, atomic_folder
 from flashjax.nn import SparseDense
+from flashjax.nnx_tree import node_at, set_node
 from flashjax.sparse_matrix import SparseMatrix
 
 from .config import OPTConfig
@@ -130,7 +131,7 @@ def save_pretrained(
             save_tokenizer(tokenizer, model.config, temporary)
         writer = CheckpointWriter(temporary, shard_bytes=shard_bytes)
         for name, target in opt_targets(model.config).items():
-            layer = _module(model, target.module)
+            layer = node_at(model, target.module)
             if target.attribute != "kernel":
                 writer.add(name, np.asarray(getattr(layer, target.attribute)[...]))
             elif isinstance(layer, SparseDense):
@@ -157,7 +158,7 @@ def _load(
         if not fits:
             too_large.append(stored_name)
             continue
-        layer = _module(model, target.module)
+        layer = node_at(model, target.module)
         if target.attribute != "kernel":
             placed = place.put(target.module, target.attribute, array)
             getattr(layer, target.attribute).set_value(placed)
@@ -170,7 +171,7 @@ def _load(
                 dtype=layer.dtype,
                 preferred_element_type=layer.preferred_element_type,
             )
-            _set_module(model, target.module, sparse_layer)
+            set_node(model, target.module, sparse_layer)
         else:
             # Without waiting, reading would run ahead of copying and pile up tensors.
             kernel = place.put_kernel(target.module, array)
@@ -227,15 +228,3 @@ def _goes_sparse(
     # Shifting the sign out counts -0.0 as zero.
     zeros = array.size - np.count_nonzero(array.view(np.uint16) << np.uint16(1))
     return sparse is True or bool(zeros >= AUTO_SPARSITY * array.size)
-
-
-def _module(model: OPT, path: str) -> Any:
-    node: Any = model
-    for part in path.split("."):
-        node = node[int(part)] if part.isdigit() else getattr(node, part)
-    return node
-
-
-def _set_module(model: OPT, path: str, layer: Any) -> None:
-    parent, _, attribute = path.rpartition(".")
-    setattr(_module(model, parent) if parent else model, attribute, nnx.data(layer))

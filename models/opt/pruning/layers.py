@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from flashjax.checkpoint import CheckpointError
+from flashjax.nnx_tree import node_at, set_node
 from flashjax.prune import InputStatistics
 
 from ..calibration import Calibration
@@ -85,8 +85,7 @@ class Layer:
         """Puts a tensor, as a checkpoint orients it, on the device."""
         if attribute == "kernel":
             array = transpose(array)
-        owner, name = _owner(self._layer, module)
-        variable = getattr(getattr(owner, name), attribute)
+        variable = getattr(node_at(self._layer, module), attribute)
         variable.set_value(jax.device_put(array.astype(self._dtype)))
 
     def input_statistics(
@@ -181,11 +180,6 @@ def _load_stem(stored: StoredOPT, dtype: np.dtype, stored_dtype: np.dtype) -> OP
     return model
 
 
-def _owner(layer: nnx.Module, module: str) -> tuple[Any, str]:
-    parent, _, name = module.rpartition(".")
-    return (getattr(layer, parent) if parent else layer), name
-
-
 class _Tap(nnx.Module):
     """Shows the inputs of a layer to a function on their way."""
 
@@ -226,9 +220,8 @@ def _gather(
 ) -> tuple[InputStatistics, jax.Array]:
     """Adds the inputs of a linear layer; what comes after it is not computed."""
     layer = nnx.merge(graphdef, state)
-    owner, name = _owner(layer, module)
     seen: list[jax.Array] = []
-    setattr(owner, name, _Tap(getattr(owner, name), seen.append))
+    set_node(layer, module, _Tap(node_at(layer, module), seen.append))
     _apply(layer, x, mask)
     stats, finite = found
     return stats.update(seen[0], mask), finite & _all_finite(seen[0], mask)
