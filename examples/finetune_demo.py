@@ -13,21 +13,18 @@ finetune.png. The last 5% of every text are not trained on.
 
 import importlib.metadata
 import json
-import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import typer
 from demo_training import text
-from demo_training.model import windows
 from demo_training.text import BOS_ID
-from flax import nnx
+from fine_tuning import DECODER, decoder_kernels, masked_step, random_batches, train
+from marked_page import write_between
 
 import flashjax as fj
 from flashjax.models import opt
@@ -37,7 +34,6 @@ HERE = Path(__file__).resolve().parent
 CALIBRATION = Path(opt.__file__).parent / "data" / "calibration.txt"
 HELD_OUT = 0.05
 MARKS = ("<!-- figures, written by finetune_demo.py -->", "<!-- end of the figures -->")
-_DECODER = re.compile(r"layers\.\d+\.(self_attn\.\w+_proj|fc1|fc2)")
 
 
 def pruned_model(folder: Path, sparsity: float) -> tuple[opt.OPT, Any]:
@@ -50,95 +46,6 @@ def pruned_model(folder: Path, sparsity: float) -> tuple[opt.OPT, Any]:
     return model, tokenizer
 
 
-def decoder_kernels(model: opt.OPT) -> dict[str, nnx.Param]:
-    """The matrices that are pruned, by the layer's path."""
-    return {
-        ".".join(map(str, path)): node.kernel
-        for path, node in nnx.iter_graph(model, graph=True)
-        if isinstance(node, nnx.Linear) and _DECODER.fullmatch(".".join(map(str, path)))
-    }
-
-
-def masked_step(masks: dict[str, jax.Array]) -> Callable[[opt.OPT], None]:
-    """Sets the pruned weights of a dense model to 0."""
-
-    def apply(model: opt.OPT) -> None:
-        for name, kernel in decoder_kernels(model).items():
-            kernel.set_value(jnp.where(masks[name], kernel.get_value(), 0))
-
-    return apply
-
-
-def loss_fn(model: opt.OPT, inputs: jax.Array, targets: jax.Array) -> jax.Array:
-    """Mean of -log p(target), in nats."""
-    logits = model(inputs)
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, targets))
-
-
-def make_optimizer(model: opt.OPT, learning_rate: float, steps: int) -> nnx.Optimizer:
-    """AdamW with warm-up and a cosine."""
-    warmup = max(1, min(50, steps // 10))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup, steps)
-    chain = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(schedule, b2=0.98, weight_decay=0.01),
-    )
-    return nnx.Optimizer(model, chain, wrt=nnx.Param)
-
-
-def state_bytes(optimizer: nnx.Optimizer) -> int:
-    """Bytes of the optimizer's state."""
-    leaves = jax.tree.leaves(nnx.state(optimizer.opt_state))
-    return sum(leaf.nbytes for leaf in leaves)
-
-
-def train(
-    model: opt.OPT,
-    batches: Iterator[tuple[jax.Array, jax.Array]],
-    measure: Callable[[int, opt.OPT], None],
-    *,
-    steps: int,
-    learning_rate: float,
-    after: Callable[[opt.OPT], None] = lambda model: None,
-) -> dict[str, Any]:
-    """Trains a model in place.
-
-    Args:
-      model: float32.
-      batches: inputs and targets of each step.
-      measure: called with the steps done and the model now and then.
-      steps: of the optimizer.
-      learning_rate: its peak.
-      after: changes the model after each step.
-
-    Returns:
-      Losses, seconds a step, bytes of the optimizer's state.
-    """
-    optimizer = make_optimizer(model, learning_rate, steps)
-
-    @nnx.jit
-    def step(model, optimizer, inputs, targets):
-        loss, gradients = nnx.value_and_grad(loss_fn)(model, inputs, targets)
-        optimizer.update(model, gradients)
-        after(model)
-        return loss
-
-    losses, seconds = [], []
-    measure(0, model)
-    for done in range(1, steps + 1):
-        inputs, targets = next(batches)
-        begin = time.perf_counter()
-        losses.append(float(step(model, optimizer, inputs, targets)))
-        seconds.append(time.perf_counter() - begin)
-        if done % max(1, steps // 5) == 0 or done == steps:
-            measure(done, model)
-    return {
-        "train_loss": [round(loss, 4) for loss in losses],
-        "seconds_a_step": round(float(np.median(seconds)), 3),
-        "optimizer_bytes": state_bytes(optimizer),
-    }
-
-
 def training_ids(tokenizer: Any, paths: list[Path]) -> np.ndarray:
     """Token ids of all but the last 5% of the texts."""
     parts = []
@@ -147,18 +54,6 @@ def training_ids(tokenizer: Any, paths: list[Path]) -> np.ndarray:
         ids = text.encode(tokenizer, content[: int(len(content) * (1 - HELD_OUT))])
         parts += [ids, np.array([BOS_ID], np.int32)]
     return np.concatenate(parts)
-
-
-def random_batches(ids: np.ndarray, batch: int, length: int, seed: int):
-    """Inputs and targets (batch, length) without end."""
-    if len(ids) <= length:
-        raise ValueError(
-            f"expected texts of more than {length} tokens to train on, got {len(ids)}"
-        )
-    rng, on_device = np.random.default_rng(seed), jnp.asarray(ids)
-    while True:
-        starts = rng.integers(0, len(ids) - length, batch, dtype=np.int32)
-        yield windows(on_device, jnp.asarray(starts), length)
 
 
 def run(
@@ -191,7 +86,7 @@ def run(
     masks = {n: k.get_value() != 0 for n, k in decoder_kernels(dense).items()}
     sparse, _ = pruned_model(folder, sparsity)
     sparse = fj.sparsify(
-        sparse, lambda path, _: bool(_DECODER.fullmatch(path)), dtype=jnp.float16
+        sparse, lambda path, _: bool(DECODER.fullmatch(path)), dtype=jnp.float16
     )
     sparse = fj.trainable(sparse)
     layers = [layer for _, layer in fj.nn.sparse_layers(sparse)]
@@ -295,13 +190,7 @@ def table(record: dict[str, Any]) -> str:
 
 def update_page(page: Path, record: dict[str, Any]) -> None:
     """Puts the figures between the marks of a Markdown page."""
-    content = page.read_text(encoding="utf-8")
-    head, start, rest = content.partition(MARKS[0])
-    _, end, tail = rest.partition(MARKS[1])
-    if not start or not end:
-        raise ValueError(f"{page}: expected the marks {MARKS[0]!r} and {MARKS[1]!r}")
-    content = f"{head}{MARKS[0]}\n{table(record)}\n{MARKS[1]}{tail}"
-    page.write_text(content, encoding="utf-8")
+    write_between(page, MARKS, table(record))
 
 
 def main(

@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from marked_page import write_between
+
 from flashjax.checkpoint import CheckpointError
 
-_START = "<!-- figures of training.json, written by demo_report.py -->"
-_END = "<!-- end of the figures -->"
+_MARKS = (
+    "<!-- figures of training.json, written by demo_report.py -->",
+    "<!-- end of the figures -->",
+)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -89,13 +93,7 @@ def update_page(page: Path, record: Mapping[str, Any]) -> None:
     Raises:
       ValueError: the page lacks the marks.
     """
-    content = page.read_text(encoding="utf-8")
-    head, start, rest = content.partition(_START)
-    _, end, tail = rest.partition(_END)
-    if not start or not end:
-        raise ValueError(f"{page}: expected the marks {_START!r} and {_END!r}")
-    content = f"{head}{_START}\n{tables(record)}\n{_END}{tail}"
-    page.write_text(content, encoding="utf-8")
+    write_between(page, _MARKS, tables(record))
 
 
 def plot(record: Mapping[str, Any], path: Path) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from demo_training import text
 from demo_training.text import BOS_ID
-from finetune_demo import decoder_kernels, masked_step, random_batches, train
+from fine_tuning import decoder_kernels, masked_step, random_batches, train
 
 import flashjax as fj
 from flashjax.models import opt

@@ -5,8 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_START = "<!-- figures, written by pruning_study.py -->"
-_END = "<!-- end of the figures -->"
+from marked_page import write_between
+
+_MARKS = (
+    "<!-- figures, written by pruning_study.py -->",
+    "<!-- end of the figures -->",
+)
 # Better to worse, as the papers say: each compares itself with those after it.
 _ORDER = ("alps", "sparsegpt", "wanda", "magnitude")
 # Perplexities closer than this are called equal.
@@ -68,13 +72,7 @@ def update_page(path: Path, record: Mapping[str, Any]) -> None:
     Raises:
       ValueError: the page lacks the marks.
     """
-    content = path.read_text(encoding="utf-8")
-    head, start, rest = content.partition(_START)
-    _, end, tail = rest.partition(_END)
-    if not start or not end:
-        raise ValueError(f"{path}: expected the marks {_START!r} and {_END!r}")
-    content = f"{head}{_START}\n{page(record)}\n{_END}{tail}"
-    path.write_text(content, encoding="utf-8")
+    write_between(path, _MARKS, page(record))
 
 
 def plot(record: Mapping[str, Any], path: Path) -> None:
