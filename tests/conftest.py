@@ -85,3 +85,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     reason = fj.cuda_unavailable_reason()
     if reason:
         pytest.skip(f"needs a GPU: {reason}")
+
+
+@pytest.fixture
+def product(request: pytest.FixtureRequest):
+    """sparse_matmul; the parameter is an implementation and a platform."""
+    import op_cases
+
+    with op_cases.multiplying(*request.param) as multiply:
+        yield multiply
+
+
+@pytest.fixture(scope="session")
+def small():
+    """A dense (70, 33) matrix, the same packed, and x (4, 5, 70)."""
+    import op_cases
+
+    dense, w, _ = op_cases.packed_and_x((70, 33), 0.6, 1, "float16")
+    return dense, w, op_cases.random_x((4, 5, 70), "float16")

@@ -42,6 +42,10 @@ SHAPES = [
 
 ROWS = [0, 1, 2, 3, 7, 8, 16, 17, 33, 64, 100, 128, 129, 257]
 
+every_implementation = pytest.mark.parametrize(
+    "product", IMPLEMENTATIONS, indirect=True
+)
+
 
 def for_each(name: str, kernels: list, plain: list):
     """Parametrizes a test by an implementation and a value of `name`.
@@ -62,6 +66,13 @@ def on_platform(platform: str):
     if platform == "cpu":
         return jax.default_device(jax.local_devices(backend="cpu")[0])
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def multiplying(implementation: str | None, platform: str):
+    """sparse_matmul with an implementation, on the platform that it runs on."""
+    with on_platform(platform):
+        yield functools.partial(fj.sparse_matmul, implementation=implementation)
 
 
 def random_dense(k: int, m: int, sparsity: float, dtype: str, seed=0) -> np.ndarray:

@@ -16,19 +16,8 @@ from flashjax import _native, sample
 from flashjax.trainable_matrix import TrainableMatrix
 
 from . import op_cases
-from .op_cases import HALVES, IMPLEMENTATIONS, SHAPES, for_each
-
-every_implementation = pytest.mark.parametrize(
-    "product", IMPLEMENTATIONS, indirect=True
-)
-
-
-@pytest.fixture
-def product(request):
-    """sparse_matmul with an implementation, on the platform that it runs on."""
-    implementation, platform = request.param
-    with op_cases.on_platform(platform):
-        yield functools.partial(fj.sparse_matmul, implementation=implementation)
+from .mesh_support import make_mesh
+from .op_cases import HALVES, SHAPES, every_implementation, for_each
 
 
 @pytest.fixture(scope="module")
@@ -423,8 +412,7 @@ def test_forward_mode_and_second_derivatives(product, small):
 
 
 def data_parallel(t, x, weights):
-    kinds = (jax.sharding.AxisType.Auto,)
-    mesh = jax.make_mesh((4,), ("data",), axis_types=kinds)
+    mesh = make_mesh(names=("data",))
 
     @functools.partial(
         jax.shard_map, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=P()
@@ -443,8 +431,7 @@ def test_shard_map_sums_over_devices(small):
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_sharded_batch(small, kind):
     t, x, weights = small
-    kinds = (getattr(jax.sharding.AxisType, kind),)
-    mesh = jax.make_mesh((4,), ("data",), axis_types=kinds)
+    mesh = make_mesh(names=("data",), kind=getattr(jax.sharding.AxisType, kind))
     split = jax.NamedSharding(mesh, P("data"))
     everywhere = jax.NamedSharding(mesh, P())
     args = (

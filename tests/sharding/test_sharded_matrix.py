@@ -193,6 +193,8 @@ def test_wrong_operands():
         fj.sparse_matmul(x[..., :24], w)
     with pytest.raises(ValueError, match=r"bias of shape \(80,\)"):
         fj.sparse_matmul(x, w, bias=bias[:20])
+    with pytest.raises(ValueError, match="bias of a float dtype, got int32"):
+        fj.sparse_matmul(x, w, bias=bias.astype(np.int32))
     with pytest.raises(TypeError, match="got list"):
         fj.sparse_matmul([1.0], w)
     with pytest.raises(ValueError, match=r"bitmap.*4 shards as"):

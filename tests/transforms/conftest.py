@@ -1,7 +1,5 @@
 """The sparse product and its dense twin, which transformations must treat alike."""
 
-import functools
-
 import cuda_stand_in
 import jax.numpy as jnp
 import op_cases
@@ -15,9 +13,8 @@ K, M = 40, 24
 @pytest.fixture(params=op_cases.IMPLEMENTATIONS)
 def product(request):
     """sparse_matmul with an implementation, on the platform that it runs on."""
-    implementation, platform = request.param
-    with op_cases.on_platform(platform):
-        yield functools.partial(fj.sparse_matmul, implementation=implementation)
+    with op_cases.multiplying(*request.param) as multiply:
+        yield multiply
 
 
 @pytest.fixture
