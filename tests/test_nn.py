@@ -1,33 +1,21 @@
-"""SparseDense in NNX and Linen, and sparsify."""
+"""SparseDense in NNX, and the forms in which it is stored."""
 
 import pickle
 import subprocess
 import sys
-from typing import NamedTuple
 
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen, nnx
+from flax import nnx
 
 from flashjax import SparseMatrix, checkpoint, prune, sparse_matmul
 from flashjax import linen as fj_linen
-from flashjax.nn import (
-    SparseDense,
-    SparseWeight,
-    parameter_bytes,
-    sparse_layers,
-    sparsify,
-)
+from flashjax.nn import SparseDense, SparseWeight, sparsify
 
-HALVES = [jnp.float16, jnp.bfloat16]
-
-
-def random(shape, dtype, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+from .nn_support import HALVES, assert_close, random
 
 
 def pruned_linear(inputs, outputs, param_dtype, sparsity=0.7, **kwargs):
@@ -38,17 +26,6 @@ def pruned_linear(inputs, outputs, param_dtype, sparsity=0.7, **kwargs):
     if linear.bias is not None:
         linear.bias.set_value(random((outputs,), param_dtype, 1))
     return linear
-
-
-def assert_close(y, expected, dtype=jnp.float16):
-    tolerance = 4 * float(jnp.finfo(dtype).eps)
-    assert y.shape == expected.shape
-    np.testing.assert_allclose(
-        np.asarray(y, np.float32),
-        np.asarray(expected, np.float32),
-        rtol=tolerance,
-        atol=tolerance * 8,
-    )
 
 
 # --- SparseDense --------------------------------------------------------------------
@@ -293,6 +270,33 @@ def test_display(capsys):
     assert "SparseMatrix" in capsys.readouterr().out
 
 
+def test_infinities_and_nan_survive():
+    linear = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    kernel = jnp.asarray([[np.inf, 0], [-np.inf, np.nan]], jnp.float32)
+    linear.kernel.set_value(kernel)
+    dense = SparseDense.from_linear(linear).kernel[...].to_dense()
+    np.testing.assert_array_equal(np.asarray(dense, np.float32), kernel)
+
+
+def test_largest_values_round_down():
+    linear = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+    linear.kernel.set_value(jnp.full((1, 1), 65519.0))
+    dense = SparseDense.from_linear(linear).kernel[...].to_dense()
+    assert dense.item() == 65504
+
+
+def test_linear_with_its_own_product():
+    linear = nnx.Linear(
+        4, 4, dot_general=lambda *a, **k: jax.lax.dot_general(*a, **k), rngs=nnx.Rngs(0)
+    )
+    with pytest.raises(
+        ValueError, match=r"expected an nnx\.Linear with the default dot"
+    ):
+        sparsify(nnx.List([linear]))
+    with pytest.raises(ValueError, match=r"expected an nnx\.Linear, got LayerNorm"):
+        SparseDense.from_linear(nnx.LayerNorm(4, rngs=nnx.Rngs(0)))
+
+
 # --- Stores -------------------------------------------------------------------------
 
 
@@ -366,275 +370,3 @@ def test_orbax(tmp_path, canonical):
 def test_pickle():
     matrix = SparseDense(70, 33, rngs=nnx.Rngs(0)).kernel[...]
     assert same_matrix(pickle.loads(pickle.dumps(matrix)), matrix)
-
-
-# --- Linen --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("use_bias", [True, False])
-def test_linen(dtype, use_bias):
-    layer = fj_linen.SparseDense(features=37, use_bias=use_bias, param_dtype=dtype)
-    x = random((2, 100), dtype)
-    variables = layer.init(jax.random.key(0), x)
-    matrix = variables["sparse"]["kernel"]
-    assert matrix.shape == (100, 37)
-    assert matrix.sparsity == pytest.approx(0.8, abs=0.01)
-    assert set(variables) == ({"params", "sparse"} if use_bias else {"sparse"})
-    y = jax.jit(layer.apply)(variables, x)
-    assert y.dtype == dtype
-    dense = np.asarray(matrix.to_dense(), np.float32)
-    assert_close(y, np.asarray(x, np.float32) @ dense, dtype)
-
-
-def test_linen_from_dense():
-    dense = linen.Dense(20)
-    x = random((5, 48), jnp.float32)
-    params = dense.init(jax.random.key(0), x)["params"]
-    variables = fj_linen.SparseDense.params_from_dense(
-        params["kernel"], params["bias"] + 1
-    )
-    layer = fj_linen.SparseDense(features=20)
-    params["bias"] = params["bias"] + 1
-    assert_close(layer.apply(variables, x), dense.apply({"params": params}, x))
-    variables = layer.params_from_dense(params["kernel"])
-    assert variables["params"] == {}
-
-
-def test_linen_in_a_model():
-    class Model(linen.Module):
-        @linen.compact
-        def __call__(self, x):
-            x = fj_linen.SparseDense(features=16)(x)
-            return fj_linen.SparseDense(features=8, name="head")(jax.nn.relu(x))
-
-    model = Model()
-    x = random((5, 48), jnp.float16)
-    variables = model.init(jax.random.key(0), x)
-    assert set(variables["sparse"]) == {"SparseDense_0", "head"}
-
-    def loss(params):
-        y = model.apply(variables | {"params": params}, x)
-        return jnp.sum(y.astype(jnp.float32) ** 2)
-
-    gradient = jax.grad(loss)(variables["params"])
-    assert gradient["head"]["bias"].shape == (8,)
-
-    stored = flax.serialization.to_bytes(variables)
-    other = model.init(jax.random.key(1), x)
-    restored = flax.serialization.from_bytes(other, stored)
-    assert jnp.array_equal(model.apply(restored, x), model.apply(variables, x))
-
-
-def test_linen_init_cannot_be_transformed():
-    layer = fj_linen.SparseDense(features=8)
-    with pytest.raises(ValueError, match=r"outside.*params_from_dense"):
-        jax.jit(layer.init)(jax.random.key(0), jnp.ones((2, 4), jnp.float16))
-
-
-def test_linen_wrong_inputs():
-    layer = fj_linen.SparseDense(features=8)
-    variables = layer.init(jax.random.key(0), jnp.ones((2, 4), jnp.float16))
-    with pytest.raises(ValueError, match=r"got \(2, 5\)"):
-        layer.apply(variables, jnp.ones((2, 5), jnp.float16))
-
-
-# --- sparsify -----------------------------------------------------------------------
-
-
-class Block(nnx.Module):
-    def __init__(self, rngs):
-        self.fc1 = nnx.Linear(16, 24, rngs=rngs)
-        self.fc2 = nnx.Linear(24, 16, use_bias=False, rngs=rngs)
-
-    def __call__(self, x):
-        return x + self.fc2(jax.nn.relu(self.fc1(x)))
-
-
-class Model(nnx.Module):
-    def __init__(self, rngs):
-        self.embed = nnx.Embed(10, 16, rngs=rngs)
-        self.layers = nnx.List([Block(rngs) for _ in range(2)])
-        self.named = nnx.Dict(a=nnx.Linear(16, 16, rngs=rngs))
-        self.norm = nnx.LayerNorm(16, rngs=rngs)
-        self.head = nnx.Linear(16, 10, rngs=rngs)
-
-    def __call__(self, tokens):
-        x = self.embed(tokens)
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(self.norm(self.named["a"](x)))
-
-
-PATHS = [
-    "head",
-    "layers.0.fc1",
-    "layers.0.fc2",
-    "layers.1.fc1",
-    "layers.1.fc2",
-    "named.a",
-]
-
-
-def test_sparsify_everything():
-    model = Model(nnx.Rngs(0))
-    tokens = jnp.arange(6, dtype=jnp.int32).reshape(2, 3)
-    expected = model(tokens)
-    seen = []
-    result = sparsify(model, lambda path, layer: not seen.append((path, layer)))
-    assert result is model
-    assert sorted(path for path, _ in seen) == PATHS
-    assert all(type(layer) is nnx.Linear for _, layer in seen)
-    assert sorted(path for path, _ in sparse_layers(model)) == PATHS
-    assert model.head.param_dtype == jnp.float16
-    assert model.head.bias.dtype == jnp.float32
-    assert_close(model(tokens), expected)
-    assert_close(nnx.jit(lambda m, t: m(t))(model, tokens), expected)
-    assert parameter_bytes(model) == sum(
-        leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model))
-    )
-    assert sparsify(model) is model  # nothing left to swap
-
-
-@pytest.mark.parametrize("model", [3, linen.Dense(4), None])
-def test_sparsify_refuses_what_is_not_of_nnx(model):
-    with pytest.raises(TypeError, match=type(model).__name__):
-        sparsify(model)
-
-
-def test_sparsify_some():
-    model = Model(nnx.Rngs(0))
-    sparsify(model, lambda path, _: path.endswith("fc2"), jnp.bfloat16)
-    assert [path for path, _ in sparse_layers(model)] == [
-        "layers.0.fc2",
-        "layers.1.fc2",
-    ]
-    assert model.layers[0].fc2.kernel[...].dtype == jnp.bfloat16
-    assert type(model.layers[0].fc1) is nnx.Linear
-
-
-def test_sparsify_nothing():
-    model = Model(nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"none of 6 \(.*head"):
-        sparsify(model, lambda path, _: path == "layers.7.fc1")
-    with pytest.raises(ValueError, match="none of 0"):
-        sparsify(nnx.LayerNorm(4, rngs=nnx.Rngs(0)), lambda path, _: True)
-    norm = nnx.LayerNorm(4, rngs=nnx.Rngs(0))
-    assert sparsify(norm) is norm
-
-
-class Pair(NamedTuple):
-    first: nnx.Module
-    second: nnx.Module
-
-
-def test_sparsify_containers():
-    rngs = nnx.Rngs(0)
-
-    class Holder(nnx.Module):
-        def __init__(self):
-            self.pair = nnx.data(Pair(nnx.Linear(4, 4, rngs=rngs), Block(rngs)))
-            self.listed = nnx.data([nnx.Linear(4, 4, rngs=rngs)])
-            self.mapped = nnx.data({"x": (nnx.Linear(4, 4, rngs=rngs),)})
-
-    holder = sparsify(Holder())
-    paths = [
-        "listed.0",
-        "mapped.x.0",
-        "pair.first",
-        "pair.second.fc1",
-        "pair.second.fc2",
-    ]
-    assert sorted(path for path, _ in sparse_layers(holder)) == sorted(paths)
-    assert isinstance(holder.pair, Pair)
-    nnx.split(holder)
-
-
-def test_sparsify_roots():
-    linear = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
-    assert isinstance(sparsify(linear), SparseDense)
-    assert isinstance(sparsify((linear,))[0], SparseDense)
-    sequential = nnx.Sequential(linear, jax.nn.relu)
-    x = jnp.ones((2, 4))
-    expected = sequential(x)
-    assert_close(sparsify(sequential)(x), expected)
-
-
-def test_sparsify_shared_layers():
-    class Shared(nnx.Module):
-        def __init__(self, rngs):
-            self.a = nnx.Linear(4, 4, rngs=rngs)
-            self.b = self.a
-            self.inner = nnx.List([self.a])
-
-    model = Shared(nnx.Rngs(0))
-    sparsify(model, lambda path, _: path == "inner.0")
-    assert isinstance(model.a, SparseDense)
-    assert model.a is model.b is model.inner[0]
-
-
-def test_sparsify_cycles():
-    class Node(nnx.Module):
-        def __init__(self, rngs):
-            self.linear = nnx.Linear(4, 4, rngs=rngs)
-            self.me = self
-
-    model = sparsify(Node(nnx.Rngs(0)))
-    assert model.me is model
-    assert isinstance(model.linear, SparseDense)
-
-
-def test_sparsify_leaves_subclasses_alone():
-    class Special(nnx.Linear):
-        def __call__(self, x):
-            return super().__call__(x) + 1
-
-    model = nnx.List([Special(4, 4, rngs=nnx.Rngs(0))])
-    assert type(sparsify(model)[0]) is Special
-
-
-@pytest.mark.parametrize(
-    ("value", "dtype", "message"),
-    [
-        (1e5, None, r"layers\.1\.fc1: expected magnitudes up to 65504 .* got 100000"),
-        (1.0, jnp.float32, "float16 or bfloat16, got float32"),
-    ],
-)
-def test_sparsify_refuses_and_changes_nothing(value, dtype, message):
-    model = Model(nnx.Rngs(0))
-    model.layers[1].fc1.kernel.set_value(jnp.full((16, 24), value))
-    with pytest.raises(ValueError, match=message):
-        sparsify(model, dtype=dtype)
-    assert not list(sparse_layers(model))
-
-
-def test_infinities_and_nan_survive():
-    linear = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
-    kernel = jnp.asarray([[np.inf, 0], [-np.inf, np.nan]], jnp.float32)
-    linear.kernel.set_value(kernel)
-    dense = SparseDense.from_linear(linear).kernel[...].to_dense()
-    np.testing.assert_array_equal(np.asarray(dense, np.float32), kernel)
-
-
-def test_largest_values_round_down():
-    linear = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
-    linear.kernel.set_value(jnp.full((1, 1), 65519.0))
-    dense = SparseDense.from_linear(linear).kernel[...].to_dense()
-    assert dense.item() == 65504
-
-
-def test_sparsify_in_jit():
-    with pytest.raises(ValueError, match="expected a kernel with values"):
-        nnx.jit(sparsify)(Model(nnx.Rngs(0)))
-
-
-def test_linear_with_its_own_product():
-    linear = nnx.Linear(
-        4, 4, dot_general=lambda *a, **k: jax.lax.dot_general(*a, **k), rngs=nnx.Rngs(0)
-    )
-    with pytest.raises(
-        ValueError, match=r"expected an nnx\.Linear with the default dot"
-    ):
-        sparsify(nnx.List([linear]))
-    with pytest.raises(ValueError, match=r"expected an nnx\.Linear, got LayerNorm"):
-        SparseDense.from_linear(nnx.LayerNorm(4, rngs=nnx.Rngs(0)))
