@@ -1,16 +1,15 @@
 """Repetition penalty, log-probabilities, rows of their own, and GenerationConfig."""
 
-import contextlib
 import dataclasses
 import json
 import sys
 import warnings
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from generate_support import count_compilations, logits_of
 
 from flashjax.checkpoint import CheckpointError
 from flashjax.models import opt
@@ -37,16 +36,11 @@ def model():
     return opt.OPT(CONFIG, rngs=nnx.Rngs(0))
 
 
-@nnx.jit
-def _logits(model, token_ids):
-    return model(token_ids)
-
-
 def _next_logits(model, tokens):
     """(vocab_size,) logits after the tokens, one shape for all lengths."""
     ids = np.zeros((1, CONFIG.max_positions), np.int32)
     ids[0, : len(tokens)] = tokens
-    return np.asarray(_logits(model, jnp.asarray(ids)))[0, len(tokens) - 1]
+    return np.asarray(logits_of(model, jnp.asarray(ids)))[0, len(tokens) - 1]
 
 
 def _plain(model, prompt, *, penalty=1.0, ends=(), least=0, new=NEW):
@@ -69,22 +63,6 @@ def _plain(model, prompt, *, penalty=1.0, ends=(), least=0, new=NEW):
     return tokens[len(prompt) :], logprobs
 
 
-@contextlib.contextmanager
-def _no_compilation():
-    events = []
-
-    def listen(event, duration, **kwargs):
-        if event.startswith("/jax/core/compile"):
-            events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    assert not events
-
-
 @pytest.mark.parametrize("penalty", [1.3, 5.0, 0.5])
 def test_penalty_and_logprobs_by_their_definitions(model, penalty):
     ids, mask = opt.pad_prompts(PROMPTS, 3)  # a padding id that the model may choose
@@ -102,10 +80,11 @@ def test_penalty_and_logprobs_by_their_definitions(model, penalty):
         model, ids, mask, repetition_penalty=penalty, **options
     )
     np.testing.assert_array_equal(np.stack(list(streamed), axis=1), tokens[:, 6:])
-    with _no_compilation():
+    with count_compilations() as events:
         opt.generate(
             model, ids, mask, repetition_penalty=2.5, return_logprobs=True, **options
         )
+    assert not events
 
 
 def test_a_high_penalty_repeats_nothing(model):

@@ -1,22 +1,32 @@
-import builtins
-import contextlib
+"""Loading and saving models in the Hugging Face layout."""
+
 import json
 import logging
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file, save_file
+from opt_folders import (
+    DATA,
+    EMBED,
+    FC1,
+    LM_HEAD,
+    TOKENS,
+    assert_same,
+    edited,
+    leaves,
+    prune,
+    sparse_layers,
+    write_pickles,
+)
+from safetensors.numpy import load_file
 
 from flashjax.checkpoint import CheckpointError, CheckpointReader
 from flashjax.models import opt
@@ -24,66 +34,7 @@ from flashjax.models.opt import OPT, OPTConfig
 from flashjax.models.opt.tokenizer import load_tokenizer
 from flashjax.nn import SparseDense
 
-DATA = Path(__file__).parent / "data"
 VARIANTS = sorted(path.parent.name for path in DATA.glob("*/config.json"))
-TOKENS = np.array([[2, 5, 9, 11, 4]], np.int32)
-LINEARS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-FC1 = "model.decoder.layers.0.fc1.weight"
-LM_HEAD = "lm_head.weight"
-EMBED = "model.decoder.embed_tokens.weight"
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A copy of a stored float16 model: pre-norm, tied, one safetensors file."""
-    return Path(shutil.copytree(DATA / "pre_norm", tmp_path / "model"))
-
-
-@contextlib.contextmanager
-def edited(folder):
-    """The tensors of a folder with one file, written back afterwards."""
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    yield tensors
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def edit_config(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def leaves(model):
-    """All arrays by path; packed kernels unpacked."""
-    found = {}
-    for path, leaf in nnx.to_flat_state(nnx.state(model)):
-        value = leaf.get_value()
-        dense = value.to_dense() if hasattr(value, "to_dense") else value
-        found[".".join(map(str, path))] = np.asarray(dense)
-    return found
-
-
-def assert_same(model, other):
-    ours, theirs = leaves(model), leaves(other)
-    assert ours.keys() == theirs.keys()
-    for name, array in ours.items():
-        assert array.dtype == theirs[name].dtype, name
-        assert array.tobytes() == theirs[name].tobytes(), name
-
-
-def prune(folder, share=0.8):
-    """Zeroes a share of every linear layer of the decoder in a folder."""
-    rng = np.random.default_rng(0)
-    with edited(folder) as tensors:
-        for name, array in tensors.items():
-            if name.split(".")[-2] in LINEARS and array.ndim == 2:
-                array[rng.random(array.shape) < share] = 0
-
-
-def sparse_layers(model):
-    return [
-        path for path, node in nnx.iter_modules(model) if isinstance(node, SparseDense)
-    ]
 
 
 # Loading.
@@ -163,102 +114,6 @@ def test_tokenizer_is_loaded(folder):
     shutil.copytree(DATA / "tokenizer", folder, dirs_exist_ok=True)
     _, tokenizer = opt.from_pretrained(folder)
     assert tokenizer.encode("the cat").ids[0] == 2
-
-
-# Pickles.
-
-
-def write_pickles(folder, files):
-    torch = pytest.importorskip("torch", reason="pip install 'flashjax[torch]'")
-    tensors = {
-        name: torch.from_numpy(array)
-        for name, array in load_file(folder / "model.safetensors").items()
-    }
-    (folder / "model.safetensors").unlink()
-    if files == 1:
-        torch.save(tensors, folder / "pytorch_model.bin")
-        return
-    weight_map = {}
-    for i, name in enumerate(tensors):
-        weight_map[name] = f"pytorch_model-{i % files + 1:05}-of-{files:05}.bin"
-    for file in set(weight_map.values()):
-        part = {n: t for n, t in tensors.items() if weight_map[n] == file}
-        torch.save(part, folder / file)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-
-
-@pytest.mark.parametrize("files", [1, 3])
-def test_pickles(folder, files):
-    write_pickles(folder, files)
-    assert_same(
-        opt.from_pretrained(folder)[0], opt.from_pretrained(DATA / "pre_norm")[0]
-    )
-
-
-def test_pickle_of_bfloat16_in_the_old_format(folder):
-    torch = pytest.importorskip("torch", reason="pip install 'flashjax[torch]'")
-    stored = load_file(folder / "model.safetensors")
-    tensors = {n: torch.from_numpy(a).bfloat16() for n, a in stored.items()}
-    tensors[LM_HEAD] = tensors[EMBED]
-    (folder / "model.safetensors").unlink()
-    path = folder / "pytorch_model.bin"
-    torch.save(tensors, path, _use_new_zipfile_serialization=False)
-    model, _ = opt.from_pretrained(folder, dtype=jnp.bfloat16)
-    expected = stored[FC1].astype(ml_dtypes.bfloat16).T
-    np.testing.assert_array_equal(model.layers[0].fc1.kernel[...], expected)
-
-
-def test_safetensors_are_preferred_to_pickles(folder):
-    (folder / "pytorch_model.bin").write_bytes(b"never read")
-    opt.from_pretrained(folder)
-
-
-def test_pickles_without_torch(folder, monkeypatch):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    original = builtins.__import__
-
-    def no_torch(name, *args, **kwargs):
-        if name == "torch":
-            raise ImportError("No module named 'torch'")
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", no_torch)
-    with pytest.raises(CheckpointError, match=r"pip install 'flashjax\[torch\]'"):
-        opt.from_pretrained(folder)
-
-
-def test_pickle_that_would_run_code(folder):
-    torch = pytest.importorskip("torch", reason="pip install 'flashjax[torch]'")
-
-    class Code:
-        def __reduce__(self):
-            return os.mkdir, (str(folder / "was_run"),)
-
-    (folder / "model.safetensors").unlink()
-    torch.save({"x": Code()}, folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: expected a whole"):
-        opt.from_pretrained(folder)
-    assert not (folder / "was_run").exists()
-
-
-@pytest.mark.parametrize("kind", ["truncated", "garbage", "empty", "list", "shard"])
-def test_damaged_pickles(folder, kind):
-    torch = pytest.importorskip("torch", reason="pip install 'flashjax[torch]'")
-    write_pickles(folder, 1 if kind != "shard" else 2)
-    path = folder / "pytorch_model.bin"
-    if kind == "truncated":
-        path.write_bytes(path.read_bytes()[:2000])
-    elif kind == "garbage":
-        path.write_bytes(b"garbage" * 100)
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "list":
-        torch.save([torch.ones(2)], path)
-    else:
-        (folder / "pytorch_model-00002-of-00002.bin").unlink()
-    with pytest.raises(CheckpointError, match="pytorch_model"):
-        opt.from_pretrained(folder)
 
 
 # Sparse layers.
@@ -443,109 +298,6 @@ def test_wrong_things_to_save(tmp_path, model, tokenizer, message):
     with pytest.raises(ValueError, match=message):
         opt.save_pretrained(model, tokenizer, tmp_path / "out")
     assert not list(tmp_path.iterdir())
-
-
-# Folders that are no model.
-
-
-def test_all_tensors_that_do_not_fit_are_named(folder):
-    with edited(folder) as tensors:
-        del tensors["model.decoder.layers.1.fc2.bias"]
-        del tensors["model.decoder.embed_positions.weight"]
-        tensors["model.decoder.layers.7.fc2.bias"] = np.ones(3, np.float16)
-        tensors[FC1] = np.ones((3, 4), np.float16)
-        tensors[EMBED] = np.ones((48, 16), np.int32)
-    with pytest.raises(CheckpointError) as error:
-        opt.from_pretrained(folder)
-    message = str(error.value)
-    assert str(folder) in message
-    assert "2 missing: model.decoder.embed_positions.weight, model.decoder" in message
-    assert "1 unexpected: model.decoder.layers.7.fc2.bias" in message
-    assert "fc1.weight expected shape (24, 16), got (3, 4)" in message
-    assert "embed_tokens.weight expected a floating dtype, got int32" in message
-
-
-def test_many_tensors_are_not_all_listed(folder):
-    edit_config(folder, num_hidden_layers=40)
-    with pytest.raises(CheckpointError, match=r"608 missing: .*, and 600 more$"):
-        opt.from_pretrained(folder)
-
-
-def test_two_names_of_one_weight(folder):
-    with edited(folder) as tensors:
-        tensors[FC1.removeprefix("model.")] = tensors[FC1]
-    with pytest.raises(CheckpointError, match="are the same weight"):
-        opt.from_pretrained(folder)
-
-
-def test_values_too_large_for_float16(folder):
-    with edited(folder) as tensors:
-        large = tensors[FC1].astype(np.float32)
-        large[0, 0], large[0, 1] = 1e5, np.inf
-        tensors[FC1] = large
-    with pytest.raises(CheckpointError, match=rf"too large for float16 in {FC1}"):
-        opt.from_pretrained(folder)
-    model, _ = opt.from_pretrained(folder, dtype=jnp.bfloat16)
-    assert np.isinf(model.layers[0].fc1.kernel[1, 0])
-
-
-def test_infinite_values_load(folder):
-    with edited(folder) as tensors:
-        special = tensors[FC1].astype(np.float32)
-        special[0, :3] = np.inf, -np.inf, np.nan
-        tensors[FC1] = special
-    for sparse in (False, True):
-        found = leaves(opt.from_pretrained(folder, sparse=sparse)[0])
-        kernel = found["layers.0.fc1.kernel"]
-        np.testing.assert_array_equal(kernel[:3, 0], special[0, :3])
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_type": "gpt2"}, "model_type 'opt', got 'gpt2'"),
-        ({"hidden_size": -1}, "hidden_size must be a positive integer, got -1"),
-        ({"hidden_size": 20}, r"expected shape \(20,"),
-        ({"quantization_config": {"bits": 4}}, "quantized"),
-        ({"enable_bias": False}, "unexpected"),
-        ({"do_layer_norm_before": False}, "2 unexpected: model.decoder.final_layer"),
-        ({"tie_word_embeddings": False}, "1 missing: lm_head.weight"),
-    ],
-)
-def test_config_that_does_not_fit(folder, changes, message):
-    edit_config(folder, **changes)
-    with pytest.raises(CheckpointError, match=message):
-        opt.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("size", [0, 4, 100, -1])
-def test_truncated_weights(folder, size):
-    path = folder / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
-        opt.from_pretrained(folder)
-
-
-def test_missing_shard(tmp_path):
-    folder = Path(shutil.copytree(DATA / "no_bias", tmp_path / "model"))
-    (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="model-00002-of-00002"):
-        opt.from_pretrained(folder)
-
-
-def test_folders_that_are_no_model(tmp_path):
-    with pytest.raises(CheckpointError, match="expected a model folder with a config"):
-        opt.from_pretrained(tmp_path)
-    (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="expected a model folder, got a file"):
-        opt.from_pretrained(tmp_path / "file")
-    with pytest.raises(CheckpointError, match="expected a model folder, got nothing"):
-        opt.from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="expected a model folder, got nothing"):
-        opt.from_pretrained("./nowhere")
-    shutil.copyfile(DATA / "pre_norm/config.json", tmp_path / "config.json")
-    with pytest.raises(CheckpointError, match=r"expected model\.safetensors"):
-        opt.from_pretrained(tmp_path)
 
 
 # The hub.

@@ -1,0 +1,169 @@
+"""What is compiled for generation, and the memory that it takes."""
+
+import gc
+import sys
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from generate_support import NEW, PROMPTS, batch, count_compilations, make_model, naive
+
+import flashjax as fj
+from flashjax import matmul
+from flashjax.models import opt
+from flashjax.models.opt import generation_request
+
+# `opt.generate` is the function; this is the module that it comes from.
+generate_module = sys.modules["flashjax.models.opt.generate"]
+
+
+def test_the_second_call_compiles_nothing(model):
+    ids, mask = batch(length=6)
+    greedy = [
+        {"max_new_tokens": 7},
+        {"max_new_tokens": 6, "min_new_tokens": 5, "eos_token_id": (3, 4)},
+        {"max_new_tokens": 8, "temperature": 0.0, "seed": 5, "eos_token_id": -1},
+    ]
+    plain = [
+        {"max_new_tokens": 7, "temperature": t, "seed": s}
+        for t, s in [(1.0, 0), (0.5, 1)]
+    ]
+    filtered = [
+        {"max_new_tokens": 7, "temperature": 1.0, **filters}
+        for filters in (
+            {"top_k": 5},
+            {"top_k": 3, "top_p": 0.5},
+            {"top_p": 0.9, "seed": 1 << 40},
+        )
+    ]
+    for calls in (greedy, plain, filtered):
+        opt.generate(model, ids, mask, **calls[0])
+        with count_compilations() as events:
+            for options in calls:
+                opt.generate(model, ids, mask, **options)
+                list(opt.generate_stream(model, ids, mask, **options))
+            # Lengths of one bucket share a compiled step as well.
+            opt.generate(model, ids[:, 1:], mask[:, 1:], **calls[0])
+        assert not events
+
+
+def test_equal_structures_share_the_compiled_step(model):
+    ids, mask = batch()
+    opt.generate(model, ids, mask, max_new_tokens=NEW)
+    other = make_model(seed=1)
+    with count_compilations() as events:
+        out = opt.generate(other, ids, mask, max_new_tokens=NEW, eos_token_id=-1)
+    assert not events
+    np.testing.assert_array_equal(out[:, 8:], naive(other, PROMPTS, NEW))
+
+
+def test_changed_weights_are_used():
+    model = make_model()
+    ids, mask = batch()
+    opt.generate(model, ids, mask, max_new_tokens=NEW)
+    table = model.embed_tokens.embedding
+    table[...] = table[...][::-1]
+    out = opt.generate(model, ids, mask, max_new_tokens=NEW, eos_token_id=-1)
+    np.testing.assert_array_equal(out[:, 8:], naive(model, PROMPTS, NEW))
+
+
+def test_models_are_freed():
+    model = make_model()
+    ids, mask = batch()
+    opt.generate(model, ids, mask, max_new_tokens=NEW)
+    list(opt.generate_stream(model, ids, mask, max_new_tokens=NEW, temperature=1.0))
+    alive = [
+        weakref.ref(model),
+        weakref.ref(model.embed_tokens.embedding[...]),
+        weakref.ref(model.layers[0].fc1.kernel[...]),
+    ]
+    del model
+    gc.collect()
+    assert [r() for r in alive] == [None] * 3
+
+
+@pytest.mark.parametrize("donated", ["cache", "tokens"])
+def test_the_state_is_donated(model, donated, monkeypatch):
+    given = []
+    decode = generate_module._decode
+    monkeypatch.setattr(
+        generate_module, "_decode", lambda *a: given.append(a[3]) or decode(*a)
+    )
+    opt.generate(model, *batch(), max_new_tokens=NEW)
+    leaves = jax.tree.leaves(getattr(given[0], donated))
+    assert all(leaf.is_deleted() for leaf in leaves)
+
+
+def _sparse_and_dense(dtype, **changes):
+    """A model with pruned layers, and the same one with the zeros stored."""
+    changes = {"hidden_size": 64, "ffn_size": 160, **changes}
+    models = [make_model(dtype, **changes) for _ in "ab"]
+    for model in models:
+        for layer in model.layers:
+            attention = layer.self_attn
+            for linear in (layer.fc1, layer.fc2, attention.q_proj, attention.out_proj):
+                kernel = linear.kernel
+                kernel[...] = jnp.asarray(fj.prune.magnitude(kernel[...], 0.7))
+    return fj.sparsify(models[0]), models[1]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows"),
+    # What is above the kernel's rows is expanded.
+    [
+        (jnp.float16, 3),
+        (jnp.bfloat16, 3),
+        (jnp.bfloat16, matmul.KERNEL_ROWS["cpu"] + 16),
+    ],
+    ids=str,
+)
+def test_sparse_models_generate_as_dense_ones(dtype, rows):
+    sparse, dense = _sparse_and_dense(dtype, init_std=0.2)
+    ids, mask = batch()
+    ids, mask = (np.resize(a, (rows, 8)) for a in (ids, mask))
+    options = {"max_new_tokens": NEW, "eos_token_id": -1}
+    out = opt.generate(sparse, ids, mask, **options)
+    np.testing.assert_array_equal(out, opt.generate(dense, ids, mask, **options))
+    streamed = list(opt.generate_stream(sparse, ids, mask, **options))
+    np.testing.assert_array_equal(np.stack(streamed, axis=1), out[:, 8:])
+    with count_compilations() as events:
+        opt.generate(sparse, ids, mask, seed=3, **options)
+    assert not events
+
+
+@pytest.mark.parametrize(
+    ("platform", "hidden_size"),
+    # cuBLAS takes a workspace of 32 MiB, which the weights have to exceed by far.
+    [("cpu", 128), pytest.param("cuda", 2048, marks=pytest.mark.gpu)],
+)
+def test_expanded_weights_do_not_stay(platform, hidden_size):
+    # More rows than the kernel takes: every layer expands its weights.
+    rows = matmul.KERNEL_ROWS[platform] + 16
+    model = make_model(
+        jnp.float16, num_layers=6, hidden_size=hidden_size, ffn_size=4 * hidden_size
+    )
+    layers = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model.layers)))
+    if platform == "cpu":
+        layers *= 2  # it expands to float32
+    sparse = fj.sparsify(model)
+    graphdef, params = nnx.split(sparse)
+    options = opt.GenerationConfig(max_new_tokens=2)
+    request = generation_request.make_request(
+        sparse.config, np.full((rows, 1), 3), None, options
+    )
+    arguments = (graphdef, params, request.settings)
+    prefill = generate_module._prefill.lower(
+        *arguments,
+        request.padded,
+        request.mask,
+        width=request.width,
+        logprobs=False,
+        on_cpu=platform == "cpu",
+    )
+    state = generate_module._start(graphdef, params, request)
+    decode = generate_module._decode.lower(*arguments, state, np.int32(2))
+    for program in (prefill, decode):
+        assert program.compile().memory_analysis().temp_size_in_bytes < layers / 2
