@@ -2,8 +2,6 @@
 
 import json
 import math
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +14,14 @@ from flashjax.models import opt
 from flashjax.models.opt.pruning import prune_pretrained
 from flashjax.nn import sparse_layers
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TEXT = "It was the best of times, it was the worst of times. " * 6
 
 
 @pytest.fixture(scope="module")
 def demo():
-    sys.path.insert(0, str(EXAMPLES))
     import demo
 
-    yield demo
-    sys.path.remove(str(EXAMPLES))
+    return demo
 
 
 @pytest.fixture(scope="module")

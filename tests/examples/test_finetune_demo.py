@@ -1,28 +1,22 @@
 """The fine-tuning demo, end to end on a tiny model."""
 
 import json
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from example_support import invoke
 from flax import nnx
-from typer.testing import CliRunner
 
 from flashjax.models import opt
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
 def script():
-    sys.path.insert(0, str(EXAMPLES))
     import finetune_demo
 
-    yield finetune_demo
-    sys.path.remove(str(EXAMPLES))
+    return finetune_demo
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +42,6 @@ def folder(script, tmp_path_factory):
     return folder
 
 
-def run(script, *arguments):
-    import typer
-
-    app = typer.Typer()
-    app.command()(script.main)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 def test_sparse_training_follows_the_masked_one(script, folder, tmp_path):
     out, docs = tmp_path / "out", tmp_path / "docs"
     docs.mkdir()
@@ -63,7 +49,7 @@ def test_sparse_training_follows_the_masked_one(script, folder, tmp_path):
     options = ["--steps", 4, "--batch", 2, "--length", 16, "--docs", docs]
     options += ["--text", folder.parent / "book.txt", "--learning-rate", 3e-3]
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        result = run(script, "--out", out, "--model", folder, *options)
+        result = invoke(script.main, "--out", out, "--model", folder, *options)
     assert result.exit_code == 0, result.output
     record = json.loads((out / "finetune.json").read_text())
     sparse, dense = record["sparse"], record["dense, masked"]
@@ -85,7 +71,7 @@ def test_errors_leave_nothing(script, folder, tmp_path):
         (["--model", folder, "--sparsity", 2], "sparsity from 0 to 1"),
         (["--model", folder, "--text", tmp_path / "none.txt"], "none.txt"),
     ):
-        result = run(script, "--out", out, *arguments)
+        result = invoke(script.main, "--out", out, *arguments)
         assert result.exit_code == 1
         assert message in result.output
         assert not out.exists()

@@ -1,30 +1,18 @@
 """The study of pruning, end to end on a tiny model, and its report."""
 
 import json
-import sys
 from pathlib import Path
 
+import example_support
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import typer
 from flax import nnx
-from typer.testing import CliRunner
 
 from flashjax.models import opt
 from flashjax.models.opt.evaluation import perplexity
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ROOT / "examples"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _scripts():
-    """Makes the scripts importable as they are when run."""
-    before = list(sys.path)
-    sys.path.insert(0, str(EXAMPLES))
-    yield
-    sys.path[:] = before
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +48,7 @@ def model(book, tmp_path_factory):
 def invoke(*arguments):
     import pruning_study
 
-    app = typer.Typer()
-    app.command()(pruning_study.main)
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+    return example_support.invoke(pruning_study.main, *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,10 @@
 import importlib.util
 import json
 import re
-from pathlib import Path
 
 import jax
 import pytest
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+from example_support import EXAMPLES
 
 
 def load(name):

@@ -3,27 +3,18 @@
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from example_support import invoke
 from flax import nnx
 
 from flashjax.models import opt
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ROOT / "examples"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _scripts():
-    """Makes the scripts importable as they are when run."""
-    sys.path.insert(0, str(EXAMPLES))
-    yield
-    sys.path.remove(str(EXAMPLES))
 
 
 @pytest.fixture(scope="module")
@@ -284,8 +275,6 @@ def test_report(run, tmp_path):
 )
 def test_bad_input_ends_in_one_error(book, tmp_path, arguments, message):
     import train_demo
-    import typer
-    from typer.testing import CliRunner
 
     short = tmp_path / "short.txt"
     short.write_text("Too short.")
@@ -296,9 +285,7 @@ def test_bad_input_ends_in_one_error(book, tmp_path, arguments, message):
     arguments = [paths.get(argument, argument) for argument in arguments]
     if "--out" not in arguments:
         arguments += ["--out", str(tmp_path / "model")]
-    app = typer.Typer()
-    app.command()(train_demo.main)
-    result = CliRunner().invoke(app, arguments)
+    result = invoke(train_demo.main, *arguments)
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)
     output = result.output.replace("\n", " ")
