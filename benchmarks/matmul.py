@@ -4,18 +4,17 @@
 
 Both are timed in the same process through the public op inside jit. A program is a
 sequence of products, each with an x and a copy of the weight of its own (the copies
-are more than 300 MB, so that they do not come from the L2 cache); many programs are
-queued before the host waits, so the time is the device's. The median of several
-repetitions is taken. Dense is the faster of the two memory orders of the weight.
+are more than 300 MB, so that they do not come from the L2 cache). The time is the
+device's, from the profiler: a program's span divided by its products, the median of
+several executions. Dense is the faster of the two memory orders of the weight.
 
 Prints a table and writes `benchmarks/results/matmul-DEVICE.json`.
 """
 
 import functools
-import statistics
-import time
 from typing import Annotated
 
+import device_time
 import jax
 import jax.numpy as jnp
 import report
@@ -38,7 +37,6 @@ SHAPES = {
 }
 COLD_BYTES = 300 << 20
 LEAST_CALLS = 12  # products in a program, each with its own copy of the weight
-REPETITIONS = 7
 
 
 def microseconds(product, n: int, k: int, dtype, copies: list) -> float:
@@ -51,15 +49,7 @@ def microseconds(product, n: int, k: int, dtype, copies: list) -> float:
         # and merges those that share a weight.
         return [product(x, copy) for x, copy in zip(xs, copies, strict=True)]
 
-    jax.block_until_ready(program(xs, copies))
-    queued = 12
-    times = []
-    for _ in range(REPETITIONS):
-        start = time.perf_counter()
-        results = [program(xs, copies) for _ in range(queued)]
-        jax.block_until_ready(results)
-        times.append((time.perf_counter() - start) / (queued * len(copies)))
-    return statistics.median(times) * 1e6
+    return device_time.microseconds(program, xs, copies) / len(copies)
 
 
 def cold_copies(weight, nbytes: int) -> list:
@@ -149,10 +139,12 @@ def main(
         SHAPES
     ),
     sparsity: Annotated[str, typer.Option()] = "0.5,0.6,0.7,0.8,0.9",
-    rows: Annotated[str, typer.Option(help="N: rows of x.")] = "1,8,16,32,64,128",
+    rows: Annotated[
+        str, typer.Option(help="N: rows of x.")
+    ] = "1,2,8,16,32,64,128,256,512",
     dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
     kernel: Annotated[
-        str, typer.Option(help="auto (as sparse_matmul), mma, wgmma or wgmma_wide.")
+        str, typer.Option(help="auto (as sparse_matmul), mma or wgmma.")
     ] = "auto",
     name: Annotated[str, typer.Option(help="Stem of the result file.")] = "matmul",
 ) -> None:

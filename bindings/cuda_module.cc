@@ -58,10 +58,8 @@ NB_MODULE(_cuda, m) {
   m.def("device_count", &DeviceCount, "GPUs that the CUDA runtime sees; 0 after an error.");
   m.def(
       "workspace_bytes",
-      [](int64_t kernel, int64_t n, int64_t m, int64_t k) {
-        return flashjax::LscdWorkspaceBytes(static_cast<flashjax::LscdKernel>(kernel), n, m, k);
-      },
-      nb::arg("kernel"), nb::arg("n"), nb::arg("m"), nb::arg("k"),
+      [](int64_t n, int64_t m, int64_t k) { return flashjax::LscdWorkspaceBytes(n, m, k); },
+      nb::arg("n"), nb::arg("m"), nb::arg("k"),
       "Bytes of the workspace result of flashjax_lscd_matmul_cuda.");
   m.def("driver_error", &DriverError, "What the CUDA runtime says is wrong; '' if nothing.");
 }

@@ -24,9 +24,8 @@ ffi::Error Matmul(cudaStream_t stream, ffi::AnyBuffer x, Words bitmap, Words ent
       PackedArgs(kOp, LscdShape{m, k}, bitmap, entries, values, layer, &args.packed));
   const bool has_bias = bias.element_count() > 0;
   if (has_bias) FLASHJAX_RETURN_IF_ERROR(CheckShape(kOp, "bias", bias, {m}));
-  if (kernel < 0 || kernel > static_cast<int64_t>(LscdKernel::kWgmmaWide)) {
-    return Mismatch(kOp, "kernel", "0 (auto), 1 (mma), 2 (wgmma) or 3 (wgmma_wide)",
-                    std::to_string(kernel));
+  if (kernel < 0 || kernel > static_cast<int64_t>(LscdKernel::kWgmma)) {
+    return Mismatch(kOp, "kernel", "0 (auto), 1 (mma) or 2 (wgmma)", std::to_string(kernel));
   }
 
   args.x = x.untyped_data();

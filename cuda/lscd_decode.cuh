@@ -67,6 +67,7 @@ inline PackedStack MakePackedStack(const LscdPackedArgs& packed, int64_t m, int6
           packed.segments};
 }
 
+inline constexpr int kEntryGroups = kEntrySteps / kGroupSteps;
 inline constexpr int kWordBytes = kLanes * 4;  // one word of every lane
 inline constexpr int kRingBytes = kRingSegments * kSegmentBytes;
 // The first segment is mirrored behind the last one, so that a step never wraps in the middle.
@@ -107,7 +108,6 @@ struct SegmentRange {
 
 __device__ __forceinline__ SegmentRange FindRange(const PackedWeight& w, int strip, int group0,
                                                   int group1, int lane) {
-  constexpr int kEntryGroups = kEntrySteps / kGroupSteps;
   const uint32_t* entries = w.entries + int64_t{strip} * w.entries_per_strip * kEntryWords;
   const int e0 = group0 / kEntryGroups, skip = group0 % kEntryGroups;
   const uint32_t* entry = entries + e0 * kEntryWords;
@@ -137,13 +137,6 @@ __device__ __forceinline__ SegmentRange FindRange(const PackedWeight& w, int str
   range.p = p - least * kSegmentWords;
   range.q = q - least * kSegmentWords;
   return range;
-}
-
-// The four bits "this step needs one segment more" of a group.
-__device__ __forceinline__ uint32_t GroupSchedule(const PackedWeight& w, int strip, int group) {
-  constexpr int kEntryGroups = kEntrySteps / kGroupSteps;
-  const int64_t entry = int64_t{strip} * w.entries_per_strip + group / kEntryGroups;
-  return w.entries[entry * kEntryWords + 1] >> (16 + kGroupSteps * (group % kEntryGroups));
 }
 
 }  // namespace flashjax

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <random>
 #include <type_traits>
 
 #include "cpu/lscd_layout.h"
@@ -17,19 +19,10 @@ namespace {
 constexpr int64_t kWorkspaceSlots = 160;
 
 constexpr int64_t SlotBytes(int warps, int64_t tile_n) {
-  return warps * (sizeof(uint32_t) + tile_n / 8 * kLanes * sizeof(float4));
+  return warps * (sizeof(uint64_t) + tile_n / 8 * kLanes * sizeof(float4));
 }
 
-int64_t WidestTile(LscdKernel kernel) {
-  switch (kernel) {
-    case LscdKernel::kMma:
-      return 32;
-    case LscdKernel::kWgmmaWide:
-      return 256;
-    default:
-      return 128;
-  }
-}
+int64_t WidestTile(LscdKernel kernel) { return kernel == LscdKernel::kMma ? 32 : 256; }
 
 int64_t TileN(int64_t n, int64_t widest) {
   int64_t tile = 8;
@@ -97,13 +90,21 @@ struct Problem {
   }
 };
 
-// A memset behind which the product can be launched at once. It is itself an ordinary launch: all
-// that came before is complete and visible when it starts, and so when the product starts.
-__global__ void ClearFlagsKernel(uint32_t* flags, int count) {
-#if __CUDA_ARCH__ >= 900
-  LaunchDependents();
-#endif
-  for (int i = threadIdx.x; i < count; i += blockDim.x) flags[i] = 0;
+// Of every launch another one, and never 0: splitmix64 of a counter with a random start.
+uint64_t NextTicket() {
+  static std::atomic<uint64_t> counter{(uint64_t{std::random_device{}()} << 32) |
+                                       std::random_device{}()};
+  uint64_t z = counter.fetch_add(0x9e3779b97f4a7c15u, std::memory_order_relaxed);
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  z ^= z >> 31;
+  return z != 0 ? z : 1;
+}
+
+// For tools that report every read of memory that was not written first.
+bool MustClearFlags() {
+  static const bool must = std::getenv("FLASHJAX_CLEAR_WORKSPACE") != nullptr;
+  return must;
 }
 
 // How many blocks of a kernel the device holds at once, having allowed it its shared memory.
@@ -121,7 +122,7 @@ cudaError_t ResidentBlocks(int& blocks) {
   });
 }
 
-// Sizes the grid, clears the flags that it uses and launches.
+// Sizes the grid and launches.
 template <auto kKernel, typename Config, int kTileN, typename X, typename Weight>
 cudaError_t LaunchStreamK(const X& x, const Problem<Weight>& problem, Output out) {
   int resident = 0;
@@ -133,21 +134,17 @@ cudaError_t LaunchStreamK(const X& x, const Problem<Weight>& problem, Output out
       CeilDiv(problem.args.m, Config::kTileM) * LscdShape{problem.args.m, problem.args.k}.groups();
   const int64_t grid = std::min({units, slots, int64_t{resident}});
   if (grid < 1 || units * grid > INT32_MAX) return cudaErrorInvalidValue;
-  // Flags and partial sums lie in one block each, so that one memset clears all flags.
+  const int64_t flag_bytes = grid * Config::kWarps * int64_t{sizeof(uint64_t)};
   out.partials = static_cast<float4*>(problem.args.workspace);
-  const int64_t partial_bytes = slot - Config::kWarps * int64_t{sizeof(uint32_t)};
-  out.flags = reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(problem.args.workspace) +
-                                          grid * partial_bytes);
-  const int flags = static_cast<int>(grid) * Config::kWarps;
-  if constexpr (Config::kDependentLaunch) {
-    error = Launch(ClearFlagsKernel, {1, 512}, problem.stream, out.flags, flags);
-  } else {
-    error = cudaMemsetAsync(out.flags, 0, flags * sizeof(uint32_t), problem.stream);
+  out.flags = reinterpret_cast<uint64_t*>(static_cast<uint8_t*>(problem.args.workspace) +
+                                          grid * slot - flag_bytes);
+  out.ticket = NextTicket();
+  if (MustClearFlags()) {
+    error = cudaMemsetAsync(out.flags, 0, static_cast<size_t>(flag_bytes), problem.stream);
+    if (error != cudaSuccess) return error;
   }
-  if (error != cudaSuccess) return error;
-  Grid shape{grid, Config::kThreads, Config::kSharedBytes};
-  shape.is_dependent = Config::kDependentLaunch;
-  return Launch(kKernel, shape, problem.stream, x, problem.w, out);
+  return Launch(kKernel, {grid, Config::kThreads, Config::kSharedBytes}, problem.stream, x,
+                problem.w, out);
 }
 
 template <typename T, int kTileN, typename Weight>
@@ -203,7 +200,6 @@ cudaError_t LaunchWgmma(const Problem<Weight>& problem, int64_t n0, int64_t n) {
 
 template <typename T, typename Weight>
 cudaError_t LaunchTile(LscdKernel kernel, const Problem<Weight>& problem, int64_t n0, int64_t n) {
-  if (kernel == LscdKernel::kWgmmaWide) return LaunchWgmma<T, 256>(problem, n0, n);
   if (kernel == LscdKernel::kMma) {
     switch (TileN(n, 32)) {
       case 8:
@@ -214,7 +210,7 @@ cudaError_t LaunchTile(LscdKernel kernel, const Problem<Weight>& problem, int64_
         return LaunchMma<T, 32>(problem, n0, n);
     }
   }
-  switch (TileN(n, 128)) {
+  switch (TileN(n, 256)) {
     case 8:
       return LaunchWgmma<T, 8>(problem, n0, n);
     case 16:
@@ -223,8 +219,10 @@ cudaError_t LaunchTile(LscdKernel kernel, const Problem<Weight>& problem, int64_
       return LaunchWgmma<T, 32>(problem, n0, n);
     case 64:
       return LaunchWgmma<T, 64>(problem, n0, n);
-    default:
+    case 128:
       return LaunchWgmma<T, 128>(problem, n0, n);
+    default:
+      return LaunchWgmma<T, 256>(problem, n0, n);
   }
 }
 
@@ -243,18 +241,16 @@ cudaError_t LaunchTiles(LscdKernel kernel, const Problem<Weight>& problem) {
 
 }  // namespace
 
-size_t LscdWorkspaceBytes(LscdKernel kernel, int64_t n, int64_t m, int64_t k) {
-  const bool is_wide = kernel == LscdKernel::kWgmmaWide;
-  const int warps = is_wide ? WgmmaConfig<256>::kWarps : WgmmaConfig<128>::kWarps;
-  const int64_t tile_n = is_wide ? 256 : TileN(n, 128);
+size_t LscdWorkspaceBytes(int64_t n, int64_t m, int64_t k) {
+  const int64_t tile_n = TileN(n, 256);
+  const int warps = tile_n < 128 ? WgmmaConfig<64>::kWarps : WgmmaConfig<128>::kWarps;
   const int64_t units = CeilDiv(m, warps * kStripRows) * LscdShape{m, k}.groups();
   return static_cast<size_t>(std::clamp<int64_t>(units, 1, kWorkspaceSlots) *
                              SlotBytes(warps, tile_n));
 }
 
 const char* LscdKernelUnavailable(const LscdMatmulArgs& args) {
-  const bool is_wgmma = args.kernel == LscdKernel::kWgmma || args.kernel == LscdKernel::kWgmmaWide;
-  return is_wgmma ? WgmmaUnavailable(args) : nullptr;
+  return args.kernel == LscdKernel::kWgmma ? WgmmaUnavailable(args) : nullptr;
 }
 
 cudaError_t LaunchLscdMatmul(const LscdMatmulArgs& args, cudaStream_t stream) {

@@ -11,8 +11,7 @@
 
 namespace flashjax {
 
-// kWgmmaWide is kWgmma with tiles of 256 columns of x instead of at most 128.
-enum class LscdKernel : int64_t { kAuto = 0, kMma = 1, kWgmma = 2, kWgmmaWide = 3 };
+enum class LscdKernel : int64_t { kAuto = 0, kMma = 1, kWgmma = 2 };
 
 struct LscdMatmulArgs {
   const void* x;  // (n, k), float16 or bfloat16
@@ -29,7 +28,7 @@ struct LscdMatmulArgs {
 
 // A workspace of this size lets the kernels use the whole GPU; a smaller one (but not below that of
 // one slot) costs parallelism.
-size_t LscdWorkspaceBytes(LscdKernel kernel, int64_t n, int64_t m, int64_t k);
+size_t LscdWorkspaceBytes(int64_t n, int64_t m, int64_t k);
 
 // The name of what kernel (if not kAuto) lacks on the current device for this call, or nullptr.
 const char* LscdKernelUnavailable(const LscdMatmulArgs& args);

@@ -22,7 +22,6 @@ namespace flashjax {
 
 template <int kTileN>
 struct MmaConfig {
-  static constexpr bool kDependentLaunch = false;  // sm_90
   static constexpr int kWarps = 4;
   static constexpr int kThreads = kWarps * 32;
   static constexpr int kTileM = kWarps * kStripRows;

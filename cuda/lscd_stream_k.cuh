@@ -6,8 +6,10 @@
 // the owner hardly waits. Ranks run against blockIdx.x: an owner waits only for CTAs with smaller
 // blockIdx.x, which the GPU starts first, so that it never waits for one that cannot start.
 //
-// The workspace: uint32 flags[slots][warps] (zero at launch), then
-// float4 partials[slots][warps][kTileN / 8][32 lanes], one slot a rank.
+// The workspace: float4 partials[slots][warps][kTileN / 8][32 lanes], one slot a rank, then uint64
+// flags[slots][warps]. A raised flag is a number that no other launch has (`ticket`), and the owner
+// takes it down again: whatever the workspace held before, it need not be cleared, which would cost
+// a launch. Uninitialised memory holds 64 random bits by chance once in 2^64.
 #ifndef FLASHJAX_CUDA_LSCD_STREAM_K_CUH_
 #define FLASHJAX_CUDA_LSCD_STREAM_K_CUH_
 
@@ -26,7 +28,8 @@ struct Output {
   const float* bias;  // (m,) or nullptr
   int n;
   bool is_float;  // y is float32 instead of the weight's type
-  uint32_t* flags;
+  uint64_t* flags;
+  uint64_t ticket;
   float4* partials;
 };
 
@@ -95,7 +98,7 @@ __device__ __forceinline__ void FinishPiece(float* acc, const Output& out, const
 #pragma unroll
     for (int i = 0; i < kParts; ++i) __stcg(mine + i * kLanes, sums[i]);
     __syncwarp();  // orders the other lanes' stores before the release
-    if (lane == 0) StoreRelease(out.flags + share.rank * kWarps + warp, 1);
+    if (lane == 0) StoreRelease(out.flags + share.rank * kWarps + warp, out.ticket);
     return;
   }
   const int tile_end = (piece.tile + 1) * share.groups;
@@ -104,11 +107,12 @@ __device__ __forceinline__ void FinishPiece(float* acc, const Output& out, const
   // A lane a flag, with a uniform branch: divergent control flow here would cost the main loop its
   // uniform registers.
   for (int first = share.rank + 1; first < end; first += kLanes) {
-    const uint32_t* flag = out.flags + min(first + lane, end - 1) * kWarps + warp;
-    while (!__all_sync(0xffffffffu, LoadAcquire(flag) != 0)) {
+    uint64_t* flag = out.flags + min(first + lane, end - 1) * kWarps + warp;
+    while (!__all_sync(0xffffffffu, LoadAcquire(flag) == out.ticket)) {
     }
+    *flag = 0;
   }
-  constexpr int kInFlight = kParts <= 2 ? 4 : kParts == 4 ? 2 : 1;  // ranks whose loads overlap
+  constexpr int kInFlight = kParts <= 2 ? 4 : kParts <= 8 ? 2 : 1;  // ranks whose loads overlap
 #pragma unroll kInFlight
   for (int rank = share.rank + 1; rank < end; ++rank) {
     const float4* other = slot(rank);

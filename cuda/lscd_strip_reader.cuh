@@ -42,7 +42,10 @@ struct StripReader {
     group_ = group0;
     next_bits_ = w.bitmap + (int64_t{strip} * w.groups + group0) * kLanes + lane;
     bits_ = LoadStreaming(next_bits_);
-    schedule_ = GroupSchedule(w, strip, group0);
+    entry_ =
+        (static_cast<uint32_t>(strip) * w.entries_per_strip + group0 / kEntryGroups) * kEntryWords;
+    schedule_ahead_ = w.entries[entry_ + 1];
+    TakeSchedule();
     p = Wrap(ring.data + (ring.slot() * kSegmentWords + ahead_.p) * kWordBytes + lane * 4);
     q = Wrap(ring.data + (ring.slot() * kSegmentWords + ahead_.q) * kWordBytes + lane * 4 + 2);
     waits_ = ahead_.resident - ahead_.first;
@@ -63,7 +66,8 @@ struct StripReader {
     if (any && live()) {
       next_bits_ += kLanes;
       bits_ahead_ = LoadStreaming(next_bits_);
-      schedule_ahead_ = GroupSchedule(w, strip, ++group_);
+      if (++group_ % kEntryGroups == 0) entry_ += kEntryWords;
+      schedule_ahead_ = w.entries[entry_ + 1];
     }
   }
 
@@ -81,12 +85,17 @@ struct StripReader {
 
   __device__ __forceinline__ void NextGroup() {
     bits_ = bits_ahead_;
-    schedule_ = schedule_ahead_;
+    TakeSchedule();
   }
 
   __device__ __forceinline__ bool live() const { return strip < w.strips; }
 
  private:
+  // The group's four bits "this step needs one segment more", of what was loaded ahead: not sooner
+  // than they are needed, or the warp waits for the load.
+  __device__ __forceinline__ void TakeSchedule() {
+    schedule_ = schedule_ahead_ >> (16 + kGroupSteps * (group_ % kEntryGroups));
+  }
   __device__ __forceinline__ uint32_t Wrap(uint32_t address) const {
     return address >= ring.data + kRingBytes ? address - kRingBytes : address;
   }
@@ -101,6 +110,7 @@ struct StripReader {
   uint32_t next_ = 0, last_ = 0;  // segments to copy: [next_, last_)
   SegmentRange ahead_ = {};
   int group_ = 0;
+  uint32_t entry_ = 0;  // word of the entry of the group that is loaded ahead
 };
 
 }  // namespace flashjax

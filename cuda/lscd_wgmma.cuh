@@ -1,17 +1,18 @@
-// y = x W^T on Hopper (sm_90a): packed weights are expanded into wgmma's A registers.
+// y = x W^T on Hopper (sm_90a): packed weights are expanded into tensor-core A registers.
 //
 // A CTA is 16 consumer warps (four warpgroups), each with a strip of 16 rows, and a warpgroup of
-// which one thread brings x (a whole one, because registers are given back by warpgroup). For 256
-// columns it is 8 consumer warps, so that their accumulators fit.
+// which one thread brings x (a whole one, because registers are given back by warpgroup). From 128
+// columns on it is 8 consumer warps: their accumulators leave room to decode further ahead, and
+// half as many rows a tile means half as long a chain of partial sums on small matrices.
 //
 //   weights  values: 2 KB bulk copies into a ring a warp, completion on mbarriers;
 //            bitmap and schedule: plain loads one group (256 k) ahead
 //   x        the producer brings boxes of 64 k x kTileN by a tensor map (128-byte swizzle, zeros
 //            beyond N and K) into a ring of stages that all warps share
-//   product  fragments are decoded into registers while the wgmma of the previous batch runs
+//   product  wgmma: fragments are decoded into registers while the previous batch is multiplied.
+//            Up to 8 columns mma.sync: there the warps of a warpgroup would spend a sixth of their
+//            time waiting for each other
 //   balance  stream-K over tiles of 256 (128) rows (lscd_stream_k.cuh)
-//   launch   dependent on ClearFlagsKernel alone, which starts when all before it is complete: the
-//            weights and x are read at once, the flags not before the wait
 #ifndef FLASHJAX_CUDA_LSCD_WGMMA_CUH_
 #define FLASHJAX_CUDA_LSCD_WGMMA_CUH_
 
@@ -19,6 +20,7 @@
 
 #include <cstdint>
 
+#include "cuda/common/mma.cuh"
 #include "cuda/common/ptx.cuh"
 #include "cuda/common/wgmma.cuh"
 #include "cuda/lscd_stream_k.cuh"
@@ -28,19 +30,19 @@ namespace flashjax {
 
 template <int kTileN>
 struct WgmmaConfig {
-  static constexpr bool kDependentLaunch = true;
-  static constexpr int kWarps = kTileN <= 128 ? 16 : 8;
+  static constexpr bool kUsesMma = kTileN <= 8;
+  static constexpr int kWarps = kTileN < 128 ? 16 : 8;
   static constexpr int kThreads = (kWarps + 4) * 32;
   // What the warps start with is evenly divided: 20 x 96 or 12 x 168 registers. The producers give
   // back all but 32, and 16 x 112 + 4 x 32 or 8 x 232 + 4 x 32 is no more than that.
-  static constexpr int kRegisters = kTileN <= 128 ? 112 : 232;
+  static constexpr int kRegisters = kWarps == 16 ? 112 : 232;
   static constexpr int kTileM = kWarps * kStripRows;
   // A stage of x is 4 to 8 KB (16 and 32 KB for 128 and 256 columns), so that its barrier is waited
   // for rarely.
   static constexpr int kStageK = kTileN <= 16 ? 256 : kTileN == 32 ? 128 : 64;
   static constexpr int kStageBytes = kStageK * kTileN * 2;
   static constexpr int kBoxBytes = kStepK * kTileN * 2;
-  static constexpr int kStages = kTileN <= 8 ? 6 : kTileN == 128 ? 2 : 4;
+  static constexpr int kStages = kTileN <= 8 ? 6 : 4;
   static constexpr int kBarriers = kWarps * kRingSegments + 2 * kStages;
   static constexpr int kSharedBytes =
       1024 + kStages * kStageBytes + kWarps * kRingStride + kBarriers * 8;
@@ -72,6 +74,120 @@ struct BulkRing {
   }
 };
 
+// The stages of x as the consumers see them.
+template <typename Config>
+struct StageRing {
+  uint32_t data, full, empty;
+  int stage = 0;
+  uint32_t phase = 0;
+
+  __device__ __forceinline__ void Wait() const { BarrierWait(full + stage * 8, phase); }
+  __device__ __forceinline__ void Advance() {
+    if (++stage == Config::kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+  // To the producer, by every warp: the stage that is `back` before the current one.
+  __device__ __forceinline__ void HandBack(int back, int lane) const {
+    if (lane != 0) return;
+    BarrierArrive(empty + (stage >= back ? stage - back : stage + Config::kStages - back) * 8);
+  }
+};
+
+// A warp's product of one piece by wgmma, with the other warps of its warpgroup. acc is in
+// mma.m16n8k16's layout.
+template <typename T, int kTileN>
+__device__ __forceinline__ void MultiplyWgmma(StripReader<BulkRing>& reader,
+                                              StageRing<WgmmaConfig<kTileN>>& x, int groups,
+                                              float* acc, int lane) {
+  using Config = WgmmaConfig<kTileN>;
+  constexpr int kBatch = 4;    // fragments a batch of wgmma: a step
+  constexpr int kBuffers = 2;  // batches of fragments in registers: one decoded, one multiplied
+  constexpr int kStageSteps = Config::kStageK / kStepK;
+  uint32_t a[kBuffers][kBatch][4];
+  bool holds_stage = false;  // the previous stage of x has not been handed back yet
+  const uint32_t stages_low = WgmmaDescriptorLow(x.data);
+  uint32_t x_low = 0;
+#pragma unroll 1
+  for (int group = 0; group < groups; ++group) {
+    reader.LoadAhead(group + 1 < groups);
+#pragma unroll
+    for (int step = 0; step < kGroupSteps; ++step) {
+      const int buffer = step % kBuffers, in_stage = step % kStageSteps;
+      const uint32_t word = reader.BeginStep(step);
+      DecodeFragment<0>(word, reader.p, reader.q, a[buffer][0]);
+      DecodeFragment<1>(word, reader.p, reader.q, a[buffer][1]);
+      DecodeFragment<2>(word, reader.p, reader.q, a[buffer][2]);
+      DecodeFragment<3>(word, reader.p, reader.q, a[buffer][3]);
+      if (in_stage == 0) {
+        x.Wait();
+        x_low = stages_low + x.stage * (Config::kStageBytes >> 4);
+        x.Advance();
+      }
+      WgmmaFence();
+#pragma unroll
+      for (int f = 0; f < kBatch; ++f) {
+        const uint32_t offset = (in_stage * Config::kBoxBytes + f * 32) >> 4;
+        Wgmma(Tile<T, kTileN>{}, acc, a[buffer][f], WgmmaDescriptor(x_low + offset));
+      }
+      WgmmaCommit();
+      WgmmaWait<kBuffers - 1>();
+      // The previous stage's last batch is done.
+      if (in_stage == 0) {
+        if (holds_stage) x.HandBack(2, lane);
+        holds_stage = true;
+      }
+    }
+    reader.NextGroup();
+  }
+  WgmmaWait<0>();
+  x.HandBack(1, lane);
+}
+
+// The same by mma.sync: no warp waits for another one. A stage of x is a group.
+template <typename T, int kTileN>
+__device__ __forceinline__ void MultiplyMma(StripReader<BulkRing>& reader,
+                                            StageRing<WgmmaConfig<kTileN>>& x, int groups,
+                                            float* acc, int lane) {
+  using Config = WgmmaConfig<kTileN>;
+  static_assert(Config::kStageK == kGroupK);
+  // ldmatrix: lane l reads row l % 8 of 8 k from l / 8; 16-byte chunks are swizzled by the row.
+  const uint32_t x_lane = x.data + lane % 8 * 128 + ((lane / 8) ^ (lane % 8)) * 16;
+#pragma unroll 1
+  for (int group = 0; group < groups; ++group) {
+    reader.LoadAhead(group + 1 < groups);
+    const uint32_t row = x_lane + x.stage * Config::kStageBytes;
+#pragma unroll
+    for (int step = 0; step < kGroupSteps; ++step) {
+      const uint32_t word = reader.BeginStep(step);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t a[2][4];
+        if (half == 0) {
+          DecodeFragment<0>(word, reader.p, reader.q, a[0]);
+          DecodeFragment<1>(word, reader.p, reader.q, a[1]);
+        } else {
+          DecodeFragment<2>(word, reader.p, reader.q, a[0]);
+          DecodeFragment<3>(word, reader.p, reader.q, a[1]);
+        }
+        if (step == 0 && half == 0) x.Wait();
+#pragma unroll
+        for (int j = 0; j < kTileN / 8; ++j) {
+          uint32_t b[4];
+          LoadMatrix4(b, (row ^ (half * 64)) + step * Config::kBoxBytes + j * 1024);
+          Mma(T{}, acc + 4 * j, a[0], b);
+          Mma(T{}, acc + 4 * j, a[1], b + 2);
+        }
+      }
+    }
+    __syncwarp();  // every lane has read its last row of x
+    x.HandBack(0, lane);
+    x.Advance();
+    reader.NextGroup();
+  }
+}
+
 // Weight is PackedWeight or PackedStack.
 template <typename T, int kTileN, typename Weight>
 __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
@@ -80,9 +196,6 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
   const PackedWeight& w = Select(weight);
   using Config = WgmmaConfig<kTileN>;
   constexpr int kWarps = Config::kWarps, kStages = Config::kStages, kStageK = Config::kStageK;
-  constexpr int kBatch = 2;    // fragments a wgmma batch
-  constexpr int kBuffers = 2;  // batches of fragments in registers: one decoded, one multiplied
-  constexpr int kStageBatches = kStageK / 16 / kBatch;
 
   const int lane = threadIdx.x % 32;
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
@@ -139,83 +252,30 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
   SyncThreads();
   ClaimRegisters<Config::kRegisters>();
 
-  int stage = 0;
-  uint32_t phase = 0;
-  bool holds_stage = false;  // the previous stage of x has not been handed back yet
-  const uint32_t stages_low = WgmmaDescriptorLow(stages);
-  uint32_t x_low = 0;
-
+  StageRing<Config> x_stages{stages, full, empty};
   while (true) {
     float acc[kTileN / 2];
 #pragma unroll
     for (int i = 0; i < kTileN / 2; ++i) acc[i] = 0.0f;
     const int next_unit = unit + piece.size();
-    // With 128 columns there are no registers left to keep what was found.
-    if (kTileN != 128 && next_unit < end) {
+    if (next_unit < end) {
       const Piece next(share, next_unit, end);
       reader.Look(next.tile * kWarps + warp, next.group0, next.group1);
     }
     reader.WaitForFirstStep();
-    uint32_t a[kBuffers][kBatch][4];
-    const int groups = piece.size();
-#pragma unroll 1
-    for (int group = 0; group < groups; ++group) {
-      reader.LoadAhead(group + 1 < groups);
-#pragma unroll
-      for (int step = 0; step < kGroupSteps; ++step) {
-        const uint32_t word = reader.BeginStep(step);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int batch = 2 * step + half;  // within the group
-          const int buffer = batch % kBuffers, in_stage = batch % kStageBatches;
-          if (half == 0) {
-            DecodeFragment<0>(word, reader.p, reader.q, a[buffer][0]);
-            DecodeFragment<1>(word, reader.p, reader.q, a[buffer][1]);
-          } else {
-            DecodeFragment<2>(word, reader.p, reader.q, a[buffer][0]);
-            DecodeFragment<3>(word, reader.p, reader.q, a[buffer][1]);
-          }
-          if (in_stage == 0) {
-            BarrierWait(full + stage * 8, phase);
-            x_low = stages_low + stage * (Config::kStageBytes >> 4);
-            if (++stage == kStages) {
-              stage = 0;
-              phase ^= 1;
-            }
-          }
-          WgmmaFence();
-#pragma unroll
-          for (int f = 0; f < kBatch; ++f) {
-            const int k = (batch * kBatch + f) * 16 % kStageK;
-            const uint32_t offset = (k / kStepK * Config::kBoxBytes + k % kStepK * 2) >> 4;
-            Wgmma(Tile<T, kTileN>{}, acc, a[buffer][f], WgmmaDescriptor(x_low + offset));
-          }
-          WgmmaCommit();
-          WgmmaWait<kBuffers - 1>();
-          // The previous stage's last batch is done: hand it back to the producer.
-          if (in_stage == 0) {
-            if (holds_stage && lane == 0) {
-              BarrierArrive(empty + (stage >= 2 ? stage - 2 : stage + kStages - 2) * 8);
-            }
-            holds_stage = true;
-          }
-        }
-      }
-      reader.NextGroup();
+    if constexpr (Config::kUsesMma) {
+      MultiplyMma<T, kTileN>(reader, x_stages, piece.size(), acc, lane);
+    } else {
+      MultiplyWgmma<T, kTileN>(reader, x_stages, piece.size(), acc, lane);
     }
-    WgmmaWait<0>();
-    if (lane == 0) BarrierArrive(empty + (stage > 0 ? stage - 1 : kStages - 1) * 8);
-    holds_stage = false;
 
     const Piece done = piece;
     const int strip = reader.strip;
     unit = next_unit;
     if (unit < end) {
       piece = Piece(share, unit, end);
-      if (kTileN == 128) reader.Look(piece.tile * kWarps + warp, piece.group0, piece.group1);
       reader.Begin(piece.tile * kWarps + warp, piece.group0);
     }
-    WaitForPrevious();
     FinishPiece<T, kWarps, kTileN>(acc, out, w, share, done, strip, warp, lane);
     if (unit >= end) break;
   }

@@ -17,7 +17,7 @@ import numpy as np
 from flashjax import _native, packing, partitioning, reference
 
 # Rows of x up to which the sparse kernel is used; above, expand and multiply.
-KERNEL_ROWS = {"cuda": 256, "cpu": 128}
+KERNEL_ROWS = {"cuda": 1024, "cpu": 128}
 
 _CUDA_K_MULTIPLE = 8  # 16-byte rows of x
 
@@ -109,8 +109,8 @@ def _cpu(call, operands):
     return y.reshape(*x.shape[:-1], call.shape[1])
 
 
-# Attribute `kernel` of the CUDA target. "mma" runs from sm_80 on, the others on sm_90a.
-_CUDA_KERNELS = {"auto": 0, "mma": 1, "wgmma": 2, "wgmma_wide": 3}
+# Attribute `kernel` of the CUDA target. "mma" runs from sm_80 on, "wgmma" on sm_90a.
+_CUDA_KERNELS = {"auto": 0, "mma": 1, "wgmma": 2}
 
 
 def _cuda(call, operands, kernel="auto"):
@@ -134,14 +134,13 @@ def _cuda(call, operands, kernel="auto"):
     # The kernel writes x's dtype or float32.
     kernel_dtype = x.dtype if call.out_dtype == x.dtype else _FLOAT32
     result = result_type(jax.typeof(x_rows), m, np.dtype(kernel_dtype))
-    kernel_number = _CUDA_KERNELS[kernel]
-    workspace_bytes = _cuda_workspace_bytes(kernel_number, rows, m, k)
+    workspace_bytes = _cuda_workspace_bytes(rows, m, k)
     workspace = _workspace_type(x_rows, workspace_bytes)
     if k % _CUDA_K_MULTIPLE:
         x_rows = jnp.pad(x_rows, ((0, 0), (0, -k % _CUDA_K_MULTIPLE)))
     index = () if layer is None else (layer,)
     y, _ = jax.ffi.ffi_call("flashjax_lscd_matmul_cuda", (result, workspace))(
-        x_rows, *packed, _bias_operand(bias), *index, kernel=kernel_number
+        x_rows, *packed, _bias_operand(bias), *index, kernel=_CUDA_KERNELS[kernel]
     )
     return y.reshape(*x.shape[:-1], m).astype(call.out_dtype)
 
@@ -154,11 +153,11 @@ def _take_layer(packed, layer):
     return tuple(take(leaf, layer, keepdims=False) for leaf in packed)
 
 
-def _cuda_workspace_bytes(kernel: int, n: Any, m: int, k: int) -> int:
+def _cuda_workspace_bytes(n: Any, m: int, k: int) -> int:
     """Bytes for the partial sums of tiles that several blocks share."""
     assert _native.cuda is not None, "only lowered with the module"
     n = n if isinstance(n, int) else KERNEL_ROWS["cuda"]
-    return _native.cuda.workspace_bytes(kernel, n, m, k)
+    return _native.cuda.workspace_bytes(n, m, k)
 
 
 def _expand_and_multiply(call, operands, unpack, after):

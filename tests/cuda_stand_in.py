@@ -15,7 +15,7 @@ def cuda_module():
     if _native.cuda is not None:
         yield
         return
-    module = types.SimpleNamespace(workspace_bytes=lambda kernel, n, m, k: 4096)
+    module = types.SimpleNamespace(workspace_bytes=lambda n, m, k: 4096)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_native, "cuda", module)
         patch.setattr(packing, "can_lower_for_cuda", lambda: True)

@@ -50,11 +50,13 @@ def x_of(rows, dtype="float16", k=K):
 def test_few_rows_use_the_kernel_and_no_dense_weight(w, rows):
     text = lower(fj.sparse_matmul, x_of(rows), w)
     assert targets(text) == ["flashjax_lscd_matmul_cuda"]
-    # Not even as many elements as the weight has, whatever their type; but the
-    # workspace, which is not larger than it must be for all multiprocessors.
-    workspace = _native.cuda.workspace_bytes(0, rows, M, K)
+    # Not even as many elements as the weight has, whatever their type; but x and the
+    # product, and the workspace, which is not larger than it must be for all
+    # multiprocessors.
+    workspace = _native.cuda.workspace_bytes(rows, M, K)
     assert f"tensor<{workspace}xui8>" in text
     text = text.replace(f"{workspace}xui8", "1xui8")
+    text = re.sub(rf"\b{rows}x({K}|{M})xf16", "1xf16", text)
     assert largest_buffer(text) < K * M
 
 

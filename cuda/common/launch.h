@@ -13,8 +13,6 @@ struct Grid {
   int threads;
   int shared_bytes = 0;
   int64_t blocks_y = 1;
-  // Of the kernel launched just before on the stream: may start when that one lets it (sm_90).
-  bool is_dependent = false;
 };
 
 template <typename... Parameters, typename... Arguments>
@@ -25,11 +23,6 @@ cudaError_t Launch(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t
   config.blockDim = dim3(static_cast<unsigned>(grid.threads));
   config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
   config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = grid.is_dependent ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 

@@ -18,7 +18,7 @@ from .modeling import check_dtype
 from .parallel import DECODER_LINEARS
 
 # Partial sums of the CUDA kernel, LscdWorkspaceBytes() at its largest tile.
-_WORKSPACE = 160 * 16 * (4 + 128 // 8 * 32 * 16)
+_WORKSPACE = 160 * 8 * (8 + 256 // 8 * 32 * 16)
 # CUDA's context, cuBLAS and loaded programs. An estimate, not counted on CPUs.
 _RUNTIME = 1 << 30
 # JAX takes this share of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 # What `make sanitize` asks for: address,undefined.
 SANITIZE = os.environ.get("FLASHJAX_SANITIZE", "")
-KERNELS = {"auto": 0, "mma": 1, "wgmma": 2, "wgmma_wide": 3}
+KERNELS = {"auto": 0, "mma": 1, "wgmma": 2}
 
 
 class EmulationError(RuntimeError):
@@ -139,7 +139,7 @@ def matmul(
     n, k = x.shape
     workspace_bytes = _library().emulated_workspace_bytes
     workspace_bytes.restype = ctypes.c_int64
-    size = workspace_bytes(*map(ctypes.c_int64, (KERNELS[kernel], n, m, k)))
+    size = workspace_bytes(*map(ctypes.c_int64, (n, m, k)))
     workspace = _aligned(_garbage((size + 16,), np.uint8))[:size]
     y = _garbage((n, m), np.float32 if float_output else x.dtype)
     _call(

@@ -57,9 +57,8 @@ int emulated_unpack(const uint32_t* bitmap, const uint32_t* entries, const uint3
   return flashjax::LaunchLscdUnpack(packed, m, k, transposed, dense, nullptr);
 }
 
-int64_t emulated_workspace_bytes(int64_t kernel, int64_t n, int64_t m, int64_t k) {
-  return static_cast<int64_t>(
-      flashjax::LscdWorkspaceBytes(static_cast<flashjax::LscdKernel>(kernel), n, m, k));
+int64_t emulated_workspace_bytes(int64_t n, int64_t m, int64_t k) {
+  return static_cast<int64_t>(flashjax::LscdWorkspaceBytes(n, m, k));
 }
 
 int emulated_matmul(const void* x, const uint32_t* bitmap, const uint32_t* entries,

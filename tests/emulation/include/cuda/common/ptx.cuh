@@ -27,8 +27,8 @@ inline uint32_t Permute(uint32_t a, uint32_t b, uint32_t selector) {
 
 inline uint4 LoadStreaming(const uint4* p) { return *p; }
 
-inline void StoreRelease(uint32_t* p, uint32_t v) { *p = v; }
-inline uint32_t LoadAcquire(const uint32_t* p) { return *p; }
+inline void StoreRelease(uint64_t* p, uint64_t v) { *p = v; }
+inline uint64_t LoadAcquire(const uint64_t* p) { return *p; }
 
 inline void CopyAsync16(uint32_t dst, const void* src) { simt::CopyAsync(dst, src, 16); }
 inline void CopyAsyncCommit() { simt::CommitCopies(); }
@@ -46,9 +46,6 @@ inline void LoadMatrix4(uint32_t r[4], uint32_t address) {
     std::memcpy(&r[i], simt::SharedBytes(row, 16) + lane % 4 * 4, 4);
   }
 }
-
-inline void LaunchDependents() {}
-inline void WaitForPrevious() {}
 
 inline void BarrierInit(uint32_t barrier, uint32_t count) { simt::InitBarrier(barrier, count); }
 inline void BarrierInitFence() {}
