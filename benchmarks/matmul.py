@@ -164,8 +164,8 @@ def main(
             jnp.dtype(dtype),
             kernel,
         )
+        path = report.save(name, {"results": results})
     print_table(results)
-    path = report.save(name, {"results": results})
     print(f"written to {path}")
 
 
