@@ -23,7 +23,8 @@ STYLE = """<style>
 svg { --ink: #222; --paper: #fff; }
 @media (prefers-color-scheme: dark) { svg { --ink: #ddd; --paper: #1e2129; } }
 </style>"""
-COLORS = ("#4c9be8", "#2ca58d", "#d9912b", "#d9566b")  # legible on both papers
+COLORS = ("#4c9be8", "#2ca58d", "#d9912b", "#d9566b", "#a97bd1")  # on both papers
+LAYERS = ("opt-30b.attention", "opt-30b.fc1", "opt-30b.fc2")
 
 
 def figure(facts: dict, results: list[dict]) -> str:
@@ -40,7 +41,7 @@ def figure(facts: dict, results: list[dict]) -> str:
             for name in ("text.", "xtick.", "ytick.", "axes.edge", "axes.label")
         },
     }
-    layers = {r["layer"]: r for r in results}
+    layers = {r["layer"]: r for r in results if r["layer"] in LAYERS}
     with plt.rc_context(settings):
         drawing, panels = plt.subplots(
             1, len(layers), figsize=(9, 3.4), sharey=True, layout="constrained"
@@ -78,7 +79,7 @@ def draw(axes: plt.Axes, results: list[dict]) -> None:
     axes.set_xscale("log", base=2)
     rows = sorted({r["n"] for r in results})
     axes.set_xticks(rows, map(str, rows))
-    axes.set_ylim(0.6, 1.8)
+    axes.set_ylim(0.6, 2.1)
     axes.set_xlabel("rows of x")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

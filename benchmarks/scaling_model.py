@@ -108,7 +108,7 @@ def table_lines(results: dict[str, list[dict]]) -> list[str]:
         for s in steps:
             zeros = f"{s['sparsity']:.0%}" if s["sparsity"] else "dense"
             fits = "" if s["fits"] else " (too much)"
-            mark = " *" if model == "OPT-30B" and s["devices"] == 1 else ""
+            mark = " *" if model != "OPT-175B" and s["devices"] == 1 else ""
             lines.append(
                 f"| {model} | {zeros} | {s['devices']} | {s['gigabytes']:.0f}{fits} "
                 f"| {s['read_gigabytes']:.1f} | {s['products_ms']:.1f}{mark} "

@@ -9,6 +9,7 @@ Speeds come from `results/`, the demo model's figures from
 import json
 import pathlib
 import re
+import statistics
 import textwrap
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -45,8 +46,8 @@ def headline(facts: dict, results: list[dict]) -> str:
         f"OPT-30B with {SPARSITY:.0%} zeros take **{large['sparse_us']:.0f}\u00a0µs**, "
         "the same in dense float16 (`jnp.dot`, which is cuBLAS) "
         f"{large['dense_us']:.0f}\u00a0µs: **{large['speedup']:.2f} times as fast in "
-        f"{large['bytes_per_element'] / 2:.0%} of the memory**. Not everything gains: "
-        f"a {shape(small)} layer runs at {small['speedup']:.2f} times the speed of "
+        f"{large['bytes_per_element'] / 2:.0%} of the memory**. Smaller layers gain "
+        f"less: {shape(small)} runs at {small['speedup']:.2f} times the speed of "
         "dense. [When sparse pays](docs/when-sparse-pays.md) has all figures (median "
         f"device time, {origin(facts)})."
     )
@@ -61,7 +62,8 @@ def speed_table(facts: dict, results: list[dict]) -> str:
     text = (
         "Speed-up of `sparse_matmul` over `jnp.dot` (cuBLAS) on one "
         f"{facts['device']}, "
-        f"for layers of OPT-30B (out x in) {shapes}: {results[0]['dtype']}, random "
+        f"geometric mean over layers of OPT-30B and OPT-66B (out x in) {shapes}, with "
+        f"the least and the largest in brackets: {results[0]['dtype']}, random "
         "patterns, weights not in the L2 cache, median device time, both in the same "
         f"process ({origin(facts)})."
     )
@@ -72,10 +74,11 @@ def speed_table(facts: dict, results: list[dict]) -> str:
         "|---" * (len(sparsities) + 1) + "|",
     ]
     for n in sorted({r["n"] for r in results}):
-        cells = [
-            " / ".join(f"{speedups[layer, n, s]:.2f}" for layer in layers)
-            for s in sparsities
-        ]
+        cells = []
+        for s in sparsities:
+            of_layers = [speedups[layer, n, s] for layer in layers]
+            mean = statistics.geometric_mean(of_layers)
+            cells.append(f"**{mean:.2f}** ({min(of_layers):.2f}-{max(of_layers):.2f})")
         lines.append(f"| {n} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -158,7 +161,7 @@ def replace(document: pathlib.Path, name: str, content: str) -> None:
 def main() -> None:
     gpu = load(RESULTS / "matmul-nvidia-h200.json")
     cpu = load(RESULTS / "cpu_matmul-amd-epyc.json")
-    model = load(RESULTS / "generate-nvidia-h200.json")
+    model = load(RESULTS / "generate-opt-30b-nvidia-h200.json")
     training = ROOT / "examples" / "demo-opt" / "training.json"
     replace(README, "matmul", headline(*gpu))
     replace(README, "demo", demo_figures(training))

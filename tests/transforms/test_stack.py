@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import flashjax as fj
+from flashjax import matmul
 
 L, K = 3, 72
 
@@ -148,7 +149,7 @@ def test_no_layer_is_copied_in_the_loop(stack, biases, rows):
     assert _packed_moves(sliced, x, stack) != []  # what is looked for is found
 
 
-@pytest.mark.parametrize("rows", [4, 300])
+@pytest.mark.parametrize("rows", [4, matmul.KERNEL_ROWS["cuda"] + 1])
 def test_cuda_takes_the_stack_and_the_index(cuda_module, stack, rows):
     del cuda_module
     f = jax.jit(lambda x, w, i: fj.sparse_matmul(x, w, layer=i))
