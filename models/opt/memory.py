@@ -91,8 +91,8 @@ def predict(
     """Predicts what `generate` needs on a GPU, before anything is loaded.
 
     Packed kernels are predicted by `flashjax.packed_size.packed_bytes`, for zeros that
-    are anywhere. With several devices, kernels and cache are split evenly (tensor
-    parallelism) and everything else is counted on each.
+    are anywhere. With several devices, kernels, cache and (where it divides) vocabulary
+    are split evenly (tensor parallelism) and everything else is counted on each.
 
     Args:
       config: the architecture.
@@ -151,6 +151,8 @@ def _weights(
     for target in opt_targets(config).values():
         name = target.module.split(".")[-1]
         elements = math.prod(target.shape)
+        if name in ("embed_tokens", "lm_head") and config.vocab_size % devices == 0:
+            elements //= devices  # see parallel.py
         if target.attribute != "kernel" or name not in DECODER_LINEARS:
             other += elements * itemsize
         elif sparsity:

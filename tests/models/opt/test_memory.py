@@ -93,6 +93,8 @@ def test_published_sizes():
     assert predict(huge, 0.0, device_bytes=gpu, devices=4).fits
     halved = predict(huge, 0.8, devices=2)
     assert halved.linear_weights == pytest.approx(sparse.linear_weights / 2, rel=0.01)
+    half_of_the_vocabulary = 50272 // 2 * 12288 * 2  # bytes
+    assert sparse.other_weights - halved.other_weights == half_of_the_vocabulary
     assert halved.fits is halved.fits_by_default is None  # a CPU has no limit
     assert predict(huge, 0.8, device_bytes=100_000_000_000).fits_by_default is False
 
