@@ -54,6 +54,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
     import jax
 
+    # A conftest.py further down may have imported it: then the variables came too late.
+    if _platform(config) == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update(
+            "jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"]
+        )
+        least = os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", float(least))
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
