@@ -11,7 +11,6 @@ several executions. Dense is the faster of the two memory orders of the weight.
 Prints a table and writes `benchmarks/results/matmul-DEVICE.json`.
 """
 
-import functools
 from typing import Annotated
 
 import device_time
@@ -66,7 +65,7 @@ def sparse_product(kernel: str):
         dtype = jnp.dtype(x.dtype)
         call = matmul_impl.Call(w.shape, w.dtype, dtype, None, dtype, "cuda")
         operands = matmul_impl.Operands(x, None, w.packed, None)
-        return functools.partial(matmul_impl._cuda, call, kernel=kernel)(operands)
+        return matmul_impl._cuda(call, operands, kernel=kernel)
 
     return product
 

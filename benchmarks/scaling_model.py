@@ -11,12 +11,11 @@ time on the links. Norms, attention's arithmetic and launches are left out.
 Writes the table and the plot of `docs/multi-gpu.md`.
 """
 
-import json
 import pathlib
-import re
 
 import matplotlib
 import numpy as np
+from update_readme import RESULTS, ROOT, load, replace
 
 from flashjax.models.opt import OPTConfig
 from flashjax.models.opt.memory import predict
@@ -24,8 +23,7 @@ from flashjax.models.opt.memory import predict
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-MEASURED = ROOT / "benchmarks/results/matmul-nvidia-h200.json"
+MEASURED = RESULTS / "matmul-nvidia-h200.json"
 DOCUMENT = ROOT / "docs/multi-gpu.md"
 PLOT = ROOT / "docs/multi-gpu.png"
 
@@ -137,7 +135,7 @@ def plot(results: dict[str, list[dict]], path: pathlib.Path) -> None:
 
 
 def run() -> dict[str, list[dict]]:
-    measured = json.loads(MEASURED.read_text(encoding="utf-8"))["results"]
+    _, measured = load(MEASURED)
     lines = product_lines(measured, BATCH)
     return {
         name: [
@@ -152,11 +150,7 @@ def run() -> dict[str, list[dict]]:
 def main() -> None:
     results = run()
     plot(results, PLOT)
-    text = DOCUMENT.read_text(encoding="utf-8")
-    begin, end = "<!-- scaling: begin -->", "<!-- scaling: end -->"
-    table = "\n".join([begin, *table_lines(results), end])
-    text = re.sub(f"{begin}.*{end}", lambda _: table, text, flags=re.DOTALL)
-    DOCUMENT.write_text(text, encoding="utf-8")
+    replace(DOCUMENT, "scaling", "\n".join(table_lines(results)))
 
 
 if __name__ == "__main__":

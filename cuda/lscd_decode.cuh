@@ -98,6 +98,18 @@ __device__ __forceinline__ void DecodeFragment(uint32_t word, uint32_t& p, uint3
   r[3] = Permute(d0, d1, s3);
 }
 
+// The fragments of half a step: 0 and 1, or 2 and 3. `half` must be known where this is unrolled.
+__device__ __forceinline__ void DecodeHalf(int half, uint32_t word, uint32_t& p, uint32_t& q,
+                                           uint32_t a[2][4]) {
+  if (half == 0) {
+    DecodeFragment<0>(word, p, q, a[0]);
+    DecodeFragment<1>(word, p, q, a[1]);
+  } else {
+    DecodeFragment<2>(word, p, q, a[0]);
+    DecodeFragment<3>(word, p, q, a[1]);
+  }
+}
+
 // Where a warp starts and ends in the value segments to decode groups [group0, group1) of a strip.
 struct SegmentRange {
   uint32_t first;     // segment of the least advanced stream

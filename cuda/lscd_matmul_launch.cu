@@ -201,7 +201,7 @@ cudaError_t LaunchWgmma(const Problem<Weight>& problem, int64_t n0, int64_t n) {
 template <typename T, typename Weight>
 cudaError_t LaunchTile(LscdKernel kernel, const Problem<Weight>& problem, int64_t n0, int64_t n) {
   if (kernel == LscdKernel::kMma) {
-    switch (TileN(n, 32)) {
+    switch (TileN(n, WidestTile(kernel))) {
       case 8:
         return LaunchMma<T, 8>(problem, n0, n);
       case 16:
@@ -210,7 +210,7 @@ cudaError_t LaunchTile(LscdKernel kernel, const Problem<Weight>& problem, int64_
         return LaunchMma<T, 32>(problem, n0, n);
     }
   }
-  switch (TileN(n, 256)) {
+  switch (TileN(n, WidestTile(kernel))) {
     case 8:
       return LaunchWgmma<T, 8>(problem, n0, n);
     case 16:
@@ -242,7 +242,7 @@ cudaError_t LaunchTiles(LscdKernel kernel, const Problem<Weight>& problem) {
 }  // namespace
 
 size_t LscdWorkspaceBytes(int64_t n, int64_t m, int64_t k) {
-  const int64_t tile_n = TileN(n, 256);
+  const int64_t tile_n = TileN(n, WidestTile(LscdKernel::kWgmma));
   const int warps = tile_n < 128 ? WgmmaConfig<64>::kWarps : WgmmaConfig<128>::kWarps;
   const int64_t units = CeilDiv(m, warps * kStripRows) * LscdShape{m, k}.groups();
   return static_cast<size_t>(std::clamp<int64_t>(units, 1, kWorkspaceSlots) *

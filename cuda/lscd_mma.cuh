@@ -119,13 +119,7 @@ __global__ void __launch_bounds__(MmaConfig<kTileN>::kThreads, 2)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           uint32_t a[2][4];
-          if (half == 0) {
-            DecodeFragment<0>(word, reader.p, reader.q, a[0]);
-            DecodeFragment<1>(word, reader.p, reader.q, a[1]);
-          } else {
-            DecodeFragment<2>(word, reader.p, reader.q, a[0]);
-            DecodeFragment<3>(word, reader.p, reader.q, a[1]);
-          }
+          DecodeHalf(half, word, reader.p, reader.q, a);
           const int chunk = 8 * step + 4 * half + lane / 8;
 #pragma unroll
           for (int j = 0; j < kTileN / 8; ++j) {

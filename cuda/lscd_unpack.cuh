@@ -94,10 +94,8 @@ __global__ void __launch_bounds__(kUnpackWarps* kLanes)
       const uint32_t word = reader.BeginStep(step);
       uint16_t* tile = tiles + step % 2 * Order::kTileSize;
       uint32_t a[4][4];
-      DecodeFragment<0>(word, reader.p, reader.q, a[0]);
-      DecodeFragment<1>(word, reader.p, reader.q, a[1]);
-      DecodeFragment<2>(word, reader.p, reader.q, a[2]);
-      DecodeFragment<3>(word, reader.p, reader.q, a[3]);
+      DecodeHalf(0, word, reader.p, reader.q, a);
+      DecodeHalf(1, word, reader.p, reader.q, a + 2);
 #pragma unroll
       for (int f = 0; f < 4; ++f) {
 #pragma unroll

@@ -116,10 +116,8 @@ __device__ __forceinline__ void MultiplyWgmma(StripReader<BulkRing>& reader,
     for (int step = 0; step < kGroupSteps; ++step) {
       const int buffer = step % kBuffers, in_stage = step % kStageSteps;
       const uint32_t word = reader.BeginStep(step);
-      DecodeFragment<0>(word, reader.p, reader.q, a[buffer][0]);
-      DecodeFragment<1>(word, reader.p, reader.q, a[buffer][1]);
-      DecodeFragment<2>(word, reader.p, reader.q, a[buffer][2]);
-      DecodeFragment<3>(word, reader.p, reader.q, a[buffer][3]);
+      DecodeHalf(0, word, reader.p, reader.q, a[buffer]);
+      DecodeHalf(1, word, reader.p, reader.q, a[buffer] + 2);
       if (in_stage == 0) {
         x.Wait();
         x_low = stages_low + x.stage * (Config::kStageBytes >> 4);
@@ -164,13 +162,7 @@ __device__ __forceinline__ void MultiplyMma(StripReader<BulkRing>& reader,
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         uint32_t a[2][4];
-        if (half == 0) {
-          DecodeFragment<0>(word, reader.p, reader.q, a[0]);
-          DecodeFragment<1>(word, reader.p, reader.q, a[1]);
-        } else {
-          DecodeFragment<2>(word, reader.p, reader.q, a[0]);
-          DecodeFragment<3>(word, reader.p, reader.q, a[1]);
-        }
+        DecodeHalf(half, word, reader.p, reader.q, a);
         if (step == 0 && half == 0) x.Wait();
 #pragma unroll
         for (int j = 0; j < kTileN / 8; ++j) {
