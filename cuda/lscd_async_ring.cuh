@@ -11,11 +11,10 @@ namespace flashjax {
 
 struct AsyncRing {
   uint32_t data = 0;
-  uint32_t slot_in = 0;
+  uint32_t slot_in = 0, slot_out = 0;  // slots of the next copy and the next wait
 
-  // Every piece begins with an empty ring, so that the next wait is for the next copy.
-  __device__ __forceinline__ uint32_t slot() const { return slot_in; }
-  __device__ __forceinline__ void Copy(const uint8_t* source, bool any, int lane) {
+  __device__ __forceinline__ uint32_t slot() const { return slot_out; }
+  __device__ __forceinline__ void Copy(const uint8_t* source, bool any, bool, int lane) {
     if (any) {
       const uint32_t dst = data + slot_in * kSegmentBytes + lane * 16;
 #pragma unroll
@@ -26,13 +25,19 @@ struct AsyncRing {
           CopyAsync16(dst + kRingBytes + i, source + i + lane * 16);
         }
       }
-      slot_in = slot_in == kRingSegments - 1 ? 0 : slot_in + 1;
+      slot_in = Next(slot_in);
     }
     CopyAsyncCommit();  // also an empty group, so that Wait() can count
   }
   __device__ __forceinline__ void Wait() {
     CopyAsyncWait<kPrefetch>();
     __syncwarp();  // the other lanes' parts too
+    slot_out = Next(slot_out);
+  }
+
+ private:
+  static __device__ __forceinline__ uint32_t Next(uint32_t slot) {
+    return slot == kRingSegments - 1 ? 0 : slot + 1;
   }
 };
 

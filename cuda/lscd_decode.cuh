@@ -110,26 +110,26 @@ __device__ __forceinline__ void DecodeHalf(int half, uint32_t word, uint32_t& p,
   }
 }
 
-// Where a warp starts and ends in the value segments to decode groups [group0, group1) of a strip.
-struct SegmentRange {
+// Where the streams of a warp stand before a group of a strip.
+struct StreamStart {
   uint32_t first;     // segment of the least advanced stream
-  uint32_t resident;  // segments [first, resident) must be there before the first step
-  uint32_t last;      // and [first, last) before the last one
+  uint32_t resident;  // segments [first, resident) must be there before the group's first step
   uint32_t p, q;      // words from `first` to the lane's next value of streams 0 and 1
 };
 
-__device__ __forceinline__ SegmentRange FindRange(const PackedWeight& w, int strip, int group0,
-                                                  int group1, int lane) {
-  const uint32_t* entries = w.entries + int64_t{strip} * w.entries_per_strip * kEntryWords;
-  const int e0 = group0 / kEntryGroups, skip = group0 % kEntryGroups;
-  const uint32_t* entry = entries + e0 * kEntryWords;
+__device__ __forceinline__ const uint32_t* StripEntries(const PackedWeight& w, int strip) {
+  return w.entries + int64_t{strip} * w.entries_per_strip * kEntryWords;
+}
+
+__device__ __forceinline__ StreamStart FindStart(const PackedWeight& w, int strip, int group,
+                                                 int lane) {
+  const int e = group / kEntryGroups, skip = group % kEntryGroups;
+  const uint32_t* entry = StripEntries(w, strip) + e * kEntryWords;
   const uint8_t* offsets = reinterpret_cast<const uint8_t*>(entry + 2);
   uint32_t p = offsets[lane], q = offsets[kLanes + lane];
   const uint32_t base = entry[0], schedule = entry[1];
-  const int e1 = (group1 - 1) / kEntryGroups;
-  const uint32_t end_base = entries[e1 * kEntryWords], end_schedule = entries[e1 * kEntryWords + 1];
-  // Entries are sparse; what lies between one and group0 is counted in the bitmap.
-  const uint4* bits = w.bitmap + (int64_t{strip} * w.groups + e0 * kEntryGroups) * kLanes + lane;
+  // Entries are sparse; what lies between one and the group is counted in the bitmap.
+  const uint4* bits = w.bitmap + (int64_t{strip} * w.groups + e * kEntryGroups) * kLanes + lane;
 #pragma unroll
   for (int i = 0; i < kEntryGroups - 1; ++i) {
     if (i < skip) {
@@ -139,16 +139,22 @@ __device__ __forceinline__ SegmentRange FindRange(const PackedWeight& w, int str
     }
   }
   const uint32_t begun = (schedule >> 16) & ((1u << (kGroupSteps * skip)) - 1);
-  const int end_steps = kGroupSteps * (group1 - e1 * kEntryGroups);
-  const uint32_t ended = (end_schedule >> 16) & ((1u << end_steps) - 1);
   const uint32_t least = __reduce_min_sync(0xffffffffu, min(p, q)) / kSegmentWords;
-  SegmentRange range;
-  range.first = base + least;
-  range.resident = base + (schedule & 0xffffu) + __popc(begun);
-  range.last = end_base + (end_schedule & 0xffffu) + __popc(ended);
-  range.p = p - least * kSegmentWords;
-  range.q = q - least * kSegmentWords;
-  return range;
+  StreamStart start;
+  start.first = base + least;
+  start.resident = base + (schedule & 0xffffu) + __popc(begun);
+  start.p = p - least * kSegmentWords;
+  start.q = q - least * kSegmentWords;
+  return start;
+}
+
+// The segments before this one hold all that the groups of a strip before `group1` need.
+__device__ __forceinline__ uint32_t FindEnd(const PackedWeight& w, int strip, int group1) {
+  const int e = (group1 - 1) / kEntryGroups, steps = kGroupSteps * (group1 - e * kEntryGroups);
+  const uint32_t* entry = StripEntries(w, strip) + e * kEntryWords;
+  const uint32_t base = entry[0], schedule = entry[1];
+  const uint32_t begun = (schedule >> 16) & ((1u << steps) - 1);
+  return base + (schedule & 0xffffu) + __popc(begun);
 }
 
 }  // namespace flashjax

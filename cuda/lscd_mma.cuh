@@ -85,33 +85,31 @@ __global__ void __launch_bounds__(MmaConfig<kTileN>::kThreads, 2)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const uint32_t stages = SharedAddress(shared);
 
-  const Share share((w.m + Config::kTileM - 1) / Config::kTileM, w.groups);
+  const Share<kWarps, true> share(w);
   int unit = share.Begin(share.rank);
   const int end = share.Begin(share.rank + 1);
 
   StripReader<AsyncRing> reader(w, lane);
   reader.ring.data = stages + 2 * Config::kStageBytes + warp * kRingStride;
+  share.BeginWalk(reader, warp, unit, end);
+  reader.WaitForFirstStep();
   StageLoader<kTileN> loader;
   int buffer = 0;
 
   while (unit < end) {
     const Piece piece(share, unit, end);
-    const int strip = piece.tile * kWarps + warp;
-    reader.Look(strip, piece.group0, piece.group1);
-    reader.Begin(strip, piece.group0);
     loader.Load(x, piece.group0);
     float acc[kTileN / 2];
 #pragma unroll
     for (int i = 0; i < kTileN / 2; ++i) acc[i] = 0.0f;
-    reader.WaitForFirstStep();
+    unit += piece.size();
 #pragma unroll 1
     for (int group = piece.group0; group < piece.group1; ++group) {
       // One barrier a group is enough: the buffer written here was read two groups ago.
       loader.Store(shared + buffer * Config::kStageBytes);
       __syncthreads();
-      const bool any = group + 1 < piece.group1;
-      if (any) loader.Load(x, group + 1);
-      reader.LoadAhead(any);
+      if (group + 1 < piece.group1) loader.Load(x, group + 1);
+      reader.LoadAhead(group + 1 < piece.group1 || unit < end);
       const uint32_t stage = stages + buffer * Config::kStageBytes + lane % 8 * Config::kRowBytes;
 #pragma unroll
       for (int step = 0; step < kGroupSteps; ++step) {
@@ -133,8 +131,7 @@ __global__ void __launch_bounds__(MmaConfig<kTileN>::kThreads, 2)
       reader.NextGroup();
       buffer ^= 1;
     }
-    FinishPiece<T, kWarps, kTileN>(acc, out, w, share, piece, strip, warp, lane);
-    unit += piece.size();
+    FinishPiece<T, kWarps, kTileN>(acc, out, w, share, piece, warp, lane);
   }
 }
 

@@ -6,6 +6,9 @@
 // the owner hardly waits. Ranks run against blockIdx.x: an owner waits only for CTAs with smaller
 // blockIdx.x, which the GPU starts first, so that it never waits for one that cannot start.
 //
+// Where a walk (lscd_strip_reader.cuh) goes through several tiles, a warp's strips in consecutive
+// tiles are consecutive: a warp has one walk, whatever tiles its CTA passes.
+//
 // The workspace: float4 partials[slots][warps][kTileN / 8][32 lanes], one slot a rank, then uint64
 // flags[slots][warps]. A raised flag is a number that no other launch has (`ticket`), and the owner
 // takes it down again: whatever the workspace held before, it need not be cleared, which would cost
@@ -34,22 +37,38 @@ struct Output {
 };
 
 // A CTA's units [begin, end) of tiles x groups.
+template <int kStrips, bool kWalksOn>
 struct Share {
+  int tiles;
   int groups;
   int units;
   int rank;
 
-  __device__ Share(int tiles, int groups)
-      : groups(groups), units(tiles * groups), rank(gridDim.x - 1 - blockIdx.x) {}
+  __device__ explicit Share(const PackedWeight& w)
+      : tiles((w.strips + kStrips - 1) / kStrips),
+        groups(w.groups),
+        units(tiles * groups),
+        rank(gridDim.x - 1 - blockIdx.x) {}
 
   // The launcher keeps units * gridDim.x below 2^31.
   __device__ int Begin(int r) const { return units * r / static_cast<int>(gridDim.x); }
+  __device__ int Strip(int tile, int warp) const {
+    return kWalksOn ? warp * tiles + tile : tile * kStrips + warp;
+  }
+  // Begins a warp's walk over units, of one tile or, if it walks on, of several.
+  template <typename Reader>
+  __device__ void BeginWalk(Reader& reader, int warp, int unit, int end) const {
+    const int tile0 = unit / groups, tile1 = (end - 1) / groups;
+    reader.Begin(Strip(tile0, warp), unit - tile0 * groups, Strip(tile1, warp),
+                 end - tile1 * groups);
+  }
 };
 
 // What a CTA does next: groups [group0, group1) of a tile.
 struct Piece {
   int tile, group0, group1;
 
+  template <typename Share>
   __device__ Piece(const Share& share, int unit, int end)
       : tile(unit / share.groups),
         group0(unit - tile * share.groups),
@@ -83,10 +102,11 @@ __device__ __forceinline__ void StoreStrip(const float* acc, const Output& out, 
 }
 
 // Called by every warp with its accumulators of a piece.
-template <typename T, int kWarps, int kTileN>
+template <typename T, int kWarps, int kTileN, typename Share>
 __device__ __forceinline__ void FinishPiece(float* acc, const Output& out, const PackedWeight& w,
-                                            const Share& share, const Piece& piece, int strip,
-                                            int warp, int lane) {
+                                            const Share& share, const Piece& piece, int warp,
+                                            int lane) {
+  const int strip = share.Strip(piece.tile, warp);
   if (strip >= w.strips) return;
   constexpr int kParts = kTileN / 8;
   float4* sums = reinterpret_cast<float4*>(acc);

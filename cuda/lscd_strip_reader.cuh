@@ -1,9 +1,14 @@
-// A warp's walk over a strip: bitmap and schedule one group ahead, values through a ring of
+// A warp's walk over strips: bitmap and schedule one group ahead, values through a ring of
 // segments.
+//
+// Streams run on from strip to strip, and so does the walk: where a strip ends nothing is looked up
+// and nothing read twice. Only its first group costs that. (Streams are up to a ring of segments
+// apart: wherever a walk begins or ends it reads segments of which its neighbour needs a part.)
 //
 // `Ring` says how segments are copied (bulk copies on sm_90, cp.async on sm_80). It has `data` (the
 // shared memory of kRingStride bytes), slot() (the slot that the next Wait() is for), Copy(source,
-// any, lane) (the next slot; any = false past the end of the piece) and Wait().
+// any, is_first, lane) (the next slot; any = false past the end of the walk; is_first = true for
+// what the walk begins with, which its neighbour ends with) and Wait().
 #ifndef FLASHJAX_CUDA_LSCD_STRIP_READER_CUH_
 #define FLASHJAX_CUDA_LSCD_STRIP_READER_CUH_
 
@@ -19,54 +24,57 @@ struct StripReader {
   const PackedWeight& w;
   const int lane;
   Ring ring;
-  int strip = 0;
   uint32_t p = 0, q = 0;  // addresses of the next values of the lane's two streams
 
   __device__ __forceinline__ StripReader(const PackedWeight& w, int lane) : w(w), lane(lane) {}
 
-  // Looks up where the streams of the next piece stand: loads that take a round trip to memory, so
-  // do it while something else is under way.
-  __device__ __forceinline__ void Look(int strip, int group0, int group1) {
-    if (strip < w.strips) ahead_ = FindRange(w, strip, group0, group1, lane);
-  }
-
-  // Begins the piece that was looked up: asks for the first segments. Strips past the last one
-  // read as zeros: they only keep their warpgroup company.
-  __device__ __forceinline__ void Begin(int new_strip, int group0) {
-    strip = new_strip;
+  // Begins a walk from a group of a strip to before group1 of strip1 (which may be the same), and
+  // asks for the first segments. Strips past the last one read as zeros: they only keep their
+  // warpgroup company.
+  __device__ __forceinline__ void Begin(int strip, int group, int strip1, int group1) {
+    strip_ = strip;
+    group_ = group;
     bits_ = make_uint4(0, 0, 0, 0);
     schedule_ = 0;
     waits_ = 0;
     p = q = ring.data + lane * 4;
-    if (!live()) return;
-    group_ = group0;
-    next_bits_ = w.bitmap + (int64_t{strip} * w.groups + group0) * kLanes + lane;
+    if (strip_ >= w.strips) return;
+    const StreamStart start = FindStart(w, strip, group, lane);
+    last_ = strip1 < w.strips ? FindEnd(w, strip1, group1) : FindEnd(w, w.strips - 1, w.groups);
+    next_bits_ = w.bitmap + (int64_t{strip} * w.groups + group) * kLanes + lane;
     bits_ = LoadStreaming(next_bits_);
     entry_ =
-        (static_cast<uint32_t>(strip) * w.entries_per_strip + group0 / kEntryGroups) * kEntryWords;
+        (static_cast<uint32_t>(strip) * w.entries_per_strip + group / kEntryGroups) * kEntryWords;
     schedule_ahead_ = w.entries[entry_ + 1];
     TakeSchedule();
-    p = Wrap(ring.data + (ring.slot() * kSegmentWords + ahead_.p) * kWordBytes + lane * 4);
-    q = Wrap(ring.data + (ring.slot() * kSegmentWords + ahead_.q) * kWordBytes + lane * 4 + 2);
-    waits_ = ahead_.resident - ahead_.first;
-    next_ = ahead_.first;
-    last_ = ahead_.last;
-    __syncwarp();  // every lane has read the last of the previous piece
+    p = Wrap(p + (ring.slot() * kSegmentWords + start.p) * kWordBytes);
+    q = Wrap(q + (ring.slot() * kSegmentWords + start.q) * kWordBytes + 2);
+    waits_ = start.resident - start.first;
+    next_ = start.first;
+    __syncwarp();  // every lane has read the last of the previous walk
 #pragma unroll 1
-    while (next_ < ahead_.resident + kPrefetch) Copy();
+    while (next_ < start.resident) Copy(true);
   }
 
+  // What is only fetched ahead is asked for behind what all warps begin with.
   __device__ __forceinline__ void WaitForFirstStep() {
-    for (uint32_t i = 0; i < waits_; ++i) ring.Wait();
+    if (waits_ > 0) ring.Wait();
+    for (int i = 0; i < kPrefetch; ++i) Copy(true);
+    for (uint32_t i = 1; i < waits_; ++i) ring.Wait();
   }
 
+  // The next group of the walk, if there is any.
   __device__ __forceinline__ void LoadAhead(bool any) {
     bits_ahead_ = make_uint4(0, 0, 0, 0);
     schedule_ahead_ = 0;
-    if (any && live()) {
+    if (++group_ == w.groups) {
+      group_ = 0;
+      ++strip_;
+    }
+    if (any && strip_ < w.strips) {
       next_bits_ += kLanes;
       bits_ahead_ = LoadStreaming(next_bits_);
-      if (++group_ % kEntryGroups == 0) entry_ += kEntryWords;
+      if (group_ % kEntryGroups == 0) entry_ += kEntryWords;
       schedule_ahead_ = w.entries[entry_ + 1];
     }
   }
@@ -75,7 +83,7 @@ struct StripReader {
   __device__ __forceinline__ uint32_t BeginStep(int step) {
     if ((schedule_ >> step) & 1) {
       __syncwarp();  // every lane has left the slot that is overwritten
-      Copy();
+      Copy(false);
       ring.Wait();
     }
     p = Wrap(p);
@@ -85,10 +93,13 @@ struct StripReader {
 
   __device__ __forceinline__ void NextGroup() {
     bits_ = bits_ahead_;
+    // A chain's streams begin together, in a segment of their own.
+    if (group_ == 0 && (schedule_ahead_ & 0xffffu) == 0) {
+      p = ring.data + ring.slot() * kSegmentBytes + lane * 4;
+      q = p + 2;
+    }
     TakeSchedule();
   }
-
-  __device__ __forceinline__ bool live() const { return strip < w.strips; }
 
  private:
   // The group's four bits "this step needs one segment more", of what was loaded ahead: not sooner
@@ -99,8 +110,8 @@ struct StripReader {
   __device__ __forceinline__ uint32_t Wrap(uint32_t address) const {
     return address >= ring.data + kRingBytes ? address - kRingBytes : address;
   }
-  __device__ __forceinline__ void Copy() {
-    ring.Copy(w.values + int64_t{next_} * kSegmentBytes, next_ < last_, lane);
+  __device__ __forceinline__ void Copy(bool is_first) {
+    ring.Copy(w.values + int64_t{next_} * kSegmentBytes, next_ < last_, is_first, lane);
     ++next_;
   }
 
@@ -108,9 +119,9 @@ struct StripReader {
   const uint4* next_bits_ = nullptr;
   uint32_t schedule_ = 0, schedule_ahead_ = 0, waits_ = 0;
   uint32_t next_ = 0, last_ = 0;  // segments to copy: [next_, last_)
-  SegmentRange ahead_ = {};
-  int group_ = 0;
-  uint32_t entry_ = 0;  // word of the entry of the group that is loaded ahead
+  // What is loaded ahead: its strip, its group and the word of its entry.
+  int strip_ = 0, group_ = 0;
+  uint32_t entry_ = 0;
 };
 
 }  // namespace flashjax

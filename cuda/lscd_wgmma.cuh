@@ -37,13 +37,19 @@ struct WgmmaConfig {
   // back all but 32, and 16 x 112 + 4 x 32 or 8 x 232 + 4 x 32 is no more than that.
   static constexpr int kRegisters = kWarps == 16 ? 112 : 232;
   static constexpr int kTileM = kWarps * kStripRows;
+  // Rows that are next to each other are written together: with 256 columns that weighs more.
+  static constexpr bool kWalksOn = kTileN < 256;
   // A stage of x is 4 to 8 KB (16 and 32 KB for 128 and 256 columns), so that its barrier is waited
   // for rarely.
   static constexpr int kStageK = kTileN <= 16 ? 256 : kTileN == 32 ? 128 : 64;
   static constexpr int kStageBytes = kStageK * kTileN * 2;
   static constexpr int kBoxBytes = kStepK * kTileN * 2;
   static constexpr int kStages = kTileN <= 8 ? 6 : 4;
-  static constexpr int kBarriers = kWarps * kRingSegments + 2 * kStages;
+  // With 256 columns a batch of products takes as long as decoding one: the two warpgroups take
+  // turns, so that one decodes while the other one multiplies.
+  static constexpr bool kTakesTurns = kTileN == 256;
+  static constexpr int kTurns = kTakesTurns ? 2 : 0;
+  static constexpr int kBarriers = kWarps * kRingSegments + 2 * kStages + kTurns;
   static constexpr int kSharedBytes =
       1024 + kStages * kStageBytes + kWarps * kRingStride + kBarriers * 8;
 };
@@ -55,12 +61,16 @@ struct BulkRing {
   uint32_t phase = 0;                  // of slot_out's barrier
 
   __device__ __forceinline__ uint32_t slot() const { return slot_out; }
-  __device__ __forceinline__ void Copy(const uint8_t* source, bool any, int lane) {
+  __device__ __forceinline__ void Copy(const uint8_t* source, bool any, bool is_first, int lane) {
     if (!any) return;
     if (lane == 0) {
       const uint32_t barrier = barriers + slot_in * 8, dst = data + slot_in * kSegmentBytes;
       BarrierExpect(barrier, slot_in == 0 ? 2 * kSegmentBytes : kSegmentBytes);
-      BulkCopy(dst, source, kSegmentBytes, barrier);
+      if (is_first) {
+        BulkCopy(dst, source, kSegmentBytes, barrier);
+      } else {
+        BulkCopyOnce(dst, source, kSegmentBytes, barrier);
+      }
       if (slot_in == 0) BulkCopy(dst + kRingBytes, source, kSegmentBytes, barrier);
     }
     slot_in = slot_in == kRingSegments - 1 ? 0 : slot_in + 1;
@@ -95,12 +105,26 @@ struct StageRing {
   }
 };
 
-// A warp's product of one piece by wgmma, with the other warps of its warpgroup. acc is in
-// mma.m16n8k16's layout.
+// Whose turn it is to issue products: a barrier for each of two warpgroups.
+struct Turns {
+  uint32_t mine, other;
+  uint32_t phase = 0;
+
+  __device__ __forceinline__ void Wait() {
+    BarrierWait(mine, phase);
+    phase ^= 1;
+  }
+  __device__ __forceinline__ void Pass(int lane) const {
+    if (lane == 0) BarrierArrive(other);
+  }
+};
+
+// A warp's product of one piece, after which there may be `more`, by wgmma, with the other warps of
+// its warpgroup. acc is in mma.m16n8k16's layout.
 template <typename T, int kTileN>
 __device__ __forceinline__ void MultiplyWgmma(StripReader<BulkRing>& reader,
-                                              StageRing<WgmmaConfig<kTileN>>& x, int groups,
-                                              float* acc, int lane) {
+                                              StageRing<WgmmaConfig<kTileN>>& x, Turns& turns,
+                                              int groups, bool more, float* acc, int lane) {
   using Config = WgmmaConfig<kTileN>;
   constexpr int kBatch = 4;    // fragments a batch of wgmma: a step
   constexpr int kBuffers = 2;  // batches of fragments in registers: one decoded, one multiplied
@@ -111,7 +135,7 @@ __device__ __forceinline__ void MultiplyWgmma(StripReader<BulkRing>& reader,
   uint32_t x_low = 0;
 #pragma unroll 1
   for (int group = 0; group < groups; ++group) {
-    reader.LoadAhead(group + 1 < groups);
+    reader.LoadAhead(group + 1 < groups || more);
 #pragma unroll
     for (int step = 0; step < kGroupSteps; ++step) {
       const int buffer = step % kBuffers, in_stage = step % kStageSteps;
@@ -123,6 +147,7 @@ __device__ __forceinline__ void MultiplyWgmma(StripReader<BulkRing>& reader,
         x_low = stages_low + x.stage * (Config::kStageBytes >> 4);
         x.Advance();
       }
+      if constexpr (Config::kTakesTurns) turns.Wait();
       WgmmaFence();
 #pragma unroll
       for (int f = 0; f < kBatch; ++f) {
@@ -130,6 +155,7 @@ __device__ __forceinline__ void MultiplyWgmma(StripReader<BulkRing>& reader,
         Wgmma(Tile<T, kTileN>{}, acc, a[buffer][f], WgmmaDescriptor(x_low + offset));
       }
       WgmmaCommit();
+      if constexpr (Config::kTakesTurns) turns.Pass(lane);
       WgmmaWait<kBuffers - 1>();
       // The previous stage's last batch is done.
       if (in_stage == 0) {
@@ -147,14 +173,14 @@ __device__ __forceinline__ void MultiplyWgmma(StripReader<BulkRing>& reader,
 template <typename T, int kTileN>
 __device__ __forceinline__ void MultiplyMma(StripReader<BulkRing>& reader,
                                             StageRing<WgmmaConfig<kTileN>>& x, int groups,
-                                            float* acc, int lane) {
+                                            bool more, float* acc, int lane) {
   using Config = WgmmaConfig<kTileN>;
   static_assert(Config::kStageK == kGroupK);
   // ldmatrix: lane l reads row l % 8 of 8 k from l / 8; 16-byte chunks are swizzled by the row.
   const uint32_t x_lane = x.data + lane % 8 * 128 + ((lane / 8) ^ (lane % 8)) * 16;
 #pragma unroll 1
   for (int group = 0; group < groups; ++group) {
-    reader.LoadAhead(group + 1 < groups);
+    reader.LoadAhead(group + 1 < groups || more);
     const uint32_t row = x_lane + x.stage * Config::kStageBytes;
 #pragma unroll
     for (int step = 0; step < kGroupSteps; ++step) {
@@ -195,8 +221,9 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
   const uint32_t rings = stages + kStages * Config::kStageBytes;
   const uint32_t ring_barriers = rings + kWarps * kRingStride;
   const uint32_t full = ring_barriers + kWarps * kRingSegments * 8, empty = full + kStages * 8;
+  const uint32_t turn = empty + kStages * 8;
 
-  const Share share((w.m + Config::kTileM - 1) / Config::kTileM, w.groups);
+  const Share<kWarps, Config::kWalksOn> share(w);
   int unit = share.Begin(share.rank);
   const int end = share.Begin(share.rank + 1);
 
@@ -204,6 +231,7 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
     if (warp == kWarps && lane < kStages) {
       BarrierInit(full + lane * 8, 1);
       BarrierInit(empty + lane * 8, kWarps);
+      if (lane < Config::kTurns) BarrierInit(turn + lane * 8, kWarps / 2);
       BarrierInitFence();
     }
     SyncThreads();
@@ -238,38 +266,32 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
   if (lane < kRingSegments) BarrierInit(reader.ring.barriers + lane * 8, 1);
   BarrierInitFence();
   __syncwarp();
-  Piece piece(share, unit, end);
-  reader.Look(piece.tile * kWarps + warp, piece.group0, piece.group1);
-  reader.Begin(piece.tile * kWarps + warp, piece.group0);
+  if (Config::kWalksOn) share.BeginWalk(reader, warp, unit, end);
   SyncThreads();
   ClaimRegisters<Config::kRegisters>();
+  if (Config::kWalksOn) reader.WaitForFirstStep();
 
   StageRing<Config> x_stages{stages, full, empty};
-  while (true) {
+  const int second = warp / (kWarps / 2);  // warpgroup of two
+  Turns turns{turn + second * 8, turn + (1 - second) * 8};
+  if (Config::kTakesTurns && second) turns.Pass(lane);
+  while (unit < end) {
+    const Piece piece(share, unit, end);
+    if constexpr (!Config::kWalksOn) {
+      share.BeginWalk(reader, warp, unit, unit + piece.size());
+      reader.WaitForFirstStep();
+    }
     float acc[kTileN / 2];
 #pragma unroll
     for (int i = 0; i < kTileN / 2; ++i) acc[i] = 0.0f;
-    const int next_unit = unit + piece.size();
-    if (next_unit < end) {
-      const Piece next(share, next_unit, end);
-      reader.Look(next.tile * kWarps + warp, next.group0, next.group1);
-    }
-    reader.WaitForFirstStep();
+    unit += piece.size();
+    const bool goes_on = Config::kWalksOn && unit < end;
     if constexpr (Config::kUsesMma) {
-      MultiplyMma<T, kTileN>(reader, x_stages, piece.size(), acc, lane);
+      MultiplyMma<T, kTileN>(reader, x_stages, piece.size(), goes_on, acc, lane);
     } else {
-      MultiplyWgmma<T, kTileN>(reader, x_stages, piece.size(), acc, lane);
+      MultiplyWgmma<T, kTileN>(reader, x_stages, turns, piece.size(), goes_on, acc, lane);
     }
-
-    const Piece done = piece;
-    const int strip = reader.strip;
-    unit = next_unit;
-    if (unit < end) {
-      piece = Piece(share, unit, end);
-      reader.Begin(piece.tile * kWarps + warp, piece.group0);
-    }
-    FinishPiece<T, kWarps, kTileN>(acc, out, w, share, done, strip, warp, lane);
-    if (unit >= end) break;
+    FinishPiece<T, kWarps, kTileN>(acc, out, w, share, piece, warp, lane);
   }
 #endif
 }

@@ -80,6 +80,9 @@ __device__ __forceinline__ void LoadMatrix4(uint32_t r[4], uint32_t address) {
 
 // --- mbarriers and bulk copies (sm_90)
 
+// What createpolicy.fractional.L2::evict_first gives.
+inline constexpr uint64_t kEvictFirst = 0x12f0000000000000;
+
 __device__ __forceinline__ void BarrierInit(uint32_t barrier, uint32_t count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
@@ -113,6 +116,16 @@ __device__ __forceinline__ void BulkCopy(uint32_t dst, const void* src, uint32_t
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(dst),
       "l"(src), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+// The same for what is read once: L2 gives it up first.
+__device__ __forceinline__ void BulkCopyOnce(uint32_t dst, const void* src, uint32_t bytes,
+                                             uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(dst),
+      "l"(src), "r"(bytes), "r"(barrier), "l"(kEvictFirst)
       : "memory");
 }
 

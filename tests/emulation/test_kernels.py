@@ -10,7 +10,7 @@ import op_cases
 import pytest
 from emulation import emulator
 
-from flashjax import _native
+from flashjax import _native, reference
 
 KERNELS = ("mma", "wgmma")
 
@@ -57,6 +57,17 @@ def test_shares_of_blocks(kernel, shape, multiprocessors):
     bias = np.linspace(-1, 1, shape[1], dtype=np.float32)
     x = op_cases.random_x((3, shape[0]), "float16")
     check_matmul(kernel, x, dense, bias, float_output=True)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2])
+@pytest.mark.parametrize(("kernel", "strips"), [("mma", 9), ("wgmma", 33)])
+def test_walks_from_chain_to_chain(kernel, strips, multiprocessors):
+    # A chain is 4 strips here, and a warp walks over 3: the second one from 3 to 5.
+    shape = (32900, 16 * strips)
+    assert reference.chain_strips(shape) == 4
+    emulator.set_device(multiprocessors)
+    dense = op_cases.random_dense(*shape, 0.97, "float16")
+    check_matmul(kernel, op_cases.random_x((3, shape[0]), "float16"), dense)
 
 
 @pytest.mark.parametrize("pattern", op_cases.PATTERNS)

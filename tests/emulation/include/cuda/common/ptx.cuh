@@ -60,6 +60,10 @@ inline void BulkCopy(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar
                         [=] { std::memcpy(simt::SharedBytes(dst, bytes), src, bytes); });
 }
 
+inline void BulkCopyOnce(uint32_t dst, const void* src, uint32_t bytes, uint32_t barrier) {
+  BulkCopy(dst, src, bytes, barrier);
+}
+
 // Rows of 128 bytes: bits 4..6 of an address are exchanged with bits 7..9.
 inline uint32_t Swizzle128(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
 
