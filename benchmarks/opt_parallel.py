@@ -49,10 +49,14 @@ PARTS = 8  # random numbers are drawn in so many slices, whatever the devices
 REPETITIONS = 5
 
 
-def random_model(config: OPTConfig, sparsity: float, mesh: Mesh) -> OPT:
+def random_model(
+    config: OPTConfig, sparsity: float, mesh: Mesh, fuse_qkv: bool = True
+) -> OPT:
     """A float16 model on a mesh; no matrix is ever dense but a slice on its device."""
     small = dataclasses.replace(config, num_layers=1)
-    make = nnx.eval_shape(lambda: OPT(small, dtype=jnp.float16, rngs=nnx.Rngs(0)))
+    make = nnx.eval_shape(
+        lambda: OPT(small, dtype=jnp.float16, fuse_qkv=fuse_qkv, rngs=nnx.Rngs(0))
+    )
     parallel = TensorParallel.create(config, mesh, "model")
     make.config, make.parallel = config, parallel
     layer = make.layers[0]
@@ -152,13 +156,15 @@ def time_steps(model: OPT, batch: int, length: int, steps: int):
     return statistics.median(seconds for seconds, _ in runs) * 1e6, runs[-1][1]
 
 
-def measure(config, sparsities, batches, devices, length, steps) -> list[dict]:
+def measure(
+    config, sparsities, batches, devices, length, steps, fuse_qkv
+) -> list[dict]:
     results = []
     for sparsity in sparsities:
         first: dict[int, np.ndarray] = {}
         for count in devices:
             mesh = Mesh(np.array(jax.devices()[:count]), ("model",))
-            model = random_model(config, sparsity, mesh)
+            model = random_model(config, sparsity, mesh, fuse_qkv)
             for batch in batches:
                 us, tokens = time_steps(model, batch, length, steps)
                 expected = first.setdefault(batch, tokens)
@@ -190,6 +196,9 @@ def main(
     devices: Annotated[str, typer.Option(help="1, 2, 4 or 8 each.")] = "1,2,4",
     length: Annotated[int, typer.Option(help="Slots of the cache.")] = 512,
     steps: Annotated[int, typer.Option(help="Steps that are timed.")] = 32,
+    fuse_qkv: Annotated[
+        bool, typer.Option(help="Queries, keys and values from one matrix.")
+    ] = True,
     name: Annotated[str, typer.Option(help="Stem of the result.")] = "opt-parallel",
 ) -> None:
     """Times decode steps of OPT split over devices."""
@@ -203,10 +212,13 @@ def main(
     config = MODELS[model]
     if layers:
         config = dataclasses.replace(config, num_layers=layers)
-    results = measure(
-        config, numbers(sparsity, float), numbers(batch), counts, length, steps
-    )
-    settings = {"model": model, "NCCL_NVLS_ENABLE": os.environ["NCCL_NVLS_ENABLE"]}
+    sparsities, batches = numbers(sparsity, float), numbers(batch)
+    results = measure(config, sparsities, batches, counts, length, steps, fuse_qkv)
+    settings = {
+        "model": model,
+        "fuse_qkv": fuse_qkv,
+        "NCCL_NVLS_ENABLE": os.environ["NCCL_NVLS_ENABLE"],
+    }
     print(f"written to {report.save(name, {'settings': settings, 'results': results})}")
 
 

@@ -72,7 +72,7 @@ def predict_step(config: OPTConfig, sparsity: float, devices: int, line) -> dict
     )
     table = config.vocab_size * (config.word_embed_proj_dim or size) * 2
     constant, per_element = line
-    shapes = [size * size] * 4 + [size * ffn] * 2
+    shapes = [3 * size * size, size * size, size * ffn, size * ffn]
     products = config.num_layers * sum(
         constant + per_element * elements / devices for elements in shapes
     )
@@ -105,7 +105,7 @@ def table_lines(results: dict[str, list[dict]]) -> list[str]:
         for s in steps:
             zeros = f"{s['sparsity']:.0%}" if s["sparsity"] else "dense"
             fits = "" if s["fits"] else " (too much)"
-            mark = " *" if model != "OPT-175B" and s["devices"] == 1 else ""
+            mark = " *" if model == "OPT-30B" and s["devices"] == 1 else ""
             lines.append(
                 f"| {model} | {zeros} | {s['devices']} | {s['gigabytes']:.0f}{fits} "
                 f"| {s['read_gigabytes']:.1f} | {s['products_ms']:.1f}{mark} "

@@ -38,7 +38,10 @@ MARKS = ("<!-- figures, written by finetune_demo.py -->", "<!-- end of the figur
 
 def pruned_model(folder: Path, sparsity: float) -> tuple[opt.OPT, Any]:
     """The model in float32, its decoder's matrices pruned by magnitude."""
-    model, tokenizer = opt.from_pretrained(folder, dtype=jnp.float32, sparse=False)
+    # Each matrix is pruned on its own, those of q, k and v too.
+    model, tokenizer = opt.from_pretrained(
+        folder, dtype=jnp.float32, sparse=False, fuse_qkv=False
+    )
     if tokenizer is None:
         raise ValueError(f"{folder}: expected a tokenizer, got none")
     for kernel in decoder_kernels(model).values():

@@ -356,7 +356,10 @@ def train(
         run.save(run.prune(dense) if prune else dense, temporary)
         # Measured is what the folders hold: weights rounded to float16.
         dense = {n: p.astype(jnp.float16).astype(jnp.float32) for n, p in dense.items()}
-        model, _ = opt.from_pretrained(temporary, dtype=jnp.float32, sparse=False)
+        # Their names are those of the trained parameters, q, k and v apart.
+        model, _ = opt.from_pretrained(
+            temporary, dtype=jnp.float32, sparse=False, fuse_qkv=False
+        )
         saved = run.functions.parameters(model)
         record = run.measure(dense, saved if prune else None)
         record["samples"] = write_samples(model, run.tokenizer, 100, settings.seed)

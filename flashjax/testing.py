@@ -56,8 +56,12 @@ def random_opt(
     dtype: DTypeLike = jnp.float16,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    fuse_qkv: bool = True,
 ) -> "OPT":
     """An OPT of random weights, every matrix with a memory of its own.
+
+    It has the form in which `opt.from_pretrained` loads: queries, keys and values of a
+    layer come from one matrix.
 
     Args:
       config: the architecture.
@@ -66,6 +70,7 @@ def random_opt(
       dtype: of the model; float16 or bfloat16 unless sparsity is 0.
       seed: of the weights.
       progress: called with the layers that are done, and with all.
+      fuse_qkv: False gives queries, keys and values a matrix each.
 
     Returns:
       The model on JAX's default device.
@@ -79,9 +84,10 @@ def random_opt(
     _check("random_opt", (1, 1), sparsity, dtype, halves=bool(sparsity))
     # Embeddings, norms and biases are made as a model of one layer has them.
     small = dataclasses.replace(config, num_layers=1)
-    model = OPT(small, dtype=dtype, rngs=nnx.Rngs(seed))
+    make = functools.partial(OPT, small, dtype=dtype, fuse_qkv=fuse_qkv)
+    model = make(rngs=nnx.Rngs(seed))
     model.config = config
-    template = nnx.eval_shape(lambda: OPT(small, dtype=dtype, rngs=nnx.Rngs(0)))
+    template = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
     layer = template.layers[0]
     del model.layers[:]
     key = jax.random.key(seed)

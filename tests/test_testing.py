@@ -63,19 +63,24 @@ def test_bad_matrices(shape, sparsity, dtype, message):
     ("sparsity", "dtype"),
     [(0.0, jnp.float32), (0.0, jnp.bfloat16), (0.8, jnp.float16), (0.8, jnp.bfloat16)],
 )
-def test_model(sparsity, dtype):
+@pytest.mark.parametrize("fuse_qkv", [True, False])
+def test_model(sparsity, dtype, fuse_qkv):
     done = []
     model = random_opt(
-        CONFIG, sparsity, dtype=dtype, progress=lambda *a: done.append(a)
+        CONFIG,
+        sparsity,
+        dtype=dtype,
+        progress=lambda *a: done.append(a),
+        fuse_qkv=fuse_qkv,
     )
     assert done == [(1, 3), (2, 3), (3, 3)]
     assert (len(model.layers), model.config, model.dtype) == (3, CONFIG, dtype)
-    same = opt.OPT(CONFIG, dtype=dtype, rngs=nnx.Rngs(0))
+    same = opt.OPT(CONFIG, dtype=dtype, fuse_qkv=fuse_qkv, rngs=nnx.Rngs(0))
     if sparsity:
         same = fj.sparsify(same, lambda path, _: path.startswith("layers."))
     assert nnx.graphdef(model) == nnx.graphdef(same)
     layers = [layer for _, layer in fj.nn.sparse_layers(model)]
-    assert len(layers) == (18 if sparsity else 0)
+    assert len(layers) == (3 * (4 if fuse_qkv else 6) if sparsity else 0)
     assert all(abs(la.kernel[...].sparsity - sparsity) < 0.05 for la in layers)
     assert np.isfinite(model(jnp.ones((2, 5), jnp.int32))).all()
     # Every array has a memory of its own.

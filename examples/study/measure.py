@@ -203,7 +203,8 @@ def _nothing(*unused: Any) -> None:
 
 
 def _load(folder: Path) -> tuple[opt.OPT, Any]:
-    return opt.from_pretrained(folder, dtype=jnp.float32, sparse=False)
+    # With the matrices that were pruned, q, k and v apart.
+    return opt.from_pretrained(folder, dtype=jnp.float32, sparse=False, fuse_qkv=False)
 
 
 def _digest(folder: Path) -> str:

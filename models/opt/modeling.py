@@ -1,7 +1,8 @@
 """OPT in Flax NNX.
 
 Module and attribute names follow the Hugging Face checkpoint, so that
-``model.decoder.layers.0.fc1.weight`` is ``model.layers[0].fc1.kernel`` transposed.
+``model.decoder.layers.0.fc1.weight`` is ``model.layers[0].fc1.kernel`` transposed. One
+name is not among them: `qkv_proj`, which a fused model has instead of three layers.
 The semantics are those of PyTorch's OPT in transformers: learned positions offset by
 two and derived from the mask, queries scaled before the product, softmax in float32.
 """
@@ -9,6 +10,7 @@ two and derived from the mask, queries scaled before the product, softmax in flo
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
 from .config import OPTConfig
+from .fused_qkv import split_by_head
 from .parallel import TensorParallel
 
 # Rows of the position table before position 0; padding looks up row 1.
@@ -86,17 +89,32 @@ class KVCache:
 
 
 class Attention(nnx.Module):
-    """Multi-headed causal self-attention."""
+    """Multi-headed causal self-attention.
 
-    def __init__(self, config: OPTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    Attributes:
+      qkv_proj: one layer of 3 * hidden outputs, ordered as `fused_qkv` says; None
+        where there are three.
+      q_proj, k_proj, v_proj: the three layers; None where they are fused.
+      out_proj: the output layer.
+    """
+
+    def __init__(
+        self,
+        config: OPTConfig,
+        *,
+        dtype: DTypeLike,
+        fuse_qkv: bool = False,
+        rngs: nnx.Rngs,
+    ):
         size = config.hidden_size
         linear = partial(
-            _linear, config, size, size, dtype=dtype, use_bias=config.enable_bias
+            _linear, config, size, dtype=dtype, use_bias=config.enable_bias, rngs=rngs
         )
-        self.q_proj = linear(rngs=rngs)
-        self.k_proj = linear(rngs=rngs)
-        self.v_proj = linear(rngs=rngs)
-        self.out_proj = linear(rngs=rngs)
+        self.q_proj: Any = nnx.data(None if fuse_qkv else linear(size))
+        self.k_proj: Any = nnx.data(None if fuse_qkv else linear(size))
+        self.v_proj: Any = nnx.data(None if fuse_qkv else linear(size))
+        self.qkv_proj: Any = nnx.data(linear(3 * size) if fuse_qkv else None)
+        self.out_proj = linear(size)
         self.num_heads = config.num_heads
         self.head_dim = config.head_dim
 
@@ -106,6 +124,9 @@ class Attention(nnx.Module):
         Each is (batch, num_heads, length, head_dim); queries are scaled.
         """
         scale = np.asarray(self.head_dim**-0.5, x.dtype)
+        if self.qkv_proj is not None:
+            queries, keys, values = split_by_head(self.qkv_proj(x), self.num_heads)
+            return queries * scale, keys, values
         queries = self.q_proj(x) * scale
         shape = (*x.shape[:2], self.num_heads, self.head_dim)
 
@@ -123,10 +144,17 @@ class Attention(nnx.Module):
 class DecoderLayer(nnx.Module):
     """One layer: attention and feed-forward, each with a residual and a norm."""
 
-    def __init__(self, config: OPTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: OPTConfig,
+        *,
+        dtype: DTypeLike,
+        fuse_qkv: bool = False,
+        rngs: nnx.Rngs,
+    ):
         size, ffn, bias = config.hidden_size, config.ffn_size, config.enable_bias
         linear = partial(_linear, config, dtype=dtype, use_bias=bias, rngs=rngs)
-        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.self_attn = Attention(config, dtype=dtype, fuse_qkv=fuse_qkv, rngs=rngs)
         self.self_attn_layer_norm = _layer_norm(config, dtype=dtype, rngs=rngs)
         self.fc1 = linear(size, ffn)
         self.fc2 = linear(ffn, size)
@@ -167,6 +195,9 @@ class OPT(nnx.Module):
       config: the architecture.
       dtype: of parameters and activations: float32, float16 or bfloat16. Layer norms,
         softmax and logits are computed in float32 whatever it is.
+      fuse_qkv: whether queries, keys and values of a layer come from one layer
+        `qkv_proj`, which is faster where the product has a constant cost; otherwise
+        from `q_proj`, `k_proj` and `v_proj`, as Hugging Face names them.
       rngs: keys of the random initialisation.
 
     Raises:
@@ -174,7 +205,12 @@ class OPT(nnx.Module):
     """
 
     def __init__(
-        self, config: OPTConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs
+        self,
+        config: OPTConfig,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        fuse_qkv: bool = False,
+        rngs: nnx.Rngs,
     ):
         dtype = check_dtype(dtype)
         self.config = config
@@ -198,7 +234,7 @@ class OPT(nnx.Module):
             self.project_in = linear(proj, size)
             self.project_out = linear(size, proj)
         self.layers = nnx.List(
-            DecoderLayer(config, dtype=dtype, rngs=rngs)
+            DecoderLayer(config, dtype=dtype, fuse_qkv=fuse_qkv, rngs=rngs)
             for _ in range(config.num_layers)
         )
         self.final_layer_norm = nnx.data(None)

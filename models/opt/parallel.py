@@ -2,6 +2,8 @@
 
 Heads and feed-forward units are split: q, k, v and fc1 by output features, out_proj and
 fc2 by input features. A layer then needs two all-reduces, after out_proj and after fc2.
+Where q, k and v are one layer, its outputs are ordered by head (`fused_qkv.py`), so a
+device's slice of them holds all three of its heads.
 
 The vocabulary is split too, where it divides: the table of OPT-175B is 1.2 GB in half
 precision and is read in every step for the logits. Split over 8 devices that saves
@@ -27,6 +29,7 @@ DECODER_LINEARS: dict[str, Dim] = {
     "q_proj": "out",
     "k_proj": "out",
     "v_proj": "out",
+    "qkv_proj": "out",
     "fc1": "out",
     "out_proj": "in",
     "fc2": "in",

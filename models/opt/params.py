@@ -1,12 +1,14 @@
 """Loading and saving OPT in the Hugging Face layout, dense or sparse.
 
 Tensors are read, converted and put on the device one by one into a model that has no
-arrays yet (`nnx.eval_shape`), so the host holds one tensor beside what is loaded.
+arrays yet (`nnx.eval_shape`), so the host holds one tensor beside what is loaded, or
+the queries', keys' and values' of a layer that become one.
 """
 
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
@@ -23,8 +25,9 @@ from flashjax.nnx_tree import node_at, set_node
 from flashjax.sparse_matrix import SparseMatrix
 
 from .config import OPTConfig
+from .fused_qkv import FUSED, QKV, JoinedQKV, rows_of
 from .hf_folder import StoredOPT, convert, listed, open_opt, opt_targets
-from .modeling import OPT, check_dtype
+from .modeling import OPT, Attention, check_dtype
 from .parallel import DECODER_LINEARS, TensorParallel, transpose
 from .tokenizer import load_tokenizer, save_tokenizer
 
@@ -44,6 +47,7 @@ def from_pretrained(
     revision: str | None = None,
     mesh: Mesh | None = None,
     axis: str = "model",
+    fuse_qkv: bool = True,
 ) -> tuple[OPT, Tokenizer | None]:
     """Loads an OPT model and its tokenizer.
 
@@ -60,6 +64,10 @@ def from_pretrained(
         feed-forward units must be divisible by the size of the axis. Each device gets
         its part of a tensor only. In a multi-process run every process calls this.
       axis: name of the mesh axis.
+      fuse_qkv: whether `q_proj`, `k_proj` and `v_proj` of a layer become one layer
+        `qkv_proj`, where all of them are sparse or all dense. Text comes faster so;
+        load with False to prune or change the three one by one. What is saved is the
+        same.
 
     Returns:
       The model on the mesh, or else on JAX's default device; and the tokenizer, None
@@ -84,7 +92,7 @@ def from_pretrained(
         parallel = None
         if mesh is not None:
             parallel = TensorParallel.create(stored.config, mesh, axis)
-        return _load(stored, dtype, sparse, parallel), tokenizer
+        return _load(stored, dtype, sparse, parallel, fuse_qkv), tokenizer
 
 
 def save_pretrained(
@@ -99,7 +107,8 @@ def save_pretrained(
 
     A model without sparse layers can be loaded by transformers. Sparse layers are
     stored in the form of `flashjax.checkpoint`, which does not depend on the layout in
-    memory. The folder appears whole or not at all.
+    memory; a fused `qkv_proj` is stored as the three layers that it is made of. The
+    folder appears whole or not at all.
 
     Args:
       model: the model.
@@ -130,16 +139,33 @@ def save_pretrained(
         if tokenizer is not None:
             save_tokenizer(tokenizer, model.config, temporary)
         writer = CheckpointWriter(temporary, shard_bytes=shard_bytes)
-        for name, target in opt_targets(model.config).items():
-            layer = node_at(model, target.module)
-            if target.attribute != "kernel":
-                writer.add(name, np.asarray(getattr(layer, target.attribute)[...]))
-            elif isinstance(layer, SparseDense):
-                dense = np.asarray(layer.kernel.get_value().to_dense())
-                writer.add_sparse(name, transpose(dense))
-            else:
-                writer.add(name, transpose(np.asarray(layer.kernel[...])))
+        for name, tensor, sparse in _tensors(model):
+            (writer.add_sparse if sparse else writer.add)(name, tensor)
         writer.close()
+
+
+def _tensors(model: OPT) -> Iterator[tuple[str, np.ndarray, bool]]:
+    """The tensors of a checkpoint by name, and whether they are stored sparse."""
+    # Those of a fused layer follow each other: it is unpacked once.
+    unpacked_layer, unpacked = None, np.empty(0)
+    for name, target in opt_targets(model.config).items():
+        parent, _, projection = target.module.rpartition(".")
+        fused = projection in QKV and node_at(model, parent).qkv_proj is not None
+        layer = node_at(model, f"{parent}.{FUSED}" if fused else target.module)
+        sparse = False
+        if target.attribute != "kernel":
+            tensor = np.asarray(getattr(layer, target.attribute)[...])
+        else:
+            sparse = isinstance(layer, SparseDense)
+            if layer is not unpacked_layer:
+                kernel: Any = layer.kernel.get_value()
+                dense = kernel.to_dense() if sparse else kernel
+                unpacked_layer, unpacked = layer, transpose(np.asarray(dense))
+                del dense
+            tensor = unpacked
+        if fused:
+            tensor = rows_of(tensor, projection, model.config.num_heads)
+        yield name, tensor, sparse
 
 
 def _load(
@@ -147,10 +173,13 @@ def _load(
     dtype: np.dtype,
     sparse: bool | Literal["auto"],
     parallel: TensorParallel | None,
+    fuse_qkv: bool,
 ) -> OPT:
-    model = _abstract_model(stored.config, dtype)
+    config = stored.config
+    model = _abstract_model(config, dtype, fuse_qkv)
     model.parallel = parallel
-    place = parallel or _OneDevice()
+    loader = _Loader(model, parallel or _OneDevice())
+    waiting: dict[str, JoinedQKV] = {}
     too_large = []
     for stored_name, name in stored.names.items():
         target = stored.targets[name]
@@ -158,30 +187,72 @@ def _load(
         if not fits:
             too_large.append(stored_name)
             continue
-        layer = node_at(model, target.module)
-        if target.attribute != "kernel":
-            placed = place.put(target.module, target.attribute, array)
-            getattr(layer, target.attribute).set_value(placed)
+        goes_sparse = target.attribute == "kernel" and _goes_sparse(
+            array, target.module, stored.is_sparse(stored_name), sparse
+        )
+        attention, _, projection = target.module.rpartition(".")
+        if not fuse_qkv or projection not in QKV:
+            loader.put(target.module, target.attribute, array, goes_sparse)
             continue
-        if _goes_sparse(array, target.module, stored.is_sparse(stored_name), sparse):
-            matrix: Any = place.put_sparse(target.module, array)
-            sparse_layer = SparseDense.from_matrix(
-                matrix,
-                layer.bias,
-                dtype=layer.dtype,
-                preferred_element_type=layer.preferred_element_type,
-            )
-            set_node(model, target.module, sparse_layer)
-        else:
-            # Without waiting, reading would run ahead of copying and pile up tensors.
-            kernel = place.put_kernel(target.module, array)
-            layer.kernel.set_value(jax.block_until_ready(kernel))
+        if attention not in waiting:
+            waiting[attention] = JoinedQKV(config.num_heads, config.enable_bias)
+        waiting[attention].add(projection, target.attribute, array, goes_sparse)
+        del array  # else it would be held beside the joined ones
+        if waiting[attention].complete:
+            loader.put_qkv(attention, waiting.pop(attention))
     if too_large:
         raise CheckpointError(
             f"{stored.folder}: values too large for {dtype.name} in "
             f"{listed(too_large)}; load as bfloat16 or float32"
         )
     return model
+
+
+class _Loader:
+    """Puts tensors on the devices and into a model without arrays."""
+
+    def __init__(self, model: OPT, place: "TensorParallel | _OneDevice"):
+        self._model, self._place = model, place
+
+    def put(self, module: str, attribute: str, array: np.ndarray, sparse: bool) -> None:
+        """Puts one tensor, as a checkpoint orients it, into its layer."""
+        layer = node_at(self._model, module)
+        if attribute != "kernel":
+            placed = self._place.put(module, attribute, array)
+            getattr(layer, attribute).set_value(placed)
+        elif sparse:
+            matrix: Any = self._place.put_sparse(module, array)
+            sparse_layer = SparseDense.from_matrix(
+                matrix,
+                layer.bias,
+                dtype=layer.dtype,
+                preferred_element_type=layer.preferred_element_type,
+            )
+            set_node(self._model, module, sparse_layer)
+        else:
+            # Without waiting, reading would run ahead of copying and pile up tensors.
+            kernel = self._place.put_kernel(module, array)
+            layer.kernel.set_value(jax.block_until_ready(kernel))
+
+    def put_qkv(self, module: str, joined: JoinedQKV) -> None:
+        """Puts queries, keys and values into an attention, fused if they are alike."""
+        if joined.alike:
+            sparse = joined.is_sparse(QKV[0])
+            for attribute, array in joined.tensors.items():
+                self.put(f"{module}.{FUSED}", attribute, array, sparse)
+            return
+        self._take_apart(node_at(self._model, module))
+        for name, attribute, array in joined.separate():
+            self.put(f"{module}.{name}", attribute, array, joined.is_sparse(name))
+
+    def _take_apart(self, attention: Attention) -> None:
+        """Gives an attention three layers without arrays in the place of one."""
+        config, dtype = self._model.config, self._model.dtype
+        separate = nnx.eval_shape(
+            lambda: Attention(config, dtype=dtype, rngs=nnx.Rngs(0))
+        )
+        for name in (*QKV, FUSED):
+            setattr(attention, name, nnx.data(getattr(separate, name)))
 
 
 class _OneDevice:
@@ -202,11 +273,13 @@ class _OneDevice:
         return jnp.asarray(weight).T
 
 
-def _abstract_model(config: OPTConfig, dtype: np.dtype) -> OPT:
+def _abstract_model(config: OPTConfig, dtype: np.dtype, fuse_qkv: bool) -> OPT:
     """A model without arrays."""
     # Tracing many layers takes long, and all layers are alike.
     one_layer = dataclasses.replace(config, num_layers=1)
-    model = nnx.eval_shape(lambda: OPT(one_layer, dtype=dtype, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(
+        lambda: OPT(one_layer, dtype=dtype, fuse_qkv=fuse_qkv, rngs=nnx.Rngs(0))
+    )
     for _ in range(config.num_layers - 1):
         model.layers.append(nnx.clone(model.layers[0]))
     model.config = config

@@ -78,7 +78,9 @@ def test_run_writes_a_pruned_model(run):
     assert json.loads((folder / "training.json").read_text()) == json.loads(
         json.dumps(record)
     )
-    model, tokenizer = opt.from_pretrained(folder, dtype=jnp.float32, sparse=False)
+    model, tokenizer = opt.from_pretrained(
+        folder, dtype=jnp.float32, sparse=False, fuse_qkv=False
+    )
     layer = model.layers[0]
     attention = layer.self_attn
     for linear in (

@@ -32,7 +32,8 @@ def test_opt_parallel_runs_on_cpu_devices(tmp_path):
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("opt-parallel-*.json")
     content = json.loads(path.read_text())
-    assert content["settings"] == {"model": "tiny", "NCCL_NVLS_ENABLE": "0"}
+    settings = {"model": "tiny", "fuse_qkv": True, "NCCL_NVLS_ENABLE": "0"}
+    assert content["settings"] == settings
     assert [(r["sparsity"], r["devices"]) for r in content["results"]] == [
         (0.0, 1),
         (0.0, 2),

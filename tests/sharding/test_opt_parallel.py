@@ -61,20 +61,28 @@ def test_every_variant_generates_the_same(name):
     np.testing.assert_array_equal(stream, np.asarray(out)[:, tokens.shape[1] : end])
 
 
+@pytest.mark.parametrize("fuse_qkv", [True, False])
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-def test_half_precision(dtype, sparse):
-    one, split = pair(DATA / "post_norm_projected", dtype=dtype, sparse=sparse)
+@pytest.mark.parametrize("name", ["post_norm_projected", "no_bias"])
+def test_half_precision(name, dtype, sparse, fuse_qkv):
+    one, split = pair(DATA / name, dtype=dtype, sparse=sparse, fuse_qkv=fuse_qkv)
     layers = [n for _, n in nnx.iter_modules(split) if isinstance(n, SparseDense)]
-    assert len(layers) == (6 * len(split.layers) if sparse else 0)
+    per_layer = 4 if fuse_qkv else 6
+    assert len(layers) == (per_layer * len(split.layers) if sparse else 0)
     tokens = np.array([[2, 5, 9, 11, 4]], np.int32)
     a, b = np.asarray(split(tokens)), np.asarray(one(tokens))
     assert np.abs(a - b).max() < 16 * float(jnp.finfo(dtype).eps) * np.abs(b).max()
 
 
-def test_two_collectives_a_layer():
+@pytest.mark.parametrize("fuse_qkv", [True, False])
+@pytest.mark.parametrize("sparse", ["auto", False])
+@pytest.mark.parametrize("count", [4, 8])
+def test_two_collectives_a_layer(count, sparse, fuse_qkv):
     """For the vocabulary: an all-reduce of the embedding, a gather of the logits."""
-    one, split = pair(DEMO, count=4, dtype=jnp.float16)
+    one, split = pair(
+        DEMO, count=count, dtype=jnp.float16, sparse=sparse, fuse_qkv=fuse_qkv
+    )
     compiled, cache = decode_step(split)
     found = collectives(compiled)
     assert found.count("all-reduce") == 2 * len(split.layers) + 1
@@ -85,7 +93,7 @@ def test_two_collectives_a_layer():
     sizes = [int(n) for n in gathered[1].split(",")]
     assert np.prod(sizes) == split.config.vocab_size  # the logits, not the table
     heads = split.config.num_heads
-    assert cache.keys[0].addressable_shards[0].data.shape[1] == heads // 4
+    assert cache.keys[0].addressable_shards[0].data.shape[1] == heads // count
     prompt = np.array([[2, 5, 9, 11, 4]], np.int32)
     np.testing.assert_array_equal(
         opt.generate(split, prompt, max_new_tokens=12),
@@ -93,16 +101,45 @@ def test_two_collectives_a_layer():
     )
 
 
+@pytest.mark.parametrize("fuse_qkv", [True, False])
 @pytest.mark.parametrize("sparse", [True, False])
-def test_devices_hold_their_parts(sparse):
-    _, split = pair(DATA / "pre_norm", dtype=jnp.float16, sparse=sparse)
+def test_devices_hold_their_parts(sparse, fuse_qkv):
+    _, split = pair(
+        DATA / "pre_norm", dtype=jnp.float16, sparse=sparse, fuse_qkv=fuse_qkv
+    )
     layer = split.layers[0]
-    for linear in (layer.fc1, layer.fc2, layer.self_attn.q_proj):
+    attention = layer.self_attn
+    queries = attention.qkv_proj if fuse_qkv else attention.q_proj
+    assert queries.bias[...].addressable_shards[0].data.size == queries.bias.size // 2
+    for linear in (layer.fc1, layer.fc2, queries):
         for leaf in jax.tree.leaves(nnx.state(linear)["kernel"]):
             assert leaf.addressable_shards[0].data.size == leaf.size // 2
     table = split.embed_tokens.embedding[...]
     assert table.addressable_shards[0].data.shape[0] == table.shape[0] // 2
     assert layer.fc2.bias[...].is_fully_replicated
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_a_device_holds_queries_keys_and_values_of_its_heads(sparse):
+    fused, apart = (
+        pair(DEMO, count=8, dtype=jnp.float16, sparse=sparse, fuse_qkv=fuse_qkv)[1]
+        for fuse_qkv in (True, False)
+    )
+
+    def parts(linear):
+        """The kernel's slices in the order of the devices."""
+        kernel = linear.kernel.get_value()
+        dense = kernel.to_dense() if sparse else kernel
+        shards = sorted(dense.addressable_shards, key=lambda s: s.device.id)
+        return [np.asarray(shard.data) for shard in shards]
+
+    apart, fused = apart.layers[0].self_attn, fused.layers[0].self_attn
+    assert fused.num_heads == 8  # one on each device
+    separate = zip(
+        *(parts(p) for p in (apart.q_proj, apart.k_proj, apart.v_proj)), strict=True
+    )
+    for together, qkv in zip(parts(fused.qkv_proj), separate, strict=True):
+        np.testing.assert_array_equal(together, np.concatenate(qkv, axis=1))
 
 
 @pytest.mark.parametrize("sparse", [True, False])

@@ -28,8 +28,9 @@ CONFIG = opt.OPTConfig(
 @pytest.mark.parametrize(
     ("sparsity", "dtype"), [(0.0, jnp.float32), (0.0, jnp.bfloat16), (0.8, jnp.float16)]
 )
-def test_weights_and_cache(sparsity, dtype):
-    model = random_opt(CONFIG, sparsity, dtype=dtype)
+@pytest.mark.parametrize("fuse_qkv", [True, False])
+def test_weights_and_cache(sparsity, dtype, fuse_qkv):
+    model = random_opt(CONFIG, sparsity, dtype=dtype, fuse_qkv=fuse_qkv)
     predicted = memory.predict(
         CONFIG, sparsity=sparsity, batch=3, length=320, prompt=64, dtype=dtype
     )

@@ -48,7 +48,10 @@ def test_parameters_are_the_stored_ones():
     np.testing.assert_array_equal(model.embed_tokens.embedding[...], stored[EMBED])
     assert tokenizer is None
     assert model.dtype == jnp.float16
-    assert len(leaves(model)) == len(stored)
+    # Of each layer q, k and v are one weight and one bias.
+    assert len(leaves(model)) == len(stored) - 2 * 2 * 2
+    apart, _ = opt.from_pretrained(DATA / "pre_norm", fuse_qkv=False)
+    assert len(leaves(apart)) == len(stored)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
@@ -126,7 +129,7 @@ def test_auto_packs_layers_that_are_half_zeros(folder):
         tensors[FC1][::2] = -0.0  # exactly half, and zeros of the other sign
         tensors[FC1.replace("fc1", "fc2")][...] = 1
     model, _ = opt.from_pretrained(folder)
-    assert len(sparse_layers(model)) == 2 * 6 - 1
+    assert len(sparse_layers(model)) == 2 * 4 - 1
     layer = model.layers[0]
     assert isinstance(layer.fc1, SparseDense)
     assert isinstance(layer.fc2, nnx.Linear)
@@ -141,7 +144,9 @@ def test_auto_packs_layers_that_are_half_zeros(folder):
 
 def test_sparse_argument(folder):
     assert not sparse_layers(opt.from_pretrained(folder)[0])
-    assert len(sparse_layers(opt.from_pretrained(folder, sparse=True)[0])) == 12
+    assert len(sparse_layers(opt.from_pretrained(folder, sparse=True)[0])) == 2 * 4
+    apart, _ = opt.from_pretrained(folder, sparse=True, fuse_qkv=False)
+    assert len(sparse_layers(apart)) == 2 * 6
     prune(folder)
     assert not sparse_layers(opt.from_pretrained(folder, sparse=False)[0])
     assert not sparse_layers(opt.from_pretrained(folder, dtype=jnp.float32)[0])
@@ -221,7 +226,10 @@ def test_sparse_folder_as_dense_model(folder, tmp_path):
 def test_stored_sparse_layer_stays_sparse_whatever_its_sparsity(tmp_path):
     model, _ = opt.from_pretrained(DATA / "no_bias", sparse=True)
     opt.save_pretrained(model, None, tmp_path / "out")
-    assert len(sparse_layers(opt.from_pretrained(tmp_path / "out")[0])) == 12
+    loaded, _ = opt.from_pretrained(tmp_path / "out")
+    assert len(sparse_layers(loaded)) == 2 * 4
+    apart, _ = opt.from_pretrained(tmp_path / "out", fuse_qkv=False)
+    assert len(sparse_layers(apart)) == 2 * 6
 
 
 def test_transformers_loads_a_saved_model(tmp_path):
@@ -380,8 +388,11 @@ def test_peak_memory_is_near_what_is_loaded(tmp_path):
     assert peak < loaded + 2 * layer_bytes
 
 
-def test_loaded_model_has_the_structure_of_a_new_one():
+@pytest.mark.parametrize("fuse_qkv", [True, False])
+def test_loaded_model_has_the_structure_of_a_new_one(fuse_qkv):
     config = OPTConfig.from_hf(DATA / "pre_norm")
-    loaded, _ = opt.from_pretrained(DATA / "pre_norm", dtype=jnp.float32)
-    fresh = OPT(config, rngs=nnx.Rngs(0))
+    loaded, _ = opt.from_pretrained(
+        DATA / "pre_norm", dtype=jnp.float32, fuse_qkv=fuse_qkv
+    )
+    fresh = OPT(config, fuse_qkv=fuse_qkv, rngs=nnx.Rngs(0))
     assert nnx.graphdef(fresh) == nnx.graphdef(loaded)
