@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_opt_parallel_runs_on_cpu_devices(tmp_path):
     options = (
-        "--model tiny --sparsity 0,0.8 --batch 2 --devices 1,2 --length 8 --steps 3"
+        "--model tiny --sparsity 0,0.8 --batch 2 --devices 1,2 --length 8 --steps 4"
     )
     # The script imports its neighbours; the safe path would hide them.
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"} | {
@@ -32,11 +32,20 @@ def test_opt_parallel_runs_on_cpu_devices(tmp_path):
     assert done.returncode == 0, done.stderr
     (path,) = tmp_path.glob("opt-parallel-*.json")
     content = json.loads(path.read_text())
-    assert content["settings"] == {"model": "tiny", "NCCL_NVLS_ENABLE": "0"}
-    assert [(r["sparsity"], r["devices"]) for r in content["results"]] == [
+    assert content["settings"] == {
+        "model": "tiny",
+        "layers_of_the_model": 2,
+        "steps": 4,
+        "NCCL_NVLS_ENABLE": "0",
+    }
+    results = content["results"]
+    assert [(r["sparsity"], r["devices"]) for r in results] == [
         (0.0, 1),
         (0.0, 2),
         (0.8, 1),
         (0.8, 2),
     ]
-    assert all(r["equal_tokens"] == 1 for r in content["results"])
+    assert all(r["step_ms"] > 0 for r in results)
+    for one, two in zip(results[::2], results[1::2], strict=True):
+        assert "equal_tokens" not in one
+        assert two["equal_tokens"] == two["equal_next_tokens"] == 1
