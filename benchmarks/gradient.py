@@ -62,7 +62,7 @@ def time_function(function, operand: jax.Array, bias, copies: list) -> tuple:
         return [function(operand, copy, bias) for operand, copy in pairs]
 
     compiled = program.lower(operands, copies, bias).compile()
-    us = device_time.microseconds(program, operands, copies, bias) / len(copies)
+    us = device_time.microseconds(compiled, operands, copies, bias) / len(copies)
     return us, compiled.memory_analysis().temp_size_in_bytes
 
 
