@@ -2,14 +2,17 @@
 
     python benchmarks/trainable_step.py [--size 2048] [--rows 512] [--sparsity 0.8] ...
 
-A step is the product in float32 and its gradients with respect to x and the weights.
+A step is the product and its gradients with respect to x and the weights, which are
+float32; x is too, or half precision, to which the weights are then cast.
 The three take turns in one process. The table has medians of the wall time and of the
 processor time of all threads, on which other programs have less influence, and the
-bytes of the weights' Adam state.
+bytes of the weights' Adam state. Runs on JAX's default device; float32 products are in
+full precision in all three.
 
 Prints a table and writes `benchmarks/results/trainable_step-DEVICE.json`.
 """
 
+import functools
 import os
 import statistics
 import time
@@ -36,6 +39,7 @@ def steps(size: int, rows: int, sparsity: float) -> dict:
         fj.SparseMatrix.from_dense(pruned.astype(np.float16))
     )
     mask = jnp.asarray(pruned != 0)
+    dot = functools.partial(jnp.dot, precision="highest")
 
     def step(product):
         def one(weights, x, dy):
@@ -49,9 +53,9 @@ def steps(size: int, rows: int, sparsity: float) -> dict:
             step(lambda values, x: fj.sparse_matmul(x, t.replace(values))),
             t.values,
         ),
-        "dense": (step(lambda w, x: jnp.dot(x, w)), jnp.asarray(dense)),
+        "dense": (step(lambda w, x: dot(x, w.astype(x.dtype))), jnp.asarray(dense)),
         "dense, masked": (
-            step(lambda w, x: jnp.dot(x, jnp.where(mask, w, 0))),
+            step(lambda w, x: dot(x, jnp.where(mask, w, 0).astype(x.dtype))),
             jnp.asarray(pruned),
         ),
     }
@@ -66,37 +70,40 @@ def main(
     size: Annotated[int, typer.Option(help="in and out")] = 2048,
     rows: Annotated[int, typer.Option()] = 512,
     sparsity: Annotated[float, typer.Option()] = 0.8,
+    dtype: Annotated[str, typer.Option(help="Of x")] = "float32",
     turns: Annotated[int, typer.Option(min=1)] = 20,
+    name: Annotated[str, typer.Option(help="Stem of the result")] = "trainable_step",
     save: Annotated[bool, typer.Option(help="Write the result file")] = True,
 ) -> None:
     """Times a training step of one sparse layer beside dense ones."""
     load = [os.getloadavg()[0]]
     rng = np.random.default_rng(1)
-    x = jnp.asarray(rng.standard_normal((rows, size), np.float32))
-    dy = jnp.asarray(rng.standard_normal((rows, size), np.float32))
+    x = jnp.asarray(rng.standard_normal((rows, size), np.float32), dtype)
+    dy = jnp.asarray(rng.standard_normal((rows, size), np.float32), dtype)
     functions = steps(size, rows, sparsity)
     wall: dict[str, list[float]] = {name: [] for name in functions}
     busy: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(turns + 1):
-        for name, (function, weights) in functions.items():
+        for way, (function, weights) in functions.items():
             begin, begin_busy = time.perf_counter(), time.process_time()
             jax.block_until_ready(function(weights, x, dy))
             if turn:  # the first one compiles
-                wall[name].append(time.perf_counter() - begin)
-                busy[name].append(time.process_time() - begin_busy)
+                wall[way].append(time.perf_counter() - begin)
+                busy[way].append(time.process_time() - begin_busy)
     results = [
         {
-            "weights": name,
+            "weights": way,
             "in": size,
             "out": size,
             "rows": rows,
-            "sparsity": sparsity if name != "dense" else 0.0,
-            "ms": round(statistics.median(wall[name]) * 1e3, 2),
-            "processor_ms": round(statistics.median(busy[name]) * 1e3, 2),
+            "dtype": dtype,
+            "sparsity": sparsity if way != "dense" else 0.0,
+            "ms": round(statistics.median(wall[way]) * 1e3, 2),
+            "processor_ms": round(statistics.median(busy[way]) * 1e3, 2),
             "trained_values": weights.size,
             "adam_bytes": adam_bytes(weights),
         }
-        for name, (_, weights) in functions.items()
+        for way, (_, weights) in functions.items()
     ]
     table = Table(title=f"{size}x{size}, {rows} rows, {sparsity:.0%} zeros")
     for key in ("weights", "ms", "processor_ms", "trained_values", "adam_bytes"):
@@ -114,9 +121,8 @@ def main(
         # More than the cores at the end: other programs ran beside the benchmark.
         load.append(os.getloadavg()[0])
         facts = {"cores": os.cpu_count(), "load_average_before_and_after": load}
-        print(report.save("trainable_step", {**facts, "results": results}))
+        print(report.save(name, {**facts, "results": results}))
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_platforms", "cpu")
     typer.run(main)

@@ -206,6 +206,7 @@ class ShardedSparseMatrix(PackedMatrix):
                 f"{layer!r}: stacks of sharded matrices are scanned over"
             )
         inside = self._is_inside_shard_map()
+        self._check_mesh(inside)
         self._check_operands(x, bias, inside)
         dtype = result_dtype(x, self, preferred_element_type)
         if inside:
@@ -256,6 +257,19 @@ class ShardedSparseMatrix(PackedMatrix):
         mesh = jax.sharding.get_abstract_mesh()
         axes = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
         return axes.get(self.axis) == AxisType.Manual
+
+    def _check_mesh(self, inside: bool) -> None:
+        """In shard_map the axis must be the same, under jax.set_mesh all of them."""
+        current, mine = jax.sharding.get_abstract_mesh(), self.mesh
+        if inside:
+            same = current.shape[self.axis] == mine.shape[self.axis]
+        else:
+            same = current.empty or current.shape_tuple == mine.shape_tuple
+        if not same:
+            raise ValueError(
+                "sparse_matmul: expected a matrix that is sharded for the mesh in use, "
+                f"{dict(current.shape)}, got one for the mesh {dict(mine.shape)}"
+            )
 
     def _check_operands(self, x, bias, inside: bool) -> None:
         expected = reference.leaf_shapes(self._local_shape)["bitmap"]

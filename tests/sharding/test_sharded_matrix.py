@@ -207,3 +207,31 @@ def test_wrong_operands():
     )
     with pytest.raises(ValueError, match=r"pass it to shard_map with P\('model'\)"):
         whole(x, w)
+
+
+@pytest.mark.parametrize("axes", [{"model": 2}, {"other": 4}, {"model": 8}])
+def test_another_mesh(axes):
+    dense, x, _ = operands()
+    w = fj.ShardedSparseMatrix.from_dense(dense, make_mesh(), "model", dim="in")
+    (name,), count = axes, tuple(axes.values())
+    other = make_mesh(count, (name,))
+    message = rf"mesh in use, {{'{name}': {count[0]}}}, got one for .* {{'model': 4}}"
+    with jax.set_mesh(other), pytest.raises(ValueError, match=message):
+        jax.jit(fj.sparse_matmul)(x, w)
+    if name == "model":
+        mapped = jax.shard_map(
+            fj.sparse_matmul,
+            mesh=other,
+            in_specs=(P(None, None, name), P()),
+            out_specs=P(),
+        )
+        with pytest.raises(ValueError, match=message):
+            jax.jit(mapped)(x, w)
+
+
+def test_x_on_other_devices():
+    dense, x, _ = operands()
+    w = fj.ShardedSparseMatrix.from_dense(dense, make_mesh(), "model", dim="in")
+    elsewhere = jax.device_put(x, jax.devices()[-1])
+    with pytest.raises(ValueError, match=r"x .*device ids.* w\.bitmap .*device ids"):
+        fj.sparse_matmul(elsewhere, w)
