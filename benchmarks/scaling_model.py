@@ -2,15 +2,19 @@
 
     python benchmarks/scaling_model.py
 
-Nothing here was measured on more than one GPU. A product's time is a straight line
-through the times measured on one H200 (`results/matmul-nvidia-h200.json`): a constant
-and a time per element, by sparsity and rows of x. The other bytes of a step (cache,
-vocabulary) pass at BYTES_PER_SECOND, and an all-reduce takes LATENCY_US and its bytes'
-time on the links. Norms, attention's arithmetic and launches are left out.
+A product's time is a straight line through the times measured on one H200
+(`results/matmul-nvidia-h200.json`): a constant and a time per element, by sparsity and
+rows of x. The other bytes of a step (cache, vocabulary) pass at BYTES_PER_SECOND, and
+an all-reduce takes LATENCY_US and its bytes' time on the links. Norms, attention's
+arithmetic and launches are left out.
 
-Writes the table and the plot of `docs/multi-gpu.md`.
+Steps that `opt_parallel.py` measured are set beside what the same model predicts for
+that GPU and cache, from the products that `matmul.py` measured on it.
+
+Writes the tables and the plot of `docs/multi-gpu.md`.
 """
 
+import json
 import pathlib
 
 import matplotlib
@@ -39,6 +43,8 @@ BATCH, LENGTH = 8, 1024
 # Assumptions, not measured here.
 GPU_BYTES = 141e9
 BYTES_PER_SECOND = 4.0e12  # of 4.8e12 that an H200's memory has
+# By the start of a device's name; of 4.8e12, 3.35e12 on an H100.
+MEASURED_BYTES_PER_SECOND = {"NVIDIA H200": 4.0e12, "NVIDIA H100": 2.8e12}
 LINK_BYTES_PER_SECOND = 360e9  # of 450e9 that NVLink 4 has in each direction
 LATENCY_US = {1: 0.0, 2: 10.0, 4: 12.0, 8: 15.0}  # of an all-reduce by NCCL
 
@@ -64,11 +70,25 @@ def all_reduce_us(nbytes: float, devices: int) -> float:
     return LATENCY_US[devices] + sent / LINK_BYTES_PER_SECOND * 1e6
 
 
-def predict_step(config: OPTConfig, sparsity: float, devices: int, line) -> dict:
+def predict_step(
+    config: OPTConfig,
+    sparsity: float,
+    devices: int,
+    line: tuple[float, float],
+    *,
+    length: int = LENGTH,
+    prompt: int = 1,
+    bandwidth: float = BYTES_PER_SECOND,
+) -> dict:
     """Memory of a GPU, and bytes and time of one decode step."""
     size, ffn = config.hidden_size, config.ffn_size
     memory = predict(
-        config, sparsity=sparsity, batch=BATCH, length=LENGTH, prompt=1, devices=devices
+        config,
+        sparsity=sparsity,
+        batch=BATCH,
+        length=length,
+        prompt=prompt,
+        devices=devices,
     )
     table = config.vocab_size * (config.word_embed_proj_dim or size) * 2
     constant, per_element = line
@@ -76,7 +96,7 @@ def predict_step(config: OPTConfig, sparsity: float, devices: int, line) -> dict
     products = config.num_layers * sum(
         constant + per_element * elements / devices for elements in shapes
     )
-    others = (memory.kv_cache + table / devices) / BYTES_PER_SECOND * 1e6
+    others = (memory.kv_cache + table / devices) / bandwidth * 1e6
     # Sums are float32; the logits are gathered once, which costs half a reduction.
     reductions = 2 * config.num_layers + 1
     communication = reductions * all_reduce_us(BATCH * size * 4, devices)
@@ -114,20 +134,80 @@ def table_lines(results: dict[str, list[dict]]) -> list[str]:
     return lines
 
 
-def plot(results: dict[str, list[dict]], path: pathlib.Path) -> None:
-    figure, axes = plt.subplots(1, len(results), figsize=(10, 3.4), sharey=False)
-    for axis, (model, steps) in zip(axes, results.items(), strict=True):
-        for sparsity in SPARSITIES:
+def measured_steps() -> list[dict]:
+    """Steps of whole models that were measured, with what the model predicts."""
+    steps = []
+    for path in sorted(RESULTS.glob("opt-parallel-*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        device = content["environment"]["device"]
+        name = content["settings"]["model"].upper()
+        products = RESULTS / path.name.replace("opt-parallel", "matmul")
+        (bandwidth,) = (
+            value
+            for start, value in MEASURED_BYTES_PER_SECOND.items()
+            if device.startswith(start)
+        )
+        lines = product_lines(load(products)[1], BATCH)
+        for r in content["results"]:
+            whole = r["layers"] == MODELS[name].num_layers
+            if "step_ms" not in r or r["batch"] != BATCH or not whole:
+                continue
+            predicted = predict_step(
+                MODELS[name],
+                r["sparsity"],
+                r["devices"],
+                lines[r["sparsity"]],
+                length=r["length"],
+                prompt=r["length"],
+                bandwidth=bandwidth,
+            )
+            facts = {"model": name, "device": device, "length": r["length"]}
+            steps.append(predicted | facts | {"measured_ms": r["step_ms"]})
+    return steps
+
+
+def measured_lines(steps: list[dict]) -> list[str]:
+    if not steps:
+        return ["No step has been measured on several GPUs yet."]
+    lines = [
+        "| model | GPU | slots | zeros | GPUs | measured ms | model ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for s in steps:
+        zeros = f"{s['sparsity']:.0%}" if s["sparsity"] else "dense"
+        lines.append(
+            f"| {s['model']} | {s['device']} | {s['length']} | {zeros} "
+            f"| {s['devices']} | {s['measured_ms']:.1f} | {s['step_ms']:.1f} |"
+        )
+    return lines
+
+
+def plot(results: dict[str, list[dict]], path: pathlib.Path, measured=()) -> None:
+    panels = dict(results)
+    for s in measured:
+        title = f"{s['model']}, {s['length']} slots\n{s['device']}"
+        panels.setdefault(title, []).append(s)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(10 / 3 * len(panels), 3.4), sharey=False
+    )
+    for axis, (model, steps) in zip(axes, panels.items(), strict=True):
+        for color, sparsity in enumerate(SPARSITIES):
             chosen = [s for s in steps if s["sparsity"] == sparsity]
+            counts = [s["devices"] for s in chosen]
             label = f"{sparsity:.0%} zeros" if sparsity else "dense"
-            (drawn,) = axis.plot(DEVICES, [s["step_ms"] for s in chosen], label=label)
+            style = {"color": f"C{color}"}
+            axis.plot(counts, [s["step_ms"] for s in chosen], label=label, **style)
             for s in chosen:
-                style = "o" if s["fits"] else "x"
-                axis.plot(s["devices"], s["step_ms"], style, color=drawn.get_color())
-        axis.set(title=model, xlabel="GPUs", xscale="log", ylim=(0, None))
+                mark = "o" if s["fits"] or "measured_ms" in s else "x"
+                axis.plot(s["devices"], s["step_ms"], mark, **style)
+                if "measured_ms" in s:
+                    point = s["devices"], s["measured_ms"]
+                    axis.plot(*point, "*", markersize=11, **style)
+        axis.set(xlabel="GPUs", xscale="log", xlim=(0.9, 9), ylim=(0, None))
+        axis.set_title(model, fontsize="medium")
         axis.set_xticks(DEVICES, [str(n) for n in DEVICES])
         axis.minorticks_off()
-    axes[0].set_ylabel("ms a decode step (model)")
+    axes[0].set_ylabel("ms a decode step")
     axes[0].legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -149,8 +229,10 @@ def run() -> dict[str, list[dict]]:
 
 def main() -> None:
     results = run()
-    plot(results, PLOT)
+    measured = measured_steps()
+    plot(results, PLOT, measured)
     replace(DOCUMENT, "scaling", "\n".join(table_lines(results)))
+    replace(DOCUMENT, "measured", "\n".join(measured_lines(measured)))
 
 
 if __name__ == "__main__":
