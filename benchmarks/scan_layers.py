@@ -4,13 +4,14 @@
 
 The step has the layers of OPT: norms, six sparse products with biases, attention to a
 cache. "unrolled" has a matrix and a cache for every layer, "scanned" a `lax.scan` over
-the index into stacks (`layer=i`), "sliced" a `lax.scan` over the stacks, which copies
-the packed weights of a layer in every step. Attention is that of OPT for "unrolled" and
-"scanned, dots"; a dot may copy a layer's keys and values out of their stack, so
-"scanned" and "sliced" have it as sums of products, which read them where they lie. The
-layers have copies of the same random
-weights, at addresses of their own. Programs take turns; a run queues several steps and
-waits once, and the median of several runs is taken.
+the index into stacks (`layer=i`), "scanned by 4" and "by 8" the same with `unroll`,
+which goes through the loop less often, "sliced" a `lax.scan` over the stacks, which
+copies the packed weights of a layer in every step. Attention is that of OPT for
+"unrolled" and "scanned, dots"; a dot may copy a layer's keys and values out of their
+stack, so the others have it as sums of products, which read them where they lie. The
+layers have copies of the same random weights, at addresses of their own. Programs take
+turns; a run queues several steps and waits once, and the median of several runs is
+taken.
 
 Compile times (seconds on the clock, without the persistent cache) are of --compile
 layers, from shapes alone. `packed_moves` counts, in the compiled step, instructions
@@ -151,7 +152,7 @@ def unrolled(config, x, start, cache, layers):
     return x, updated
 
 
-def scanned(config, x, start, cache, stack, attend=attention_by_sums):
+def scanned(config, x, start, cache, stack, attend=attention_by_sums, unroll=1):
     def step(carry, i):
         x, cache = carry
 
@@ -164,7 +165,7 @@ def scanned(config, x, start, cache, stack, attend=attention_by_sums):
         return (x, new.arrays), None
 
     indices = jnp.arange(cache[0].shape[0], dtype=jnp.int32)
-    return jax.lax.scan(step, (x, cache), indices)[0]
+    return jax.lax.scan(step, (x, cache), indices, unroll=unroll)[0]
 
 
 def sliced(config, x, start, cache, stack):
@@ -187,6 +188,8 @@ STEPS_BY_NAME = {
     "unrolled": unrolled,
     "scanned": scanned,
     "scanned, dots": functools.partial(scanned, attend=attention),
+    "scanned by 4": functools.partial(scanned, unroll=4),
+    "scanned by 8": functools.partial(scanned, unroll=8),
     "sliced": sliced,
 }
 

@@ -46,7 +46,9 @@ def random_sparse_matrix(
     Raises:
       ValueError: shape, sparsity or dtype does not fit.
     """
-    return SparseMatrix.from_dense(_random(key, shape, sparsity, dtype, scale))
+    zeros_key, values_key = jax.random.split(key)
+    dense = _random(zeros_key, values_key, shape, sparsity, dtype, scale)
+    return SparseMatrix.from_dense(dense)
 
 
 def random_opt(
@@ -61,7 +63,8 @@ def random_opt(
     """An OPT of random weights, every matrix with a memory of its own.
 
     It has the form in which `opt.from_pretrained` loads: queries, keys and values of a
-    layer come from one matrix.
+    layer come from one matrix. Zeros are at the same positions in every layer: packed
+    matrices that are alike have one size, and what packs them is compiled once.
 
     Args:
       config: the architecture.
@@ -111,7 +114,12 @@ def _fill(layer: nnx.Module, key: jax.Array, sparsity: float) -> None:
         _set(node.bias, jnp.zeros)
         kernel = node.kernel
         dense = _random(
-            jax.random.fold_in(key, index), kernel.shape, sparsity, kernel.dtype, None
+            jax.random.key(index),
+            jax.random.fold_in(key, index),
+            kernel.shape,
+            sparsity,
+            kernel.dtype,
+            None,
         )
         if not sparsity:
             # Without waiting, random numbers of many layers would pile up.
@@ -131,22 +139,22 @@ def _set(variable: nnx.Variable | None, make: Callable) -> None:
         variable.set_value(make(variable.shape, variable.dtype))
 
 
-def _random(key, shape, sparsity, dtype, scale) -> jax.Array:
+def _random(zeros_key, values_key, shape, sparsity, dtype, scale) -> jax.Array:
     shape, dtype = tuple(shape), jnp.dtype(dtype)
     _check("random_sparse_matrix", shape, sparsity, dtype, halves=bool(sparsity))
     if scale is None:
         scale = max(shape[0] * (1 - sparsity), 1.0) ** -0.5
     # The threshold is compared with 32 random bits; the highest means every one.
     threshold = min(round(sparsity * 2**32), 2**32 - 1)
-    dense = _random_dense(key, np.uint32(threshold), np.float32(scale), shape, dtype)
+    threshold, scale = np.uint32(threshold), np.float32(scale)
+    dense = _random_dense(zeros_key, values_key, threshold, scale, shape, dtype)
     return dense if sparsity < 1 else jnp.zeros(shape, dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4))
-def _random_dense(key, threshold, scale, shape, dtype):
-    keep_key, value_key = jax.random.split(key)
-    keep = jax.random.bits(keep_key, shape, jnp.uint32) >= threshold
-    bits = jax.random.bits(value_key, shape, jnp.uint16)
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _random_dense(zeros_key, values_key, threshold, scale, shape, dtype):
+    keep = jax.random.bits(zeros_key, shape, jnp.uint32) >= threshold
+    bits = jax.random.bits(values_key, shape, jnp.uint16)
     magnitude = (bits >> jnp.uint16(1)).astype(jnp.float32) / 2**15 + 0.5
     signed = jnp.where(bits & jnp.uint16(1), -magnitude, magnitude)
     return jnp.where(keep, scale * signed, 0.0).astype(dtype)
