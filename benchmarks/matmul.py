@@ -11,6 +11,8 @@ several executions. Dense is the faster of the two memory orders of the weight.
 Prints a table and writes `benchmarks/results/matmul-DEVICE.json`.
 """
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated
 
 import device_time
@@ -38,8 +40,8 @@ COLD_BYTES = 300 << 20
 LEAST_CALLS = 12  # products in a program, each with its own copy of the weight
 
 
-def microseconds(product, n: int, k: int, dtype, copies: list) -> float:
-    """Median device time of `product(x, copy)` with x (n, k), over all copies."""
+def compile_products(product, n: int, k: int, dtype, copies: list):
+    """Compiles `product(x, copy)` with an x (n, k) for every copy; gives x too."""
     xs = list(jax.random.normal(jax.random.key(n), (len(copies), n, k), dtype))
 
     @jax.jit
@@ -48,6 +50,12 @@ def microseconds(product, n: int, k: int, dtype, copies: list) -> float:
         # and merges those that share a weight.
         return [product(x, copy) for x, copy in zip(xs, copies, strict=True)]
 
+    return program.lower(xs, copies).compile(), xs
+
+
+def microseconds(product, n: int, k: int, dtype, copies: list) -> float:
+    """Median device time of `product(x, copy)` with x (n, k), over all copies."""
+    program, xs = compile_products(product, n, k, dtype, copies)
     return device_time.microseconds(program, xs, copies) / len(copies)
 
 
@@ -90,8 +98,14 @@ def time_shape(name: str, sparsities, rows, dtype, kernel: str) -> list[dict]:
         keep = jax.random.uniform(jax.random.key(1), dense.shape) >= sparsity
         w = fj.SparseMatrix.from_dense(jnp.where(keep, dense, jnp.zeros((), dtype)))
         copies = cold_copies(w, w.nbytes)
-        for n in rows:
-            us = microseconds(sparse_product(kernel), n, k, dtype, copies)
+        compiled = functools.partial(
+            compile_products, sparse_product(kernel), k=k, dtype=dtype, copies=copies
+        )
+        # Dense products are compiled one by one: XLA times what it chooses from.
+        with ThreadPoolExecutor() as pool:
+            programs = list(pool.map(compiled, rows))
+        for n, (program, xs) in zip(rows, programs, strict=True):
+            us = device_time.microseconds(program, xs, copies) / len(copies)
             results.append(
                 {
                     "layer": name,
@@ -108,7 +122,7 @@ def time_shape(name: str, sparsities, rows, dtype, kernel: str) -> list[dict]:
                     "gb_per_s": round(w.nbytes / us / 1e3, 1),
                 }
             )
-        del copies
+        del copies, programs
     return results
 
 
