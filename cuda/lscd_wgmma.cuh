@@ -65,13 +65,10 @@ struct BulkRing {
     if (!any) return;
     if (lane == 0) {
       const uint32_t barrier = barriers + slot_in * 8, dst = data + slot_in * kSegmentBytes;
+      const auto copy = is_first ? BulkCopy : BulkCopyOnce;
       BarrierExpect(barrier, slot_in == 0 ? 2 * kSegmentBytes : kSegmentBytes);
-      if (is_first) {
-        BulkCopy(dst, source, kSegmentBytes, barrier);
-      } else {
-        BulkCopyOnce(dst, source, kSegmentBytes, barrier);
-      }
-      if (slot_in == 0) BulkCopy(dst + kRingBytes, source, kSegmentBytes, barrier);
+      copy(dst, source, kSegmentBytes, barrier);
+      if (slot_in == 0) copy(dst + kRingBytes, source, kSegmentBytes, barrier);
     }
     slot_in = slot_in == kRingSegments - 1 ? 0 : slot_in + 1;
   }
