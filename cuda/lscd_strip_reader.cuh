@@ -56,11 +56,17 @@ struct StripReader {
     while (next_ < start.resident) Copy(true);
   }
 
-  // What is only fetched ahead is asked for behind what all warps begin with.
+  // What is only fetched ahead is asked for behind what all warps begin with. A ring that counts
+  // what is under way (cp.async) can wait for the first segment before that if there are more.
   __device__ __forceinline__ void WaitForFirstStep() {
-    if (waits_ > 0) ring.Wait();
+    uint32_t waited = 0;
+    if (waits_ > kPrefetch) {
+      ring.Wait();
+      waited = 1;
+    }
+#pragma unroll
     for (int i = 0; i < kPrefetch; ++i) Copy(true);
-    for (uint32_t i = 1; i < waits_; ++i) ring.Wait();
+    for (; waited < waits_; ++waited) ring.Wait();
   }
 
   // The next group of the walk, if there is any.

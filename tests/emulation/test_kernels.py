@@ -70,6 +70,18 @@ def test_walks_from_chain_to_chain(kernel, strips, multiprocessors):
     check_matmul(kernel, op_cases.random_x((3, shape[0]), "float16"), dense)
 
 
+# The first group of a block or of a piece needs none, one or several segments.
+@pytest.mark.parametrize("sparsity", [0.9, 0.97, 0.99, 0.998])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_few_values(kernel, sparsity):
+    emulator.set_device(multiprocessors=5)
+    dense = op_cases.random_dense(9000, 40, sparsity, "float16")
+    check_matmul(kernel, op_cases.random_x((3, 9000), "float16"), dense)
+    *packed, _ = packed_on_host(dense)
+    unpacked = emulator.unpack(packed, dense.shape, False)
+    np.testing.assert_array_equal(unpacked, dense.view(np.uint16).T)
+
+
 @pytest.mark.parametrize("pattern", op_cases.PATTERNS)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_patterns(kernel, pattern):
