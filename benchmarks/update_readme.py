@@ -16,6 +16,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 WHEN_SPARSE_PAYS = ROOT / "docs" / "when-sparse-pays.md"
+MULTI_GPU = ROOT / "docs" / "multi-gpu.md"
+
+H100, H200 = "nvidia-h100-80gb-hbm3", "nvidia-h200"
 
 # What the README's first screen shows.
 LAYER, OTHER_LAYER, ROWS, SPARSITY = "opt-30b.fc1", "opt-30b.attention", 8, 0.6
@@ -52,6 +55,50 @@ def headline(facts: dict, results: list[dict]) -> str:
         f"device time, {origin(facts)})."
     )
     return textwrap.fill(text, 90, break_long_words=False, break_on_hyphens=False)
+
+
+def whole_model(facts: dict, results: list[dict]) -> str:
+    """Steps of a model on one GPU, which dense needs several for."""
+    steps = {
+        (r["sparsity"], r["devices"]): r["step_ms"]
+        for r in results
+        if r["batch"] == ROWS and "step_ms" in r
+    }
+    model, gpu = "OPT-66B", facts["device"]
+    text = (
+        f"All of {model} (synthetic weights, float16, {ROWS} sequences) decodes on "
+        f"**one** {gpu} in **{steps[0.6, 1]:.1f}\u00a0ms** a step with 60% zeros and "
+        f"{steps[0.8, 1]:.1f}\u00a0ms with 80%; dense it needs **two** of them and "
+        f"{steps[0.0, 2]:.1f}\u00a0ms, and two make that {steps[0.6, 2]:.1f} and "
+        f"{steps[0.8, 2]:.1f}\u00a0ms ({origin(facts)})."
+    )
+    return textwrap.fill(text, 90, break_long_words=False, break_on_hyphens=False)
+
+
+def parallel_table(facts: dict, results: list[dict]) -> str:
+    settings = results[0]
+    text = (
+        f"Milliseconds a decode step of OPT-66B with synthetic weights, float16, "
+        f"{settings['length']} slots of cache, on one and two {facts['device']} of one "
+        f"host ({origin(facts)}). Empty: does not fit."
+    )
+    batches = sorted({r["batch"] for r in results})
+    columns = [f"{b}, {d} GPU{'s' * (d > 1)}" for b in batches for d in (1, 2)]
+    lines = [
+        textwrap.fill(text, 98),
+        "",
+        "| zeros, by batch and GPUs | " + " | ".join(columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    steps = {
+        (r["sparsity"], r["batch"], r["devices"]): r.get("step_ms") for r in results
+    }
+    for sparsity in sorted({r["sparsity"] for r in results}):
+        cells = [steps[sparsity, b, d] for b in batches for d in (1, 2)]
+        shown = [f"{ms:.1f}" if ms else "" for ms in cells]
+        zeros = f"{sparsity:.0%}" if sparsity else "dense"
+        lines.append(f"| {zeros} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
 
 
 def speed_table(facts: dict, results: list[dict]) -> str:
@@ -159,13 +206,18 @@ def replace(document: pathlib.Path, name: str, content: str) -> None:
 
 
 def main() -> None:
-    gpu = load(RESULTS / "matmul-nvidia-h200.json")
+    gpu = load(RESULTS / f"matmul-{H100}.json")
+    other_gpu = load(RESULTS / f"matmul-{H200}.json")
+    several = load(RESULTS / f"opt-parallel-{H100}.json")
     cpu = load(RESULTS / "cpu_matmul-amd-epyc.json")
-    model = load(RESULTS / "generate-opt-30b-nvidia-h200.json")
+    model = load(RESULTS / f"generate-opt-30b-{H200}.json")
     training = ROOT / "examples" / "demo-opt" / "training.json"
     replace(README, "matmul", headline(*gpu))
+    replace(README, "model", whole_model(*several))
     replace(README, "demo", demo_figures(training))
     replace(WHEN_SPARSE_PAYS, "matmul", speed_table(*gpu))
+    replace(WHEN_SPARSE_PAYS, "matmul-h200", speed_table(*other_gpu))
+    replace(MULTI_GPU, "parallel", parallel_table(*several))
     replace(WHEN_SPARSE_PAYS, "cpu", cpu_table(*cpu))
     replace(WHEN_SPARSE_PAYS, "generate", generate_table(*model))
 
