@@ -10,9 +10,8 @@ namespace {
 constexpr char kOp[] = "flashjax_lscd_matmul_cuda";
 
 ffi::Error Matmul(cudaStream_t stream, ffi::AnyBuffer x, Words bitmap, Words entries, Words values,
-                  ffi::Buffer<ffi::F32> bias, ffi::RemainingArgs layer,
-                  ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::Buffer<ffi::U8>> workspace,
-                  int64_t kernel) {
+                  ffi::AnyBuffer bias, ffi::RemainingArgs layer, ffi::Result<ffi::AnyBuffer> y,
+                  ffi::Result<ffi::Buffer<ffi::U8>> workspace, int64_t kernel) {
   FLASHJAX_RETURN_IF_ERROR(CheckDtype(kOp, "x", x, {ffi::F16, ffi::BF16}));
   FLASHJAX_RETURN_IF_ERROR(CheckDtype(kOp, "y", *y, {x.element_type(), ffi::F32}));
   FLASHJAX_RETURN_IF_ERROR(CheckShape(kOp, "x", x, {-1, -1}));
@@ -22,6 +21,7 @@ ffi::Error Matmul(cudaStream_t stream, ffi::AnyBuffer x, Words bitmap, Words ent
   LscdMatmulArgs args{};
   FLASHJAX_RETURN_IF_ERROR(
       PackedArgs(kOp, LscdShape{m, k}, bitmap, entries, values, layer, &args.packed));
+  FLASHJAX_RETURN_IF_ERROR(CheckDtype(kOp, "bias", bias, {x.element_type(), ffi::F32}));
   const bool has_bias = bias.element_count() > 0;
   if (has_bias) FLASHJAX_RETURN_IF_ERROR(CheckShape(kOp, "bias", bias, {m}));
   if (kernel < 0 || kernel > static_cast<int64_t>(LscdKernel::kWgmma)) {
@@ -29,7 +29,7 @@ ffi::Error Matmul(cudaStream_t stream, ffi::AnyBuffer x, Words bitmap, Words ent
   }
 
   args.x = x.untyped_data();
-  args.bias = has_bias ? bias.typed_data() : nullptr;
+  args.bias = has_bias ? bias.untyped_data() : nullptr;
   args.y = y->untyped_data();
   args.workspace = workspace->untyped_data();
   args.workspace_bytes = workspace->size_bytes();
@@ -38,6 +38,7 @@ ffi::Error Matmul(cudaStream_t stream, ffi::AnyBuffer x, Words bitmap, Words ent
   args.k = k;
   args.is_bfloat16 = x.element_type() == ffi::BF16;
   args.is_float_output = y->element_type() == ffi::F32;
+  args.is_float_bias = bias.element_type() == ffi::F32;
   args.kernel = static_cast<LscdKernel>(kernel);
   if (const char* missing = LscdKernelUnavailable(args)) {
     return ffi::Error(ffi::ErrorCode::kUnimplemented,
@@ -56,7 +57,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FlashjaxLscdMatmulCuda, flashjax::Matmul,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()  // layer
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::U8>>()

@@ -86,6 +86,7 @@ struct Problem {
     out.bias = args.bias;
     out.n = static_cast<int>(n);
     out.is_float = args.is_float_output;
+    out.is_float_bias = args.is_float_bias;
     return out;
   }
 };
@@ -130,10 +131,11 @@ cudaError_t LaunchStreamK(const X& x, const Problem<Weight>& problem, Output out
   if (error != cudaSuccess) return error;
   const int64_t slot = SlotBytes(Config::kWarps, kTileN);
   const int64_t slots = static_cast<int64_t>(problem.args.workspace_bytes) / slot;
-  const int64_t units =
-      CeilDiv(problem.args.m, Config::kTileM) * LscdShape{problem.args.m, problem.args.k}.groups();
+  const int64_t tiles = CeilDiv(problem.args.m, Config::kTileM);
+  const int64_t groups = LscdShape{problem.args.m, problem.args.k}.groups();
+  const int64_t units = tiles * groups;
   const int64_t grid = std::min({units, slots, int64_t{resident}});
-  if (grid < 1 || units * grid > INT32_MAX) return cudaErrorInvalidValue;
+  if (grid < 1 || units > INT32_MAX) return cudaErrorInvalidValue;
   const int64_t flag_bytes = grid * Config::kWarps * int64_t{sizeof(uint64_t)};
   out.partials = static_cast<float4*>(problem.args.workspace);
   out.flags = reinterpret_cast<uint64_t*>(static_cast<uint8_t*>(problem.args.workspace) +
@@ -144,7 +146,7 @@ cudaError_t LaunchStreamK(const X& x, const Problem<Weight>& problem, Output out
     if (error != cudaSuccess) return error;
   }
   return Launch(kKernel, {grid, Config::kThreads, Config::kSharedBytes}, problem.stream, x,
-                problem.w, out);
+                problem.w, StreamKPlan(tiles, groups, grid), out);
 }
 
 template <typename T, int kTileN, typename Weight>

@@ -16,13 +16,14 @@ enum class LscdKernel : int64_t { kAuto = 0, kMma = 1, kWgmma = 2 };
 struct LscdMatmulArgs {
   const void* x;  // (n, k), float16 or bfloat16
   LscdPackedArgs packed;
-  const float* bias;  // (m,) or nullptr
-  void* y;            // (n, m), the type of x or float32
-  void* workspace;    // 16-byte aligned; its contents do not matter
+  const void* bias;  // (m,), the type of x or float32; or nullptr
+  void* y;           // (n, m), the type of x or float32
+  void* workspace;   // 16-byte aligned; its contents do not matter
   size_t workspace_bytes;
   int64_t n, m, k;  // k may exceed W's columns by what rounds it up to the layout's
   bool is_bfloat16;
   bool is_float_output;
+  bool is_float_bias;
   LscdKernel kernel;
 };
 

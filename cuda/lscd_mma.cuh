@@ -77,15 +77,16 @@ struct StageLoader {
 // Weight is PackedWeight or PackedStack.
 template <typename T, int kTileN, typename Weight>
 __global__ void __launch_bounds__(MmaConfig<kTileN>::kThreads, 2)
-    LscdMmaKernel(const DenseInput x, const Weight weight, const Output out) {
+    LscdMmaKernel(const DenseInput x, const Weight weight, const StreamKPlan plan,
+                  const Output out) {
   const PackedWeight& w = Select(weight);
   using Config = MmaConfig<kTileN>;
   constexpr int kWarps = Config::kWarps;
   uint8_t* const shared = DynamicShared();
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = LaneId(), warp = threadIdx.x / 32;
   const uint32_t stages = SharedAddress(shared);
 
-  const Share<kWarps, true> share(w);
+  const Share<kWarps, true> share(plan);
   int unit = share.Begin(share.rank);
   const int end = share.Begin(share.rank + 1);
 

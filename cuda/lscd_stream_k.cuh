@@ -21,46 +21,73 @@
 
 #include <cstdint>
 
+#include "cuda/common/mma.cuh"
 #include "cuda/common/ptx.cuh"
 #include "cuda/lscd_decode.cuh"
 
 namespace flashjax {
 
 struct Output {
-  void* y;            // (n, m), row-major
-  const float* bias;  // (m,) or nullptr
+  void* y;           // (n, m), row-major
+  const void* bias;  // (m,) or nullptr
   int n;
-  bool is_float;  // y is float32 instead of the weight's type
+  bool is_float;       // y is float32 instead of the weight's type
+  bool is_float_bias;  // and so is bias
   uint64_t* flags;
   uint64_t ticket;
   float4* partials;
 };
 
-// A CTA's units [begin, end) of tiles x groups.
+// Division by a number that the host knows, without the latency of the device's (Granlund and
+// Montgomery 1994). For numerators below 2^31.
+struct Divisor {
+  uint32_t magic;
+  int shift;
+
+  explicit Divisor(uint32_t d) : magic(1), shift(0) {
+    while ((uint64_t{1} << shift) < d) ++shift;
+    magic += static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - d)) / d);
+  }
+  __device__ int Divide(int n) const {
+    const uint32_t u = static_cast<uint32_t>(n);
+    return static_cast<int>((static_cast<uint32_t>((uint64_t{magic} * u) >> 32) + u) >> shift);
+  }
+};
+
+// How units = tiles x groups are shared by the ranks: `each`, and one more for the first `extra`.
+struct StreamKPlan {
+  int tiles, groups;
+  int each, extra;
+  Divisor by_groups;
+
+  StreamKPlan(int64_t tiles, int64_t groups, int64_t ranks)
+      : tiles(static_cast<int>(tiles)),
+        groups(static_cast<int>(groups)),
+        each(static_cast<int>(tiles * groups / ranks)),
+        extra(static_cast<int>(tiles * groups % ranks)),
+        by_groups(static_cast<uint32_t>(groups)) {}
+};
+
+// A CTA's units [Begin(rank), Begin(rank + 1)).
 template <int kStrips, bool kWalksOn>
 struct Share {
-  int tiles;
-  int groups;
-  int units;
+  const StreamKPlan& plan;
   int rank;
 
-  __device__ explicit Share(const PackedWeight& w)
-      : tiles((w.strips + kStrips - 1) / kStrips),
-        groups(w.groups),
-        units(tiles * groups),
-        rank(gridDim.x - 1 - blockIdx.x) {}
+  __device__ explicit Share(const StreamKPlan& plan)
+      : plan(plan), rank(gridDim.x - 1 - blockIdx.x) {}
 
-  // The launcher keeps units * gridDim.x below 2^31.
-  __device__ int Begin(int r) const { return units * r / static_cast<int>(gridDim.x); }
+  __device__ int Begin(int r) const { return r * plan.each + min(r, plan.extra); }
+  __device__ int Tile(int unit) const { return plan.by_groups.Divide(unit); }
   __device__ int Strip(int tile, int warp) const {
-    return kWalksOn ? warp * tiles + tile : tile * kStrips + warp;
+    return kWalksOn ? warp * plan.tiles + tile : tile * kStrips + warp;
   }
   // Begins a warp's walk over units, of one tile or, if it walks on, of several.
   template <typename Reader>
   __device__ void BeginWalk(Reader& reader, int warp, int unit, int end) const {
-    const int tile0 = unit / groups, tile1 = (end - 1) / groups;
-    reader.Begin(Strip(tile0, warp), unit - tile0 * groups, Strip(tile1, warp),
-                 end - tile1 * groups);
+    const int tile0 = Tile(unit), tile1 = Tile(end - 1);
+    reader.Begin(Strip(tile0, warp), unit - tile0 * plan.groups, Strip(tile1, warp),
+                 end - tile1 * plan.groups);
   }
 };
 
@@ -70,32 +97,58 @@ struct Piece {
 
   template <typename Share>
   __device__ Piece(const Share& share, int unit, int end)
-      : tile(unit / share.groups),
-        group0(unit - tile * share.groups),
-        group1(min(share.groups, group0 + end - unit)) {}
+      : tile(share.Tile(unit)),
+        group0(unit - tile * share.plan.groups),
+        group1(min(share.plan.groups, group0 + end - unit)) {}
   __device__ int size() const { return group1 - group0; }
 };
 
-__device__ __forceinline__ void Store(__half* y, float v) { *y = __float2half_rn(v); }
-__device__ __forceinline__ void Store(__nv_bfloat16* y, float v) { *y = __float2bfloat16_rn(v); }
-__device__ __forceinline__ void Store(float* y, float v) { *y = v; }
+__device__ __forceinline__ float ToFloat(__half v) { return __half2float(v); }
+__device__ __forceinline__ float ToFloat(__nv_bfloat16 v) { return __bfloat162float(v); }
 
-// Writes a warp's 16 x kTileN accumulators in mma.m16n8k16's layout.
-template <int kTileN, typename Y>
-__device__ __forceinline__ void StoreStrip(const float* acc, const Output& out, int m, int strip,
-                                           int lane) {
-  Y* y = static_cast<Y*>(out.y);
+template <typename T>
+__device__ __forceinline__ float Bias(const Output& out, int row) {
+  if (out.bias == nullptr) return 0.0f;
+  return out.is_float_bias ? static_cast<const float*>(out.bias)[row]
+                           : ToFloat(static_cast<const T*>(out.bias)[row]);
+}
+
+// Writes a warp's 16 x kTileN accumulators: of each 8 columns and half of the rows a lane has, in
+// mma.m16n8k16's layout, row lane / 4 and columns 2 (lane % 4) and the next.
+template <int kTileN>
+__device__ __forceinline__ void StoreFloats(const float* acc, const float bias[2],
+                                            const Output& out, int m, int strip, int lane) {
+  const int row = strip * kStripRows + lane / 4, first = 2 * (lane % 4);
+  float* y = static_cast<float*>(out.y) + int64_t{first} * m + row;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = strip * kStripRows + half * 8 + lane / 4;
-    if (row >= m) continue;
-    const float bias = out.bias == nullptr ? 0.0f : out.bias[row];
+  for (int j = 0; j < kTileN / 8; ++j, y += int64_t{8} * m) {
 #pragma unroll
-    for (int j = 0; j < kTileN / 8; ++j) {
+    for (int i = 0; i < 4; ++i) {
+      if (8 * j + first + i % 2 < out.n && row + i / 2 * 8 < m) {
+        y[int64_t{i % 2} * m + i / 2 * 8] = acc[4 * j + i] + bias[i / 2];
+      }
+    }
+  }
+}
+
+// The same, rounded. Rows are what is contiguous in y: transposed, a lane has two next to each other.
+template <typename T, int kTileN>
+__device__ __forceinline__ void StoreHalves(const float* acc, const float bias[2],
+                                            const Output& out, int m, int strip, int lane) {
+  const int row = strip * kStripRows + 2 * (lane % 4);
+  uint16_t* y = static_cast<uint16_t*>(out.y) + int64_t{lane / 4} * m + row;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int n = 8 * j + 2 * (lane % 4) + i;
-        if (n < out.n) Store(y + int64_t{n} * m + row, acc[4 * j + 2 * half + i] + bias);
+  for (int j = 0; j < kTileN / 8; ++j, y += int64_t{8} * m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float* two = acc + 4 * j + 2 * half;
+      const uint32_t v = TransposeMatrix(Round2(T{}, two[0] + bias[half], two[1] + bias[half]));
+      if (8 * j + lane / 4 >= out.n || row + 8 * half >= m) continue;
+      if (m % 2 == 0) {
+        *reinterpret_cast<uint32_t*>(y + 8 * half) = v;
+      } else {
+        y[8 * half] = static_cast<uint16_t>(v);
+        if (row + 8 * half + 1 < m) y[8 * half + 1] = static_cast<uint16_t>(v >> 16);
       }
     }
   }
@@ -121,7 +174,7 @@ __device__ __forceinline__ void FinishPiece(float* acc, const Output& out, const
     if (lane == 0) StoreRelease(out.flags + share.rank * kWarps + warp, out.ticket);
     return;
   }
-  const int tile_end = (piece.tile + 1) * share.groups;
+  const int tile_end = (piece.tile + 1) * share.plan.groups;
   int end = share.rank + 1;
   while (share.Begin(end) < tile_end) ++end;
   // A lane a flag, with a uniform branch: divergent control flow here would cost the main loop its
@@ -145,10 +198,13 @@ __device__ __forceinline__ void FinishPiece(float* acc, const Output& out, const
       sums[i].w += v.w;
     }
   }
+  const int row = strip * kStripRows + lane / 4;
+  const float bias[2] = {row < w.m ? Bias<T>(out, row) : 0.0f,
+                         row + 8 < w.m ? Bias<T>(out, row + 8) : 0.0f};
   if (out.is_float) {
-    StoreStrip<kTileN, float>(acc, out, w.m, strip, lane);
+    StoreFloats<kTileN>(acc, bias, out, w.m, strip, lane);
   } else {
-    StoreStrip<kTileN, T>(acc, out, w.m, strip, lane);
+    StoreHalves<T, kTileN>(acc, bias, out, w.m, strip, lane);
   }
 }
 

@@ -41,8 +41,8 @@ struct StripReader {
     if (strip_ >= w.strips) return;
     const StreamStart start = FindStart(w, strip, group, lane);
     last_ = strip1 < w.strips ? FindEnd(w, strip1, group1) : FindEnd(w, w.strips - 1, w.groups);
-    next_bits_ = w.bitmap + (int64_t{strip} * w.groups + group) * kLanes + lane;
-    bits_ = LoadStreaming(next_bits_);
+    next_bits_ = (static_cast<uint32_t>(strip) * w.groups + group) * kLanes + lane;
+    bits_ = LoadStreaming(w.bitmap + next_bits_);
     entry_ =
         (static_cast<uint32_t>(strip) * w.entries_per_strip + group / kEntryGroups) * kEntryWords;
     schedule_ahead_ = w.entries[entry_ + 1];
@@ -79,7 +79,7 @@ struct StripReader {
     }
     if (any && strip_ < w.strips) {
       next_bits_ += kLanes;
-      bits_ahead_ = LoadStreaming(next_bits_);
+      bits_ahead_ = LoadStreaming(w.bitmap + next_bits_);
       if (group_ % kEntryGroups == 0) entry_ += kEntryWords;
       schedule_ahead_ = w.entries[entry_ + 1];
     }
@@ -122,12 +122,11 @@ struct StripReader {
   }
 
   uint4 bits_, bits_ahead_;
-  const uint4* next_bits_ = nullptr;
   uint32_t schedule_ = 0, schedule_ahead_ = 0, waits_ = 0;
   uint32_t next_ = 0, last_ = 0;  // segments to copy: [next_, last_)
-  // What is loaded ahead: its strip, its group and the word of its entry.
+  // What is loaded ahead: its strip, its group, the place of its bitmap and the word of its entry.
   int strip_ = 0, group_ = 0;
-  uint32_t entry_ = 0;
+  uint32_t next_bits_ = 0, entry_ = 0;
 };
 
 }  // namespace flashjax

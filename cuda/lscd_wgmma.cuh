@@ -126,15 +126,18 @@ __device__ __forceinline__ void MultiplyWgmma(StripReader<BulkRing>& reader,
   constexpr int kBatch = 4;    // fragments a batch of wgmma: a step
   constexpr int kBuffers = 2;  // batches of fragments in registers: one decoded, one multiplied
   constexpr int kStageSteps = Config::kStageK / kStepK;
+  // With 64 columns registers are short: the next group is asked for when half of this one's bitmap
+  // is used up.
+  constexpr int kAheadStep = kTileN == 64 ? 2 : 0;
   uint32_t a[kBuffers][kBatch][4];
   bool holds_stage = false;  // the previous stage of x has not been handed back yet
   const uint32_t stages_low = WgmmaDescriptorLow(x.data);
   uint32_t x_low = 0;
 #pragma unroll 1
   for (int group = 0; group < groups; ++group) {
-    reader.LoadAhead(group + 1 < groups || more);
 #pragma unroll
     for (int step = 0; step < kGroupSteps; ++step) {
+      if (step == kAheadStep) reader.LoadAhead(group + 1 < groups || more);
       const int buffer = step % kBuffers, in_stage = step % kStageSteps;
       const uint32_t word = reader.BeginStep(step);
       DecodeHalf(0, word, reader.p, reader.q, a[buffer]);
@@ -206,13 +209,14 @@ __device__ __forceinline__ void MultiplyMma(StripReader<BulkRing>& reader,
 // Weight is PackedWeight or PackedStack.
 template <typename T, int kTileN, typename Weight>
 __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
-    LscdWgmmaKernel(const __grid_constant__ CUtensorMap x, const Weight weight, const Output out) {
+    LscdWgmmaKernel(const __grid_constant__ CUtensorMap x, const Weight weight,
+                    const StreamKPlan plan, const Output out) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const PackedWeight& w = Select(weight);
   using Config = WgmmaConfig<kTileN>;
   constexpr int kWarps = Config::kWarps, kStages = Config::kStages, kStageK = Config::kStageK;
 
-  const int lane = threadIdx.x % 32;
+  const int lane = LaneId();
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   const uint32_t stages = (SharedAddress(DynamicShared()) + 1023) & ~1023u;
   const uint32_t rings = stages + kStages * Config::kStageBytes;
@@ -220,23 +224,26 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
   const uint32_t full = ring_barriers + kWarps * kRingSegments * 8, empty = full + kStages * 8;
   const uint32_t turn = empty + kStages * 8;
 
-  const Share<kWarps, Config::kWalksOn> share(w);
+  const Share<kWarps, Config::kWalksOn> share(plan);
   int unit = share.Begin(share.rank);
   const int end = share.Begin(share.rank + 1);
 
+  if (warp < kWarps) {
+    if (lane < kRingSegments) BarrierInit(ring_barriers + (warp * kRingSegments + lane) * 8, 1);
+  } else if (warp == kWarps && lane < kStages) {
+    BarrierInit(full + lane * 8, 1);
+    BarrierInit(empty + lane * 8, kWarps);
+    if (lane < Config::kTurns) BarrierInit(turn + lane * 8, kWarps / 2);
+  }
+  BarrierInitFence();
+  __syncthreads();
+
   if (warp >= kWarps) {
-    if (warp == kWarps && lane < kStages) {
-      BarrierInit(full + lane * 8, 1);
-      BarrierInit(empty + lane * 8, kWarps);
-      if (lane < Config::kTurns) BarrierInit(turn + lane * 8, kWarps / 2);
-      BarrierInitFence();
-    }
-    SyncThreads();
     ReleaseRegisters<32>();
     if (warp == kWarps && lane == 0) {
       constexpr int kGroupStages = kGroupK / kStageK;
-      const int count = (end - unit) * kGroupStages, period = share.groups * kGroupStages;
-      int k = unit % share.groups * kGroupStages, stage = 0;
+      const int count = (end - unit) * kGroupStages, period = plan.groups * kGroupStages;
+      int k = (unit - share.Tile(unit) * plan.groups) * kGroupStages, stage = 0;
       uint32_t phase = 1;
       for (int i = 0; i < count; ++i) {
         if (i >= kStages) BarrierWait(empty + stage * 8, phase);
@@ -256,15 +263,11 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
     return;
   }
 
-  // A warp's ring is its own: the first copies need not wait for the CTA.
   StripReader<BulkRing> reader(w, lane);
   reader.ring.data = rings + warp * kRingStride;
   reader.ring.barriers = ring_barriers + warp * kRingSegments * 8;
-  if (lane < kRingSegments) BarrierInit(reader.ring.barriers + lane * 8, 1);
-  BarrierInitFence();
-  __syncwarp();
   if (Config::kWalksOn) share.BeginWalk(reader, warp, unit, end);
-  SyncThreads();
+  __syncwarp();  // lane 0 may still be asking for copies
   ClaimRegisters<Config::kRegisters>();
   if (Config::kWalksOn) reader.WaitForFirstStep();
 

@@ -139,8 +139,11 @@ def _cuda(call, operands, kernel="auto"):
     if k % _CUDA_K_MULTIPLE:
         x_rows = jnp.pad(x_rows, ((0, 0), (0, -k % _CUDA_K_MULTIPLE)))
     index = () if layer is None else (layer,)
+    # The kernel reads a bias of x's dtype or float32: converting costs a launch.
+    if bias is None or bias.dtype != x.dtype:
+        bias = _bias_operand(bias)
     y, _ = jax.ffi.ffi_call("flashjax_lscd_matmul_cuda", (result, workspace))(
-        x_rows, *packed, _bias_operand(bias), *index, kernel=_CUDA_KERNELS[kernel]
+        x_rows, *packed, bias, *index, kernel=_CUDA_KERNELS[kernel]
     )
     return y.reshape(*x.shape[:-1], m).astype(call.out_dtype)
 

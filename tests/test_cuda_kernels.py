@@ -59,6 +59,16 @@ def test_shares_of_blocks(kernel, shape):
     op_cases.check_product(y, x, dense, bias)
 
 
+@pytest.mark.parametrize("bias_dtype", ["float32", *op_cases.HALVES])
+@pytest.mark.parametrize("dtype", op_cases.HALVES)
+def test_bias(kernel, dtype, bias_dtype):
+    dense = op_cases.random_dense(300, 75, 0.7, dtype)
+    bias = jnp.asarray(op_cases.random_x((75,), bias_dtype, seed=3))
+    x = op_cases.random_x((3, 300), dtype)
+    y = kernel_product(kernel, x, fj.SparseMatrix.from_dense(dense), bias)
+    op_cases.check_product(y, x, dense, bias)
+
+
 @pytest.mark.parametrize("pattern", op_cases.PATTERNS)
 def test_patterns(kernel, pattern):
     dense = op_cases.pattern_dense(pattern, 1100, 300, "bfloat16")

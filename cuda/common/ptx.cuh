@@ -16,8 +16,13 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// __syncthreads() that may be called from several places at once.
-__device__ __forceinline__ void SyncThreads() { asm volatile("bar.sync 0;" ::: "memory"); }
+// Volatile: threadIdx.x % 32 would be computed again wherever a register is short, and the compiler
+// would not know that only one lane is 0, which costs a loop around every bulk copy.
+__device__ __forceinline__ int LaneId() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
 
 // Zero-extended, so that the upper half of the register can stand in for a zero weight.
 __device__ __forceinline__ uint32_t LoadSharedU16(uint32_t address) {

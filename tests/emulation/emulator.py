@@ -135,7 +135,7 @@ def unpack(packed, shape: tuple[int, int], transposed: bool, layer=None) -> np.n
 def matmul(
     x, packed, m: int, bias=None, *, kernel="auto", float_output=False, layer=None
 ):
-    """x (N, K) times a packed (K, M): (N, M) in x's dtype or float32."""
+    """x (N, K) times a packed (K, M): (N, M) in x's dtype or float32, and so the bias."""
     n, k = x.shape
     workspace_bytes = _library().emulated_workspace_bytes
     workspace_bytes.restype = ctypes.c_int64
@@ -155,6 +155,7 @@ def matmul(
         k,
         x.dtype != np.float16,
         float_output,
+        bias is not None and bias.dtype == np.float32,
         KERNELS[kernel],
     )
     return y

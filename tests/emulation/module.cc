@@ -63,8 +63,9 @@ int64_t emulated_workspace_bytes(int64_t n, int64_t m, int64_t k) {
 
 int emulated_matmul(const void* x, const uint32_t* bitmap, const uint32_t* entries,
                     const uint32_t* values, const int32_t* layer, int64_t layers, int64_t segments,
-                    const float* bias, void* y, void* workspace, int64_t workspace_bytes, int64_t n,
-                    int64_t m, int64_t k, bool is_bfloat16, bool is_float_output, int64_t kernel) {
+                    const void* bias, void* y, void* workspace, int64_t workspace_bytes, int64_t n,
+                    int64_t m, int64_t k, bool is_bfloat16, bool is_float_output,
+                    bool is_float_bias, int64_t kernel) {
   flashjax::LscdMatmulArgs args{};
   args.x = x;
   args.packed = {bitmap, entries, values, layer, layers, segments};
@@ -77,6 +78,7 @@ int emulated_matmul(const void* x, const uint32_t* bitmap, const uint32_t* entri
   args.k = k;
   args.is_bfloat16 = is_bfloat16;
   args.is_float_output = is_float_output;
+  args.is_float_bias = is_float_bias;
   args.kernel = static_cast<flashjax::LscdKernel>(kernel);
   return flashjax::LaunchLscdMatmul(args, nullptr);
 }

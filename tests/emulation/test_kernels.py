@@ -59,6 +59,15 @@ def test_shares_of_blocks(kernel, shape, multiprocessors):
     check_matmul(kernel, x, dense, bias, float_output=True)
 
 
+@pytest.mark.parametrize("float_output", [False, True])
+@pytest.mark.parametrize("dtype", op_cases.HALVES)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_bias_of_the_weights_dtype(kernel, dtype, float_output):
+    dense = op_cases.random_dense(300, 75, 0.7, dtype)
+    bias = op_cases.random_x((75,), dtype, seed=3)
+    check_matmul(kernel, op_cases.random_x((3, 300), dtype), dense, bias, float_output)
+
+
 @pytest.mark.parametrize("multiprocessors", [1, 2])
 @pytest.mark.parametrize(("kernel", "strips"), [("mma", 5), ("wgmma", 17)])
 def test_walks_from_chain_to_chain(kernel, strips, multiprocessors):

@@ -65,6 +65,26 @@ void Mma(T, float* c, const uint32_t* a, const uint32_t* b) {
   }
 }
 
+inline uint32_t Round2(__half, float low, float high) {
+  return __float2half_rn(low).bits | uint32_t{__float2half_rn(high).bits} << 16;
+}
+inline uint32_t Round2(__nv_bfloat16, float low, float high) {
+  return __float2bfloat16_rn(low).bits | uint32_t{__float2bfloat16_rn(high).bits} << 16;
+}
+
+inline uint32_t TransposeMatrix(uint32_t v) {
+  const uint8_t* rows = simt::Exchange("movmatrix", &v, sizeof v);
+  const int lane = simt::Lane();
+  uint32_t halves[2];
+  for (int i = 0; i < 2; ++i) {
+    // Row 2 (lane % 4) + i, column lane / 4: of the lane that holds it, the lower or upper half.
+    const int source = 4 * (2 * (lane % 4) + i) + lane / 4 / 2;
+    std::memcpy(&halves[i], rows + source * simt::kLaneBytes, sizeof v);
+    halves[i] = halves[i] >> (16 * (lane / 4 % 2)) & 0xffff;
+  }
+  return halves[0] | halves[1] << 16;
+}
+
 }  // namespace flashjax
 
 #endif  // FLASHJAX_CUDA_COMMON_MMA_CUH_

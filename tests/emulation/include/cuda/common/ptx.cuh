@@ -13,7 +13,8 @@ namespace flashjax {
 
 inline uint8_t* DynamicShared() { return simt::shared_memory; }
 inline uint32_t SharedAddress(const void* p) { return simt::SharedAddressOf(p); }
-inline void SyncThreads() { simt::SyncBlock(); }
+
+inline int LaneId() { return simt::Lane(); }
 
 inline uint32_t LoadSharedU16(uint32_t address) {
   uint16_t v;
