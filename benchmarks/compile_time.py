@@ -33,7 +33,7 @@ def measure(layers: int, sparsity: float) -> dict[str, float]:
     state = jax.eval_shape(lambda: generate._start(graphdef, params, request))
     times = [time.process_time()]
     traced = generate._decode.trace(
-        graphdef, params, request.settings, state, np.int32(8)
+        graphdef, params, request.settings, state, np.int32(8), slots=16
     )
     times.append(time.process_time())
     lowered = traced.lower()

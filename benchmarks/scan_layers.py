@@ -36,7 +36,7 @@ import typer
 
 import flashjax as fj
 from flashjax.models.opt import OPTConfig
-from flashjax.models.opt.modeling import attention
+from flashjax.models.opt.modeling import attention, row_major
 from flashjax.testing import random_sparse_matrix
 
 MODELS = {
@@ -119,12 +119,13 @@ class Cache:
         layer = () if self.index is None else (self.index,)
         at = (*layer, zero, zero, start, zero)
         news = (n[None] if layer else n for n in (keys, values))
-        self.arrays = jax.lax.optimization_barrier(
+        updated = jax.lax.optimization_barrier(
             tuple(
                 jax.lax.dynamic_update_slice(array, new, at)
                 for array, new in zip(self.arrays, news, strict=True)
             )
         )
+        self.arrays = tuple(map(row_major, updated))
         if not layer:
             return self.arrays
         take = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)

@@ -23,7 +23,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from .generation_config import GenerationConfig, GenerationOptions
-from .generation_request import Request, Settings, make_request
+from .generation_request import Request, Settings, make_request, read_slots
 from .modeling import OPT, KVCache, positions_from_mask
 from .sampling import log_probabilities, make_key, penalize
 
@@ -148,9 +148,7 @@ def run_request(
         return np.zeros(shape, np.int32), np.zeros(shape, np.float32)
     graphdef, params = nnx.split(model)
     state = _start(graphdef, params, request, logprobs)
-    if request.max_new_tokens > 1:
-        limit = np.int32(request.max_new_tokens)
-        state, _ = _decode(graphdef, params, request.settings, state, limit)
+    state, _ = _go_on(graphdef, params, request, state, 1, request.max_new_tokens)
     tokens = np.asarray(state.tokens)[:, : request.max_new_tokens]
     if state.logprobs is None:
         return tokens, np.zeros(shape, np.float32)
@@ -163,8 +161,7 @@ def time_request(model: OPT, request: Request) -> tuple[float, float]:
     times = [time.perf_counter()]
     state = jax.block_until_ready(_start(graphdef, params, request))
     times.append(time.perf_counter())
-    limit = np.int32(request.max_new_tokens)
-    state, _ = _decode(graphdef, params, request.settings, state, limit)
+    state, _ = _go_on(graphdef, params, request, state, 1, request.max_new_tokens)
     jax.block_until_ready(state.tokens)
     times.append(time.perf_counter())
     return times[1] - times[0], times[2] - times[1]
@@ -192,8 +189,7 @@ def _stream(model: OPT, request: Request) -> Iterator[np.ndarray]:
         if finished:
             break
         # The device computes the next token while the caller uses this one.
-        limit = np.int32(step + 1)
-        state, news = _decode(graphdef, params, request.settings, state, limit)
+        state, news = _go_on(graphdef, params, request, state, step, step + 1)
         yield last
         last, finished = np.array(news[0]), bool(news[1])
     yield last
@@ -210,6 +206,23 @@ def _start(graphdef, params, request: Request, logprobs: bool = False) -> _Decod
         logprobs=logprobs,
         on_cpu=_platform(params) == "cpu",
     )
+
+
+def _go_on(graphdef, params, request: Request, state, done: int, limit: int):
+    """Runs steps from ``done`` to ``limit`` tokens, as `_decode` does.
+
+    A step reads the slots that are used so far, rounded up: a loop for each number.
+    """
+    news = None
+    length, capacity = request.padded.shape[1], state.cache.max_length
+    everything = _platform(params) == "cpu"  # which would copy a part to read it
+    while done < limit:
+        slots = capacity if everything else read_slots(length + done, capacity)
+        done = min(limit, slots - length + 1)
+        state, news = _decode(
+            graphdef, params, request.settings, state, np.int32(done), slots=slots
+        )
+    return state, news
 
 
 def _platform(params: nnx.State) -> str:
@@ -268,15 +281,21 @@ def _prefill(
     return _append(settings, state, logits, cache)
 
 
-@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="state")
+@functools.partial(
+    jax.jit, static_argnames=("graphdef", "slots"), donate_argnames="state"
+)
 def _decode(
     graphdef: nnx.GraphDef,
     params: nnx.State,
     settings: Settings,
     state: _DecodeState,
     limit: jax.Array,
+    *,
+    slots: int,
 ) -> tuple[_DecodeState, tuple[jax.Array, jax.Array]]:
     """Runs steps until every row has ``limit`` tokens or has finished.
+
+    The first ``slots`` slots of the cache hold all that these steps read and write.
 
     Returns:
       The state, and beside it what a stream reads while the state is donated again:
@@ -295,6 +314,7 @@ def _decode(
             (state.prompt_counts + state.step - 1)[:, None],
             state.cache,
             length + state.step - 1,
+            slots=slots,
             logits_index=jnp.zeros_like(state.last),
             output_table=state.output_table,
         )

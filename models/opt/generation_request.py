@@ -12,6 +12,7 @@ from .generation_config import GenerationConfig
 from .sampling import Sampler, as_int, key_data
 
 _BUCKET = 64
+_LEAST_READ = 128  # slots
 
 
 class Settings(NamedTuple):
@@ -140,6 +141,14 @@ def bucket(length: int) -> int:
     if length <= _BUCKET:
         return 1 << max(length - 1, 0).bit_length()
     return -(-length // _BUCKET) * _BUCKET
+
+
+def read_slots(used: int, capacity: int) -> int:
+    """How many slots of a cache are read where `used` are: 128, doubled as needed."""
+    slots = _LEAST_READ
+    while slots < used:
+        slots *= 2
+    return min(slots, capacity)
 
 
 def end_ids(config: OPTConfig, eos_token_id: Any) -> set[int]:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import ArrayLike, DTypeLike
 
 from .config import OPTConfig
@@ -304,6 +305,7 @@ class OPT(nnx.Module):
         cache: KVCache,
         start: ArrayLike,
         *,
+        slots: int | None = None,
         last_only: bool = False,
         logits_index: jax.Array | None = None,
         output_table: jax.Array | None = None,
@@ -323,6 +325,8 @@ class OPT(nnx.Module):
             before ``start + length`` are read, so prefill costs no more for a longer
             cache. ``start + length`` must not exceed ``cache.max_length``; this is
             checked for a Python int only.
+          slots: read only so many slots of the cache, from the first; they must hold
+            ``start + length``. None reads all, but for a start that is a Python int.
           last_only: compute the logits of the last token alone.
           logits_index: (batch,) int32, compute the logits of that token alone.
           output_table: what ``float32_output_table`` returned, to be used instead of
@@ -335,14 +339,15 @@ class OPT(nnx.Module):
         Raises:
           ValueError: shapes that do not fit each other.
         """
-        _check_step(token_ids, mask, positions, cache, start)
+        _check_step(token_ids, mask, positions, cache, start, slots)
         length = token_ids.shape[1]
-        end = start + length if isinstance(start, int) else cache.max_length
+        if slots is None:
+            slots = start + length if isinstance(start, int) else cache.max_length
         start = jnp.asarray(start, jnp.int32)
         zero = jnp.zeros((), jnp.int32)
         query_slots = start + jnp.arange(length, dtype=jnp.int32)
         slot_mask = jax.lax.dynamic_update_slice(cache.mask, mask, (zero, start))
-        read_mask = slot_mask[:, :end]
+        read_mask = slot_mask[:, :slots]
         all_keys, all_values = [], []
 
         def attend(queries, keys, values, *, layer):
@@ -351,12 +356,14 @@ class OPT(nnx.Module):
             values = jax.lax.dynamic_update_slice(cache.values[layer], values, at)
             # Fused with what reads them, the updates would not happen in place.
             keys, values = jax.lax.optimization_barrier((keys, values))
+            if self.parallel is None:
+                keys, values = row_major(keys), row_major(values)
             all_keys.append(keys)
             all_values.append(values)
             return attention(
                 queries,
-                keys[:, :, :end],
-                values[:, :, :end],
+                keys[:, :, :slots],
+                values[:, :, :slots],
                 mask=read_mask,
                 query_slots=query_slots,
             )
@@ -509,7 +516,7 @@ def _range(array: np.ndarray | jax.Array) -> tuple[int, int]:
     return int(values.min()), int(values.max())
 
 
-def _check_step(token_ids, mask, positions, cache, start):
+def _check_step(token_ids, mask, positions, cache, start, slots):
     shape = token_ids.shape
     if mask.shape != shape or positions.shape != shape:
         raise ValueError(
@@ -525,6 +532,11 @@ def _check_step(token_ids, mask, positions, cache, start):
         raise ValueError(
             f"{shape[1]} tokens from slot {first} do not fit a cache of "
             f"{cache.max_length} slots"
+        )
+    if slots is not None and not first + shape[1] <= slots <= cache.max_length:
+        raise ValueError(
+            f"slots must be from {first + shape[1]}, which hold the tokens, to the "
+            f"cache's {cache.max_length}, got {slots}"
         )
 
 
@@ -576,6 +588,19 @@ def _attention_block(queries, keys, values, mask, query_slots):
     scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
     return jnp.einsum("bhts,bhsd->bhtd", weights, values, precision=precision)
+
+
+def row_major(slots: jax.Array) -> jax.Array:
+    """Keeps the layout of a cache on GPUs.
+
+    XLA may choose another one in a loop, and copy the cache before and after it.
+    """
+    row_major = Layout(tuple(range(slots.ndim)))
+    return jax.lax.platform_dependent(
+        slots,
+        cuda=lambda slots: with_layout_constraint(slots, row_major),
+        default=lambda slots: slots,
+    )
 
 
 def _normalize(norm: nnx.LayerNorm, x: jax.Array) -> jax.Array:

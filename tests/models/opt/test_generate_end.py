@@ -76,8 +76,8 @@ class TestEnd:
         states = []
         decode = generate_module._decode
 
-        def spy(*args):
-            result = decode(*args)
+        def spy(*args, **kwargs):
+            result = decode(*args, **kwargs)
             states.append(result[0])
             return result
 

@@ -50,6 +50,34 @@ def test_the_second_call_compiles_nothing(model):
         assert not events
 
 
+def test_slots_that_are_read():
+    read = [generation_request.read_slots(used, 320) for used in (1, 128, 129, 256)]
+    assert read == [128, 128, 256, 256]
+    assert generation_request.read_slots(257, 320) == 320
+    assert generation_request.read_slots(3, 72) == 72
+
+
+def test_a_loop_reads_only_the_slots_in_use(model, monkeypatch):
+    read, decode = [], generate_module._decode
+
+    def spy(*args, slots):
+        state, news = decode(*args, slots=slots)
+        read.append((slots, int(args[-1])))
+        return state, news
+
+    monkeypatch.setattr(generate_module, "_decode", spy)
+    monkeypatch.setattr(generate_module, "_platform", lambda params: "gpu")
+    monkeypatch.setattr(generation_request, "_LEAST_READ", 4)
+    ids, mask = batch()
+    options = {"max_new_tokens": 12, "eos_token_id": -1}
+    out = opt.generate(model, ids, mask, **options)
+    np.testing.assert_array_equal(out[:, 8:], naive(model, PROMPTS, 12))
+    # 24 slots; the token that goes to the last of 16 is the 9th.
+    assert read == [(16, 9), (24, 12)]
+    streamed = list(opt.generate_stream(model, ids, mask, **options))
+    np.testing.assert_array_equal(np.stack(streamed, axis=1), out[:, 8:])
+
+
 def test_equal_structures_share_the_compiled_step(model):
     ids, mask = batch()
     opt.generate(model, ids, mask, max_new_tokens=NEW)
@@ -89,9 +117,12 @@ def test_models_are_freed():
 def test_the_state_is_donated(model, donated, monkeypatch):
     given = []
     decode = generate_module._decode
-    monkeypatch.setattr(
-        generate_module, "_decode", lambda *a: given.append(a[3]) or decode(*a)
-    )
+
+    def spy(*args, **kwargs):
+        given.append(args[3])
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(generate_module, "_decode", spy)
     opt.generate(model, *batch(), max_new_tokens=NEW)
     leaves = jax.tree.leaves(getattr(given[0], donated))
     assert all(leaf.is_deleted() for leaf in leaves)
@@ -164,6 +195,8 @@ def test_expanded_weights_do_not_stay(platform, hidden_size):
         on_cpu=platform == "cpu",
     )
     state = generate_module._start(graphdef, params, request)
-    decode = generate_module._decode.lower(*arguments, state, np.int32(2))
+    decode = generate_module._decode.lower(
+        *arguments, state, np.int32(2), slots=state.cache.max_length
+    )
     for program in (prefill, decode):
         assert program.compile().memory_analysis().temp_size_in_bytes < layers / 2

@@ -68,7 +68,7 @@ def test_programs():
     state = generate_module._start(graphdef, params, request)
     limit = np.int32(new)
     decode = generate_module._decode.lower(
-        graphdef, params, request.settings, state, limit
+        graphdef, params, request.settings, state, limit, slots=state.cache.max_length
     )
     prefill, decode = (
         program.compile().memory_analysis() for program in (prefill, decode)
