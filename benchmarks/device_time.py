@@ -1,14 +1,29 @@
 """The time that a compiled program takes on a GPU, from JAX's profiler (CUPTI)."""
 
 import collections
+import contextlib
 import pathlib
 import statistics
 import tempfile
+from collections.abc import Iterator
 
 import jax
 from jax.profiler import ProfileData
 
 EXECUTIONS = 7
+
+Kernel = tuple[float, float, str]  # start and end in nanoseconds, name
+
+
+@contextlib.contextmanager
+def profile() -> Iterator[list[Kernel]]:
+    """What runs on the streams of a GPU meanwhile, sorted; filled in at the end."""
+    found: list[Kernel] = []
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            yield found
+        (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        found += sorted(_kernels(ProfileData.from_file(str(path))))
 
 
 def microseconds(program, *operands) -> float:
@@ -18,12 +33,9 @@ def microseconds(program, *operands) -> float:
     between a program's kernels are.
     """
     jax.block_until_ready(program(*operands))
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for _ in range(EXECUTIONS):
-                jax.block_until_ready(program(*operands))
-        (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
-        events = _kernels(ProfileData.from_file(str(path)))
+    with profile() as events:
+        for _ in range(EXECUTIONS):
+            jax.block_until_ready(program(*operands))
     count, rest = divmod(len(events), EXECUTIONS)
     if count == 0 or rest:
         raise RuntimeError(
@@ -37,13 +49,10 @@ def microseconds(program, *operands) -> float:
     return statistics.median(spans) / 1e3
 
 
-def _kernels(profile: ProfileData) -> list[tuple[float, float, str]]:
-    """(start, end, name) of everything on the streams of a GPU, in nanoseconds."""
-    return sorted(
-        (event.start_ns, event.start_ns + event.duration_ns, event.name)
-        for plane in profile.planes
-        if "GPU" in plane.name
-        for line in plane.lines
-        if "Stream" in line.name
-        for event in line.events
-    )
+def _kernels(profile: ProfileData) -> Iterator[Kernel]:
+    for plane in profile.planes:
+        for line in plane.lines if "GPU" in plane.name else ():
+            if "Stream" in line.name:
+                for event in line.events:
+                    start = event.start_ns
+                    yield start, start + event.duration_ns, event.name

@@ -13,6 +13,7 @@ Prints a line a method and writes `benchmarks/results/pruning-DEVICE.json`.
 import dataclasses
 import pathlib
 import tempfile
+import time
 from typing import Annotated
 
 import jax
@@ -41,8 +42,21 @@ def calibration(config: opt.OPTConfig, samples: int, length: int) -> Calibration
 def measure(
     model: pathlib.Path, out: pathlib.Path, method: str, sparsity: float, tokens
 ) -> dict:
+    began, shown = time.perf_counter(), ""
+
+    def progress(what: str, done: int, total: int) -> None:
+        nonlocal shown
+        if what != shown:
+            shown = what
+            print(f"{time.perf_counter() - began:8.1f} s  {done / total:4.0%}  {what}")
+
     result = prune_pretrained(
-        model, out, sparsity=sparsity, method=method, calibration=tokens
+        model,
+        out,
+        sparsity=sparsity,
+        method=method,
+        calibration=tokens,
+        progress=progress,
     )
     matrices = sum(r.seconds for r in result.reports)
     layers = len({r.name.split(".")[1] for r in result.reports})

@@ -72,7 +72,12 @@ def run(
         for b in batches
     }
     bandwidth = read_bandwidth()
-    results = []
+    results: list[dict[str, Any]] = []
+    content = {
+        "read_gb_per_s": round(bandwidth / 1e9, 1),
+        "device_bytes": next(iter(plan.values())).device_bytes,
+        "results": results,
+    }
     # From what needs little memory to what needs much: the peak only grows.
     for s in sorted(sparsities, reverse=True):
         fitting = [b for b in sorted(batches) if _fits(plan[s, b])]
@@ -91,16 +96,11 @@ def run(
             if built is not None and b in fitting:
                 result |= _measure(built, b, prompt, new, repetitions, bandwidth)
             results.append(result)
+            _add_speedups(results)
+            results.sort(key=lambda r: (r["sparsity"], r["batch"]))
+            # Now already: a run takes long, and may be interrupted.
+            path = save_results(out, name, content)
         del built
-    _add_speedups(results)
-    results.sort(key=lambda r: (r["sparsity"], r["batch"]))
-    device_bytes = next(iter(plan.values())).device_bytes
-    content = {
-        "read_gb_per_s": round(bandwidth / 1e9, 1),
-        "device_bytes": device_bytes,
-        "results": results,
-    }
-    path = save_results(out, name, content)
     if as_json:
         print(json.dumps(content, indent=2))
     else:
@@ -218,7 +218,6 @@ def _build(config: opt.OPTConfig, sparsity: float, dtype: str) -> opt.OPT:
 
 
 def _median_seconds(call: Callable[[], Any], repetitions: int) -> float:
-    call()
     times = []
     for _ in range(repetitions):
         began = time.perf_counter()
