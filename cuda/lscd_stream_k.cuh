@@ -131,7 +131,7 @@ __device__ __forceinline__ void StoreFloats(const float* acc, const float bias[2
   }
 }
 
-// The same, rounded. Rows are what is contiguous in y: transposed, a lane has two next to each other.
+// The same, rounded. Rows are contiguous in y: transposed, a lane has two that are neighbours.
 template <typename T, int kTileN>
 __device__ __forceinline__ void StoreHalves(const float* acc, const float bias[2],
                                             const Output& out, int m, int strip, int lane) {
