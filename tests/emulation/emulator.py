@@ -135,7 +135,7 @@ def unpack(packed, shape: tuple[int, int], transposed: bool, layer=None) -> np.n
 def matmul(
     x, packed, m: int, bias=None, *, kernel="auto", float_output=False, layer=None
 ):
-    """x (N, K) times a packed (K, M): (N, M) in x's dtype or float32, and so the bias."""
+    """x (N, K) times a packed (K, M): (N, M). It and the bias: x's dtype or float32."""
     n, k = x.shape
     workspace_bytes = _library().emulated_workspace_bytes
     workspace_bytes.restype = ctypes.c_int64
