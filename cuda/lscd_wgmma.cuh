@@ -126,9 +126,9 @@ __device__ __forceinline__ void MultiplyWgmma(StripReader<BulkRing>& reader,
   constexpr int kBatch = 4;    // fragments a batch of wgmma: a step
   constexpr int kBuffers = 2;  // batches of fragments in registers: one decoded, one multiplied
   constexpr int kStageSteps = Config::kStageK / kStepK;
-  // With 64 columns registers are short: the next group is asked for when half of this one's bitmap
-  // is used up.
-  constexpr int kAheadStep = kTileN == 64 ? 2 : 0;
+  // Up to 64 columns registers are short: the next group is asked for when half of this bitmap is
+  // used up.
+  constexpr int kAheadStep = kTileN <= 64 ? 2 : 0;
   uint32_t a[kBuffers][kBatch][4];
   bool holds_stage = false;  // the previous stage of x has not been handed back yet
   const uint32_t stages_low = WgmmaDescriptorLow(x.data);
