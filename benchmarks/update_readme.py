@@ -160,21 +160,25 @@ def generate_table(facts: dict, results: list[dict]) -> str:
     first = results[0]
     text = (
         f"{first['layers']} layers of {first['model']} with synthetic weights, "
-        f"{first['dtype']}, batch {first['batch']}, {first['prompt']} tokens of prompt "
-        f"and {first['new']} new ones, on one {facts['device']} ({origin(facts)}). "
-        "Prefill is the prompt, a step is one new token for each row."
+        f"{first['dtype']}, {first['prompt']} tokens of prompt and {first['new']} new "
+        f"ones, on one {facts['device']} ({origin(facts)}). Prefill is the prompts, a "
+        "step is one new token for each; tokens a second are of whole requests."
     )
     lines = [
         textwrap.fill(text, 98),
         "",
-        "| zeros | weights, GB | prefill, ms | step, ms | step, x dense |",
-        "|---|---|---|---|---|",
+        "| zeros | batch | weights, GB | prefill, ms | step, ms | x dense | tokens/s |",
+        "|---" * 7 + "|",
     ]
     for r in results:
+        if "step_ms" not in r:
+            continue
         zeros = f"{r['sparsity']:.0%}" if r["sparsity"] else "dense"
+        speedup = f"{r['speedup']:.2f}" if "speedup" in r else ""
         lines.append(
-            f"| {zeros} | {r['weight_bytes'] / 1e9:.1f} | {r['prefill_ms']:.1f} | "
-            f"{r['step_ms']:.2f} | {r.get('speedup', 1.0):.2f} |"
+            f"| {zeros} | {r['batch']} | {r['weight_bytes'] / 1e9:.1f} | "
+            f"{r['prefill_ms']:.0f} | {r['step_ms']:.2f} | {speedup} | "
+            f"{r['tokens_per_s']:.0f} |"
         )
     return "\n".join(lines)
 
@@ -210,7 +214,7 @@ def main() -> None:
     other_gpu = load(RESULTS / f"matmul-{H200}.json")
     several = load(RESULTS / f"opt-parallel-{H100}.json")
     cpu = load(RESULTS / "cpu_matmul-amd-epyc.json")
-    model = load(RESULTS / f"generate-opt-30b-{H200}.json")
+    models = [load(RESULTS / f"generate-opt-{n}-{H200}.json") for n in ("30b", "175b")]
     training = ROOT / "examples" / "demo-opt" / "training.json"
     replace(README, "matmul", headline(*gpu))
     replace(README, "model", whole_model(*several))
@@ -219,7 +223,8 @@ def main() -> None:
     replace(WHEN_SPARSE_PAYS, "matmul-h200", speed_table(*other_gpu))
     replace(MULTI_GPU, "parallel", parallel_table(*several))
     replace(WHEN_SPARSE_PAYS, "cpu", cpu_table(*cpu))
-    replace(WHEN_SPARSE_PAYS, "generate", generate_table(*model))
+    tables = [generate_table(*model) for model in models]
+    replace(WHEN_SPARSE_PAYS, "generate", "\n\n".join(tables))
 
 
 if __name__ == "__main__":

@@ -55,9 +55,9 @@ def _on_one_line(match: re.Match) -> str:
 def _commit() -> str:
     folder = str(Path(__file__).resolve().parent)
     # The variable is for a copy of the tree without its repository.
-    commit = os.environ.get("FLASHJAX_COMMIT") or _output(
-        "git", "-C", folder, "rev-parse", "--short", "HEAD"
-    )
+    if given := os.environ.get("FLASHJAX_COMMIT"):
+        return given
+    commit = _output("git", "-C", folder, "rev-parse", "--short", "HEAD")
     changed = _output("git", "-C", folder, "status", "--porcelain", "-uno")
     return f"{commit} with changes" if commit and changed else commit
 
