@@ -158,8 +158,8 @@ def scanned(config, x, start, cache, stack, attend=attention_by_sums, unroll=1):
         x, cache = carry
 
         def multiply(name, x):
-            bias = stack.biases[name][i]
-            return fj.sparse_matmul(x, stack.matrices[name], bias=bias, layer=i)
+            matrices, biases = stack.matrices[name], stack.biases[name]
+            return fj.sparse_matmul(x, matrices, bias=biases, layer=i)
 
         scales = {name: scale[i] for name, scale in stack.scales.items()}
         x, new = apply(config, x, Cache(*cache, i), start, multiply, scales, attend)

@@ -23,7 +23,12 @@ ffi::Error Matmul(cudaStream_t stream, ffi::AnyBuffer x, Words bitmap, Words ent
       PackedArgs(kOp, LscdShape{m, k}, bitmap, entries, values, layer, &args.packed));
   FLASHJAX_RETURN_IF_ERROR(CheckDtype(kOp, "bias", bias, {x.element_type(), ffi::F32}));
   const bool has_bias = bias.element_count() > 0;
-  if (has_bias) FLASHJAX_RETURN_IF_ERROR(CheckShape(kOp, "bias", bias, {m}));
+  args.is_stacked_bias = args.packed.layer != nullptr && bias.dimensions().size() == 2;
+  if (args.is_stacked_bias) {
+    FLASHJAX_RETURN_IF_ERROR(CheckShape(kOp, "bias", bias, {args.packed.layers, m}));
+  } else if (has_bias) {
+    FLASHJAX_RETURN_IF_ERROR(CheckShape(kOp, "bias", bias, {m}));
+  }
   if (kernel < 0 || kernel > static_cast<int64_t>(LscdKernel::kWgmma)) {
     return Mismatch(kOp, "kernel", "0 (auto), 1 (mma) or 2 (wgmma)", std::to_string(kernel));
   }

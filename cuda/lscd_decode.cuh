@@ -26,6 +26,7 @@ struct PackedWeight {
   int strips;
   int groups;
   int entries_per_strip;
+  int layer;  // of the stack that it is one of, or 0
 };
 
 // Matrices of one shape, each in the same arrays as the one before; which of them to use stands on
@@ -43,6 +44,7 @@ __device__ __forceinline__ PackedWeight Select(const PackedWeight& w) { return w
 __device__ __forceinline__ PackedWeight Select(const PackedStack& stack) {
   const int64_t layer = max(0, min(*stack.layer, stack.layers - 1));
   PackedWeight w = stack.first;
+  w.layer = static_cast<int>(layer);
   w.bitmap += layer * w.strips * w.groups * kLanes;
   w.entries += layer * w.strips * w.entries_per_strip * kEntryWords;
   w.values += layer * stack.segments * kSegmentBytes;

@@ -87,6 +87,7 @@ struct Problem {
     out.n = static_cast<int>(n);
     out.is_float = args.is_float_output;
     out.is_float_bias = args.is_float_bias;
+    out.bias_stride = args.is_stacked_bias ? static_cast<int>(args.m) : 0;
     return out;
   }
 };
@@ -135,7 +136,8 @@ cudaError_t LaunchStreamK(const X& x, const Problem<Weight>& problem, Output out
   const int64_t groups = LscdShape{problem.args.m, problem.args.k}.groups();
   const int64_t units = tiles * groups;
   const int64_t grid = std::min({units, slots, int64_t{resident}});
-  if (grid < 1 || units > INT32_MAX) return cudaErrorInvalidValue;
+  // Units are counted in int, uint4s of the bitmap in uint32.
+  if (grid < 1 || units * Config::kWarps * kLanes > UINT32_MAX) return cudaErrorInvalidValue;
   const int64_t flag_bytes = grid * Config::kWarps * int64_t{sizeof(uint64_t)};
   out.partials = static_cast<float4*>(problem.args.workspace);
   out.flags = reinterpret_cast<uint64_t*>(static_cast<uint8_t*>(problem.args.workspace) +

@@ -29,10 +29,11 @@ namespace flashjax {
 
 struct Output {
   void* y;           // (n, m), row-major
-  const void* bias;  // (m,) or nullptr
+  const void* bias;  // (m,), or one for each matrix of a stack; or nullptr
+  int bias_stride;   // between those of a stack, else 0
   int n;
   bool is_float;       // y is float32 instead of the weight's type
-  bool is_float_bias;  // and so is bias
+  bool is_float_bias;  // bias is float32 instead of the weight's type
   uint64_t* flags;
   uint64_t ticket;
   float4* partials;
@@ -107,10 +108,11 @@ __device__ __forceinline__ float ToFloat(__half v) { return __half2float(v); }
 __device__ __forceinline__ float ToFloat(__nv_bfloat16 v) { return __bfloat162float(v); }
 
 template <typename T>
-__device__ __forceinline__ float Bias(const Output& out, int row) {
-  if (out.bias == nullptr) return 0.0f;
-  return out.is_float_bias ? static_cast<const float*>(out.bias)[row]
-                           : ToFloat(static_cast<const T*>(out.bias)[row]);
+__device__ __forceinline__ float Bias(const Output& out, const PackedWeight& w, int row) {
+  if (out.bias == nullptr || row >= w.m) return 0.0f;
+  const int64_t index = int64_t{w.layer} * out.bias_stride + row;
+  return out.is_float_bias ? static_cast<const float*>(out.bias)[index]
+                           : ToFloat(static_cast<const T*>(out.bias)[index]);
 }
 
 // Writes a warp's 16 x kTileN accumulators: of each 8 columns and half of the rows a lane has, in
@@ -144,7 +146,7 @@ __device__ __forceinline__ void StoreHalves(const float* acc, const float bias[2
       const float* two = acc + 4 * j + 2 * half;
       const uint32_t v = TransposeMatrix(Round2(T{}, two[0] + bias[half], two[1] + bias[half]));
       if (8 * j + lane / 4 >= out.n || row + 8 * half >= m) continue;
-      if (m % 2 == 0) {
+      if (m % 2 == 0) {  // then every pair is aligned, as y is
         *reinterpret_cast<uint32_t*>(y + 8 * half) = v;
       } else {
         y[8 * half] = static_cast<uint16_t>(v);
@@ -199,8 +201,7 @@ __device__ __forceinline__ void FinishPiece(float* acc, const Output& out, const
     }
   }
   const int row = strip * kStripRows + lane / 4;
-  const float bias[2] = {row < w.m ? Bias<T>(out, row) : 0.0f,
-                         row + 8 < w.m ? Bias<T>(out, row + 8) : 0.0f};
+  const float bias[2] = {Bias<T>(out, w, row), Bias<T>(out, w, row + 8)};
   if (out.is_float) {
     StoreFloats<kTileN>(acc, bias, out, w.m, strip, lane);
   } else {

@@ -1,4 +1,4 @@
-// A warp's walk over strips: bitmap and schedule one group ahead, values through a ring of
+// A warp's walk over strips: bitmap and schedule up to one group ahead, values through a ring of
 // segments.
 //
 // Streams run on from strip to strip, and so does the walk: where a strip ends nothing is looked up

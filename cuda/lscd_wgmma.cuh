@@ -6,7 +6,7 @@
 // half as many rows a tile means half as long a chain of partial sums on small matrices.
 //
 //   weights  values: 2 KB bulk copies into a ring a warp, completion on mbarriers;
-//            bitmap and schedule: plain loads one group (256 k) ahead
+//            bitmap and schedule: plain loads up to one group (256 k) ahead
 //   x        the producer brings boxes of 64 k x kTileN by a tensor map (128-byte swizzle, zeros
 //            beyond N and K) into a ring of stages that all warps share
 //   product  wgmma: fragments are decoded into registers while the previous batch is multiplied.
@@ -126,8 +126,8 @@ __device__ __forceinline__ void MultiplyWgmma(StripReader<BulkRing>& reader,
   constexpr int kBatch = 4;    // fragments a batch of wgmma: a step
   constexpr int kBuffers = 2;  // batches of fragments in registers: one decoded, one multiplied
   constexpr int kStageSteps = Config::kStageK / kStepK;
-  // Up to 64 columns registers are short: the next group is asked for when half of this bitmap is
-  // used up.
+  // With 16 to 64 columns registers are short: the next group is asked for when half of this bitmap
+  // is used up.
   constexpr int kAheadStep = kTileN <= 64 ? 2 : 0;
   uint32_t a[kBuffers][kBatch][4];
   bool holds_stage = false;  // the previous stage of x has not been handed back yet

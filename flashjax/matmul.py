@@ -46,7 +46,8 @@ def sparse_matmul(
       w: (K, M) in float16 or bfloat16; also an `nnx.Variable` that holds one, or
         another container of packed weights, whose type has `__sparse_matmul__`.
       bias: (M,) of any float dtype, added in float32 before the result is rounded;
-        also an `nnx.Variable` that holds one.
+        also an `nnx.Variable` that holds one. With `layer` also (layers, M), a bias for
+        each matrix of the stack, which the CUDA kernel reads where it lies.
       implementation: `None` takes the best for the platform the computation is lowered
         for, and never fails on supported operands. "cuda" and "cpu" are the kernels;
         "xla" is plain JAX, for any platform, and materializes the dense matrix for the
@@ -87,7 +88,8 @@ def sparse_matmul(
         )
     w.check_leaves("sparse_matmul", stacked=layer is not None)
     index = None if layer is None else check_layer(layer, w)
-    call = make_call(x, w, bias, implementation, preferred_element_type)
+    layers = None if layer is None else w.bitmap.shape[0]
+    call = make_call(x, w, bias, implementation, preferred_element_type, layers)
     transposed = None if w.transposed is None else w.transposed.packed
     return _jitted(call, x, w.packed, bias, transposed, index)
 

@@ -14,13 +14,20 @@ IMPLEMENTATIONS = ("cuda", "cpu", "xla")
 _DTYPES = tuple(np.dtype(d) for d in (jnp.float16, jnp.bfloat16, jnp.float32))
 
 
-def make_call(x, w: PackedMatrix, bias, implementation, preferred_element_type) -> Call:
-    """What is static in a product of checked operands.
+def make_call(
+    x,
+    w: PackedMatrix,
+    bias,
+    implementation,
+    preferred_element_type,
+    layers: int | None = None,
+) -> Call:
+    """What is static in a product of checked operands; of a stack, with its `layers`.
 
     Raises:
       ValueError, TypeError, NotImplementedError: see `sparse_matmul`.
     """
-    check_operands(x, bias, w, w.shape)
+    check_operands(x, bias, w, w.shape, layers)
     if bias is not None:
         bias_dtype = np.dtype(jax.dtypes.canonicalize_dtype(bias.dtype))
     _check_implementation(implementation, x)
@@ -74,8 +81,12 @@ def result_dtype(x, w: PackedMatrix, preferred) -> np.dtype:
     return dtype
 
 
-def check_operands(x, bias, w: PackedMatrix, shape: tuple[int, int]) -> None:
+def check_operands(
+    x, bias, w: PackedMatrix, shape: tuple[int, int], layers: int | None = None
+) -> None:
     """Checks x and the bias, or None, for a matrix or for the shape of one shard.
+
+    Of a stack of `layers` matrices there may be a bias each.
 
     Raises:
       ValueError, TypeError: see `sparse_matmul`.
@@ -85,7 +96,7 @@ def check_operands(x, bias, w: PackedMatrix, shape: tuple[int, int]) -> None:
         owner += f" in shards of {shape}"
     _check_x(x, shape[0], owner, w.dtype)
     if bias is not None:
-        _check_bias(bias, shape[1], owner)
+        _check_bias(bias, shape[1], owner, layers)
 
 
 def _check_x(x, k: int, owner: str, dtype: np.dtype) -> None:
@@ -105,15 +116,16 @@ def _check_x(x, k: int, owner: str, dtype: np.dtype) -> None:
         )
 
 
-def _check_bias(bias, m: int, owner: str) -> None:
+def _check_bias(bias, m: int, owner: str, layers: int | None) -> None:
     if not isinstance(bias, np.ndarray | jax.Array):
         raise TypeError(
             "sparse_matmul: expected bias to be a numpy or JAX array, got "
             f"{type(bias).__name__}"
         )
-    if bias.shape != (m,):
+    if bias.shape != (m,) and (layers is None or bias.shape != (layers, m)):
+        stack = "" if layers is None else f" or ({layers}, {m})"
         raise ValueError(
-            f"sparse_matmul: expected bias of shape ({m},) for {owner}, got "
+            f"sparse_matmul: expected bias of shape ({m},){stack} for {owner}, got "
             f"{bias.shape}"
         )
     if not jnp.issubdtype(bias.dtype, jnp.floating):

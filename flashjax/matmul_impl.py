@@ -40,7 +40,7 @@ class Operands(NamedTuple):
     """What is not. The weights come packed, packed as their transpose, or as both."""
 
     x: Any  # (..., K)
-    bias: Any  # (M,) or None
+    bias: Any  # (M,) or None; (layers, M) with `layer`: one for each of the stack
     packed: packing.Packed | None  # of the (K, M) matrix
     transposed: packing.Packed | None  # of the (M, K) matrix
     layer: Any = None  # int32: the packed arrays are stacks, and this is the index
@@ -76,6 +76,19 @@ def dispatch(implementation: str | None, functions: dict, call: Any, *operands: 
     return jax.lax.platform_dependent(*operands, **branches, default=plain)
 
 
+def own_bias(operands: Operands) -> Operands:
+    """The operands with the bias of the layer, where one came for each."""
+    if operands.bias is None or operands.bias.ndim == 1:
+        return operands
+    return operands._replace(bias=of_layer(operands.bias, operands.layer))
+
+
+def of_layer(biases: jax.Array, layer: jax.Array, axis: int = 0) -> jax.Array:
+    """One of a stack of biases; an index out of range means the nearest."""
+    index = jnp.clip(layer, 0, biases.shape[axis] - 1)
+    return jax.lax.dynamic_index_in_dim(biases, index, axis, keepdims=False)
+
+
 def _xla(call, operands):
     def unpack(packed, shape, layer):
         return reference.unpack(_take_layer(packed, layer), shape, call.dtype)
@@ -84,6 +97,7 @@ def _xla(call, operands):
 
 
 def _cpu(call, operands):
+    operands = own_bias(operands)
     x, bias, packed, transposed, layer = operands
     rows = math.prod(x.shape[:-1])
     if _exceeds(rows, KERNEL_ROWS["cpu"]) or _is_empty(call, rows):
@@ -139,9 +153,10 @@ def _cuda(call, operands, kernel="auto"):
     if k % _CUDA_K_MULTIPLE:
         x_rows = jnp.pad(x_rows, ((0, 0), (0, -k % _CUDA_K_MULTIPLE)))
     index = () if layer is None else (layer,)
-    # The kernel reads a bias of x's dtype or float32: converting costs a launch.
-    if bias is None or bias.dtype != x.dtype:
-        bias = _bias_operand(bias)
+    # The kernel reads a bias, also that of a layer, in x's dtype or float32: converting
+    # or slicing it costs a launch.
+    if bias is None or bias.dtype not in (x.dtype, _FLOAT32):
+        bias = _bias_operand(own_bias(operands).bias)
     y, _ = jax.ffi.ffi_call("flashjax_lscd_matmul_cuda", (result, workspace))(
         x_rows, *packed, bias, *index, kernel=_CUDA_KERNELS[kernel]
     )
@@ -165,7 +180,7 @@ def _cuda_workspace_bytes(n: Any, m: int, k: int) -> int:
 
 def _expand_and_multiply(call, operands, unpack, after):
     """Multiplies by a dense matrix that `unpack` makes of one of the packings."""
-    x, bias, packed, transposed, layer = operands
+    x, bias, packed, transposed, layer = own_bias(operands)
     arrays = transposed if packed is None else packed
     if layer is None:
         arrays = after(x, arrays)

@@ -17,7 +17,14 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 
 from flashjax import packing
-from flashjax.matmul_impl import Call, Operands, compute, result_type
+from flashjax.matmul_impl import (
+    Call,
+    Operands,
+    compute,
+    of_layer,
+    own_bias,
+    result_type,
+)
 from flashjax.partitioning import devices_marker
 from flashjax.primitives import (
     batch_rows,
@@ -43,7 +50,8 @@ def product(
 ) -> jax.Array:
     """``x @ w + bias``, differentiable in x and bias; of w one packing is enough.
 
-    With a `layer` (int32), the packed arrays are stacks and it is the index.
+    With a `layer` (int32), the packed arrays are stacks and it is the index; then bias
+    may be (layers, M), a stack too.
     """
     return _bind(call, Operands(x, bias, packed, transposed, layer))
 
@@ -88,7 +96,14 @@ def _jvp(primals, tangents, *, call, tree, devices):
     operands = jax.tree.unflatten(tree, primals)
     tangents = jax.tree.unflatten(tree, tangents)
     y = _bind(call, operands)
+    if _has_stacked_bias(operands) and type(tangents.bias) is not ad.Zero:
+        tangents = tangents._replace(bias=of_layer(tangents.bias, operands.layer))
+    operands = own_bias(operands)
     return y, total([product_tangent(_bind, call, operands, tangents, y)], y)
+
+
+def _has_stacked_bias(operands: Operands) -> bool:
+    return operands.bias is not None and operands.bias.ndim == 2
 
 
 ad.primitive_jvps[product_p] = _jvp
@@ -107,7 +122,12 @@ def _transpose(dy, *primals, call, tree, devices):
         )
         cotangents[0] = _bind(turned, swapped)
     if ad.is_undefined_primal(operands.bias):
-        cotangents[1] = bias_cotangent(dy, operands.bias.aval.dtype)
+        bias = operands.bias.aval
+        cotangents[1] = bias_cotangent(dy, bias.dtype)
+        if bias.ndim == 2:
+            layer = jnp.clip(operands.layer, 0, bias.shape[0] - 1)
+            zeros = jnp.zeros(bias.shape, bias.dtype)
+            cotangents[1] = zeros.at[layer].set(cotangents[1])
     return cotangents
 
 
@@ -128,6 +148,9 @@ def _batch(leaves, dims, *, call, tree, devices):
         # Each has weights of its own.
         return one_by_one(one_product, leaves, dims), 0
     operands = jax.tree.unflatten(tree, to_front(leaves, dims))
+    if batched.bias and operands.bias.ndim == 3:
+        biases = of_layer(operands.bias, operands.layer, axis=1)
+        operands = operands._replace(bias=biases)
     return batch_rows(_bind, call, operands, batched), 0
 
 

@@ -40,10 +40,12 @@ def kernel(request):
     return request.param
 
 
+# Even and odd numbers of outputs are stored in different ways.
+@pytest.mark.parametrize("m", [523, 522])
 @pytest.mark.parametrize("dtype", op_cases.HALVES)
 @pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257])
-def test_rows(kernel, rows, dtype):
-    dense = op_cases.random_dense(1096, 523, 0.7, dtype)
+def test_rows(kernel, rows, dtype, m):
+    dense = op_cases.random_dense(1096, m, 0.7, dtype)
     x = op_cases.random_x((rows, 1096), dtype)
     y = kernel_product(kernel, x, fj.SparseMatrix.from_dense(dense))
     op_cases.check_product(y, x, dense)
@@ -87,6 +89,10 @@ def test_one_of_a_stack(rows):
     product = jax.jit(lambda x, w, i: fj.sparse_matmul(x, w, layer=i))
     for index, layer in [(0, 0), (1, 1), (2, 2), (9, 2), (-3, 0)]:
         op_cases.check_product(product(x, stack, index), x, denses[layer])
+    for dtype in ("float32", "float16", "bfloat16"):
+        biases = jnp.asarray(op_cases.random_x((3, 523), dtype, seed=3))
+        y = jax.jit(lambda b: fj.sparse_matmul(x, stack, bias=b, layer=1))(biases)
+        op_cases.check_product(y, x, denses[1], biases[1])
 
 
 @pytest.mark.parametrize("rows", [3, 40, 128])

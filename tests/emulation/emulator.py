@@ -156,6 +156,7 @@ def matmul(
         x.dtype != np.float16,
         float_output,
         bias is not None and bias.dtype == np.float32,
+        bias is not None and bias.ndim == 2,
         KERNELS[kernel],
     )
     return y

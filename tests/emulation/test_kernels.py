@@ -40,12 +40,15 @@ def check_matmul(kernel, x, dense, bias=None, float_output=False):
     return y
 
 
-@pytest.mark.parametrize("dtype", op_cases.HALVES)
+# Even and odd numbers of outputs are stored in different ways.
+@pytest.mark.parametrize(("dtype", "m"), [("float16", 275), ("bfloat16", 274)])
+@pytest.mark.parametrize("float_output", [False, True])
 @pytest.mark.parametrize("rows", [1, 8, 16, 17, 33, 65, 129, 257])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_rows(kernel, rows, dtype):
-    dense = op_cases.random_dense(520, 275, 0.7, dtype)
-    check_matmul(kernel, op_cases.random_x((rows, 520), dtype), dense)
+def test_rows(kernel, rows, float_output, dtype, m):
+    dense = op_cases.random_dense(520, m, 0.7, dtype)
+    x = op_cases.random_x((rows, 520), dtype)
+    check_matmul(kernel, x, dense, float_output=float_output)
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 5, 16, 132])
@@ -164,6 +167,10 @@ def test_one_of_a_stack(kernel, rows):
     for index, layer in [(0, 0), (1, 1), (2, 2), (7, 2), (-1, 0)]:
         y = emulator.matmul(x, stack, 290, kernel=kernel, layer=index)
         op_cases.check_product(y, x[:, :700], matrices[layer])
+    for dtype in ("float32", "float16"):
+        biases = op_cases.random_x((3, 290), dtype, seed=3)
+        y = emulator.matmul(x, stack, 290, biases, kernel=kernel, layer=1)
+        op_cases.check_product(y, x[:, :700], matrices[1], biases[1])
 
 
 @pytest.mark.parametrize("transposed", [False, True])

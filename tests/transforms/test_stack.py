@@ -36,11 +36,12 @@ def x():
     return jnp.asarray(op_cases.random_x((4, K), "float32"))
 
 
-def network(product, x, biases):
-    """A scan over the layers."""
+def network(product, x, biases, sliced=True):
+    """A scan over the layers; biases that are not sliced are given as a stack."""
 
     def step(x, layer):
-        return jnp.tanh(product(x, bias=biases[layer], layer=layer)), None
+        bias = biases[layer] if sliced else biases
+        return jnp.tanh(product(x, bias=bias, layer=layer)), None
 
     return jax.lax.scan(step, x, jnp.arange(L))[0]
 
@@ -93,16 +94,17 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.parametrize("sliced", [False, True])
 @pytest.mark.parametrize("with_transpose", [False, True])
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_scan(product, denses, stack, x, biases, name, with_transpose):
+def test_scan(product, denses, stack, x, biases, name, with_transpose, sliced):
     if with_transpose:
         stack = fj.SparseMatrix.stack([w.with_transpose() for w in stack.unstack()])
 
     @jax.jit
     def got(x, stack, biases):
         def f(x, biases):
-            return network(functools.partial(product, w=stack), x, biases)
+            return network(functools.partial(product, w=stack), x, biases, sliced)
 
         return TRANSFORMS[name](f)(x, biases)
 
@@ -122,6 +124,26 @@ def test_vmap_over_the_index_and_over_stacks(denses, stack, x):
     two = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf[::-1]]), stack)
     y = jax.vmap(lambda w: fj.sparse_matmul(x, w, layer=0))(two)
     op_cases.check_product(y[1], x, denses[-1])
+
+
+def test_stacked_biases(product, denses, stack, x, biases):
+    f = jax.jit(lambda x, biases, i: product(x, stack, bias=biases, layer=i))
+    for index, layer in [(0, 0), (1, 1), (2, 2), (9, 2)]:
+        op_cases.check_product(f(x, biases, index), x, denses[layer], biases[layer])
+        half = biases.astype(jnp.bfloat16)
+        op_cases.check_product(f(x, half, index), x, denses[layer], half[layer])
+    y = jax.vmap(f, (None, 1, None))(x, jnp.stack([biases, -biases], 1), 1)
+    op_cases.check_product(y[1], x, denses[1], -biases[1])
+    y = jax.vmap(f, (None, None, 0))(x, biases, jnp.arange(L))
+    op_cases.check_product(y[2], x, denses[2], biases[2])
+    transpose = jax.linear_transpose(lambda b: f(x * 0, b, 1), biases)
+    (transposed,) = transpose(f(x, biases, 1))
+    assert not transposed[0].any()
+    assert transposed[1].any()
+    with pytest.raises(ValueError, match=r"bias of shape \(72,\) or \(3, 72\)"):
+        fj.sparse_matmul(x, stack, bias=biases[:2], layer=0)
+    with pytest.raises(ValueError, match=r"bias of shape \(72,\) for"):
+        fj.sparse_matmul(x, stack.unstack()[0], bias=biases)
 
 
 def _packed_moves(f, *args):
@@ -174,7 +196,7 @@ def test_recipe_for_nnx_layers(denses, stack, x, biases):
     @jax.jit
     def f(x, kernels, biases):
         def step(x, i):
-            y = fj.sparse_matmul(x, kernels, bias=biases[i], layer=i)
+            y = fj.sparse_matmul(x, kernels, bias=biases, layer=i)
             return jnp.tanh(y), None
 
         return jax.lax.scan(step, x, jnp.arange(L))[0]
