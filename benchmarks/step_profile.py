@@ -2,10 +2,10 @@
 
     python benchmarks/step_profile.py --model opt-30b --layers 8 --sparsity 0,0.6
 
-Random weights. The kernels are those of `opt.generate_stream`, from JAX's profiler; the
-time of a step is that of the loop which `opt.generate` runs, without the profiler.
-`share` is how much of the latter kernels take that multiply by weights, read keys and
-values, or do anything else.
+Random weights. The kernels are those of `opt.generate_stream` in the middle of a
+request, from JAX's profiler; the time of a step is the mean of the request's in the
+loops that `opt.generate` runs, without the profiler. `share_in_kernels` is the time in
+kernels by that of a step.
 
 Prints a table each and writes `benchmarks/results/step-profile-DEVICE.json`.
 """
@@ -92,6 +92,8 @@ def main(
     name: Annotated[str, typer.Option(help="Stem of the result.")] = "step-profile",
 ) -> None:
     """Shows which kernels a decode step of OPT spends its time in."""
+    if new < 2 * STEPS:
+        raise SystemExit(f"expected --new of at least {2 * STEPS}, got {new}")
     config = find_config(model)
     config = dataclasses.replace(config, num_layers=layers or config.num_layers)
     results: list[dict] = []
@@ -103,7 +105,7 @@ def main(
             print({k: v for k, v in result.items() if k != "kernels"})
             for row in result["kernels"][:20]:
                 print(f"  {row['us']:9.2f} us {row['calls']:7.2f} x {row['kernel']}")
-            content = {"model": model, "layers": config.num_layers, "slots": prompt}
+            content = {"model": model, "layers": config.num_layers, "prompt": prompt}
             content |= {"new": new, "results": results}
             path = report.save(name, content)
     print(f"written to {path}")

@@ -1,8 +1,8 @@
 """``flashjax bench generate``: speed and memory of generation.
 
 A request is a call of `opt.generate`, from token ids on the host to new ones there. The
-prefill is one program on the device and ends with the first token; all later steps are
-another, whose time by their number is that of a step. Times are medians after a call
+prefill is one program on the device and ends with the first token; the time of all
+later steps by their number is that of a step. Times are medians after a call
 that compiles.
 
 A step cannot be faster than reading the weights and the keys and values of the tokens
@@ -218,6 +218,7 @@ def _build(config: opt.OPTConfig, sparsity: float, dtype: str) -> opt.OPT:
 
 
 def _median_seconds(call: Callable[[], Any], repetitions: int) -> float:
+    call()
     times = []
     for _ in range(repetitions):
         began = time.perf_counter()

@@ -1,6 +1,7 @@
 """Where and when figures were measured."""
 
 import datetime
+import functools
 import json
 import os
 import platform
@@ -52,6 +53,7 @@ def _on_one_line(match: re.Match) -> str:
     return "{" + line + "}" if len(line) < 480 else match.group(0)
 
 
+@functools.cache  # results that are written make the folder look changed
 def _commit() -> str:
     folder = str(Path(__file__).resolve().parent)
     # The variable is for a copy of the tree without its repository.

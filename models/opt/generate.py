@@ -6,8 +6,9 @@ the row's real tokens, so padding never shifts a row's positions.
 
 The shapes that are compiled for are rounded up (`bucket`), which pads prompts on the
 right; everything else that differs between calls is an argument of the compiled
-functions. `generate` and `generate_stream` share them: the loop runs up to a step that
-is an argument too, the last one or just the next.
+functions. `generate` and `generate_stream` share them: a loop runs up to a step that is
+an argument too, the last one or just the next. On GPUs there are several, one after the
+other, which read more and more slots of the cache.
 """
 
 import dataclasses
@@ -79,7 +80,7 @@ def generate(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Continues a batch of prompts.
 
-    Prefill and decode loop are compiled once for a model structure, batch size and
+    Prefill and decode loops are compiled once for a model structure, batch size and
     lengths; later calls reuse them, also with other values of every option (greedy,
     plain and filtered sampling are compiled apart, and so are calls with a repetition
     penalty and with log-probabilities). The loop ends on the device as soon as every
@@ -214,15 +215,39 @@ def _go_on(graphdef, params, request: Request, state, done: int, limit: int):
     A step reads the slots that are used so far, rounded up: a loop for each number.
     """
     news = None
+    for slots, end in _loops(params, request, state, done, limit):
+        if news is not None and bool(news[1]):
+            break  # before a loop is compiled that nobody needs
+        end = np.int32(end)
+        state, news = _decode(
+            graphdef, params, request.settings, state, end, slots=slots
+        )
+    return state, news
+
+
+def _loops(params, request: Request, state, done: int, limit: int):
+    """The loops from ``done`` to ``limit`` tokens: slots that are read, and ends."""
     length, capacity = request.padded.shape[1], state.cache.max_length
     everything = _platform(params) == "cpu"  # which would copy a part to read it
     while done < limit:
         slots = capacity if everything else read_slots(length + done, capacity)
         done = min(limit, slots - length + 1)
-        state, news = _decode(
-            graphdef, params, request.settings, state, np.int32(done), slots=slots
+        yield slots, done
+
+
+def compile_request(model: OPT, request: Request) -> None:
+    """Compiles all that a request may need, by running its prefill and first steps."""
+    if not len(request.prompt) or not request.max_new_tokens:
+        return
+    graphdef, params = nnx.split(model)
+    state = _start(graphdef, params, request)
+    for slots, _ in _loops(params, request, state, 1, request.max_new_tokens):
+        # A limit that is reached already: no step.
+        limit = np.int32(0)
+        state, _ = _decode(
+            graphdef, params, request.settings, state, limit, slots=slots
         )
-    return state, news
+    jax.block_until_ready(state.tokens)
 
 
 def _platform(params: nnx.State) -> str:

@@ -356,7 +356,7 @@ class OPT(nnx.Module):
             values = jax.lax.dynamic_update_slice(cache.values[layer], values, at)
             # Fused with what reads them, the updates would not happen in place.
             keys, values = jax.lax.optimization_barrier((keys, values))
-            if self.parallel is None:
+            if self.parallel is None:  # split by heads, XLA would gather it for that
                 keys, values = row_major(keys), row_major(values)
             all_keys.append(keys)
             all_values.append(values)

@@ -78,6 +78,36 @@ def test_a_loop_reads_only_the_slots_in_use(model, monkeypatch):
     np.testing.assert_array_equal(np.stack(streamed, axis=1), out[:, 8:])
 
 
+def test_later_loops_are_not_compiled_for_finished_rows(model, monkeypatch):
+    calls, decode = [], generate_module._decode
+
+    def spy(*args, **kwargs):
+        calls.append(kwargs["slots"])
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(generate_module, "_decode", spy)
+    monkeypatch.setattr(generate_module, "_platform", lambda params: "gpu")
+    monkeypatch.setattr(generation_request, "_LEAST_READ", 4)
+    ids, mask = batch()
+    every = tuple(range(model.config.vocab_size))
+    options = {"max_new_tokens": 12, "min_new_tokens": 2, "eos_token_id": every}
+    out = opt.generate(model, ids, mask, **options)
+    assert calls == [16]
+    assert out.shape == (len(ids), 8 + 12)
+
+
+def test_compile_request_leaves_nothing_to_compile(model, monkeypatch):
+    monkeypatch.setattr(generate_module, "_platform", lambda params: "gpu")
+    monkeypatch.setattr(generation_request, "_LEAST_READ", 4)
+    ids, mask = batch()
+    options = opt.GenerationConfig(max_new_tokens=12, eos_token_id=-1)
+    request = generation_request.make_request(model.config, ids, mask, options)
+    generate_module.compile_request(model, request)
+    with count_compilations() as events:
+        opt.generate(model, ids, mask, config=options)
+    assert not events
+
+
 def test_equal_structures_share_the_compiled_step(model):
     ids, mask = batch()
     opt.generate(model, ids, mask, max_new_tokens=NEW)

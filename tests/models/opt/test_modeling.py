@@ -243,6 +243,9 @@ def test_wrong_step_input(tiny):
         tiny.step(tokens, mask, tokens, tiny.init_cache(1, 4), 0)
     with pytest.raises(ValueError, match="3 tokens from slot 2 do not fit"):
         tiny.step(tokens, mask, tokens, tiny.init_cache(2, 4), 2)
+    for slots in (2, 5):
+        with pytest.raises(ValueError, match=f"slots must be from 3.*4, got {slots}"):
+            tiny.step(tokens, mask, tokens, tiny.init_cache(2, 4), 0, slots=slots)
     with pytest.raises(ValueError, match="batch=0"):
         tiny.init_cache(0, 4)
 
