@@ -236,7 +236,7 @@ def _loops(params, request: Request, state, done: int, limit: int):
 
 
 def compile_request(model: OPT, request: Request) -> None:
-    """Compiles all that a request may need, by running its prefill and first steps."""
+    """Compiles all that a request may need, by running its prefill and empty loops."""
     if not len(request.prompt) or not request.max_new_tokens:
         return
     graphdef, params = nnx.split(model)
