@@ -36,7 +36,7 @@ import typer
 
 import flashjax as fj
 from flashjax.models.opt import OPTConfig
-from flashjax.models.opt.modeling import attention, row_major
+from flashjax.models.opt.attention import attention, row_major
 from flashjax.testing import random_sparse_matrix
 
 MODELS = {

@@ -23,9 +23,10 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
+from .attention import KVCache
 from .generation_config import GenerationConfig, GenerationOptions
 from .generation_request import Request, Settings, make_request, read_slots
-from .modeling import OPT, KVCache, positions_from_mask
+from .modeling import OPT, positions_from_mask
 from .sampling import log_probabilities, make_key, penalize
 
 

@@ -7,7 +7,6 @@ The semantics are those of PyTorch's OPT in transformers: learned positions offs
 two and derived from the mask, queries scaled before the product, softmax in float32.
 """
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import ArrayLike, DTypeLike
 
+from .attention import KVCache, attention, product_precision, row_major
 from .config import OPTConfig
 from .fused_qkv import split_by_head
 from .parallel import TensorParallel
@@ -27,9 +26,6 @@ from .parallel import TensorParallel
 POSITION_OFFSET = 2
 
 _LAYER_NORM_EPSILON = 1e-5
-
-# Largest number of attention scores held at once; longer prompts go in blocks.
-_MAX_SCORES = 1 << 28
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
@@ -53,40 +49,6 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "swish": jax.nn.silu,
     "tanh": jnp.tanh,
 }
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of the tokens seen so far, in preallocated slots.
-
-    A pytree; donate it to the jitted step so that it is updated in place. Keys and
-    values are one array per layer: a slice of a stacked array would be copied in
-    every step.
-
-    Attributes:
-      keys, values: per layer (batch, num_heads, max_length, head_dim), model dtype.
-      mask: (batch, max_length) bool, the slots that hold real tokens.
-    """
-
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
-    mask: jax.Array
-
-    @property
-    def batch(self) -> int:
-        """Number of sequences."""
-        return self.mask.shape[0]
-
-    @property
-    def max_length(self) -> int:
-        """Number of slots of each sequence."""
-        return self.mask.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys, values and mask."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
 
 class Attention(nnx.Module):
@@ -416,7 +378,7 @@ class OPT(nnx.Module):
             x,
             table,
             (((x.ndim - 1,), (1,)), ((), ())),
-            precision=_precision(x.dtype),
+            precision=product_precision(x.dtype),
             preferred_element_type=jnp.float32,
         )
 
@@ -540,76 +502,8 @@ def _check_step(token_ids, mask, positions, cache, start, slots):
         )
 
 
-def attention(
-    queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    *,
-    mask: jax.Array,
-    query_slots: jax.Array,
-) -> jax.Array:
-    """Causal attention with float32 softmax; queries are already scaled.
-
-    Args:
-      queries: (batch, num_heads, length, head_dim).
-      keys: (batch, num_heads, slots, head_dim).
-      values: (batch, num_heads, slots, head_dim).
-      mask: (batch, slots) bool, slots that may be attended to.
-      query_slots: (length,) int32, each query's own slot.
-
-    Returns:
-      (batch, num_heads, length, head_dim) in the queries' dtype.
-    """
-    batch, heads, length, _ = queries.shape
-    slots = keys.shape[2]
-    block = max(1, _MAX_SCORES // (batch * heads * slots))
-    outputs = [
-        _attention_block(
-            queries[:, :, i : i + block], keys, values, mask, query_slots[i : i + block]
-        )
-        for i in range(0, length, block)
-    ]
-    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=2)
-
-
-def _attention_block(queries, keys, values, mask, query_slots):
-    precision = _precision(queries.dtype)
-    scores = jnp.einsum(
-        "bhtd,bhsd->bhts",
-        queries,
-        keys,
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
-    key_slots = jnp.arange(keys.shape[2], dtype=jnp.int32)
-    causal = key_slots[None] <= query_slots[:, None]
-    allowed = mask[:, None, None, :] & causal[None, None]
-    # A finite minimum: a padded query may attend to nothing and must not become NaN.
-    scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
-    return jnp.einsum("bhts,bhsd->bhtd", weights, values, precision=precision)
-
-
-def row_major(slots: jax.Array) -> jax.Array:
-    """Keeps the layout of a cache on GPUs.
-
-    XLA may choose another one in a loop, and copy the cache before and after it.
-    """
-    row_major = Layout(tuple(range(slots.ndim)))
-    return jax.lax.platform_dependent(
-        slots,
-        cuda=lambda slots: with_layout_constraint(slots, row_major),
-        default=lambda slots: slots,
-    )
-
-
 def _normalize(norm: nnx.LayerNorm, x: jax.Array) -> jax.Array:
     return norm(x).astype(x.dtype)
-
-
-def _precision(dtype: DTypeLike) -> jax.lax.Precision | None:
-    # GPUs would otherwise compute float32 products in TF32, with 1e-3 of error.
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def _linear(
@@ -621,7 +515,7 @@ def _linear(
         use_bias=use_bias,
         dtype=dtype,
         param_dtype=dtype,
-        precision=_precision(dtype),
+        precision=product_precision(dtype),
         kernel_init=nnx.initializers.normal(config.init_std),
         rngs=rngs,
         **kwargs,

@@ -13,10 +13,11 @@ from flashjax.checkpoint import CheckpointError
 from flashjax.nnx_tree import node_at, set_node
 from flashjax.prune import InputStatistics
 
+from ..attention import attention
 from ..calibration import Calibration
 from ..config import OPTConfig
 from ..hf_folder import StoredOPT, convert
-from ..modeling import OPT, DecoderLayer, attention, positions_from_mask
+from ..modeling import OPT, DecoderLayer, positions_from_mask
 from ..params import transpose as transpose
 
 # Matrices with the same inputs, in the order in which they are pruned.

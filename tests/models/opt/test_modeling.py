@@ -159,7 +159,8 @@ def test_a_row_of_padding_is_finite(tiny):
 def test_long_attention_goes_in_blocks(tiny, monkeypatch):
     tokens = np.arange(22, dtype=np.int32).reshape(2, 11)
     expected = tiny(tokens)
-    monkeypatch.setattr(modeling, "_MAX_SCORES", 2 * 2 * 11 * 3)
+    limit = "flashjax.models.opt.attention._MAX_SCORES"
+    monkeypatch.setattr(limit, 2 * 2 * 11 * 3)
     np.testing.assert_allclose(tiny(tokens), expected, atol=1e-5)
 
 
