@@ -7,7 +7,8 @@ that is: reading, calibration on random tokens, choosing the zeros and writing. 
 not depend on what the weights are. With `--layers` only as many are made and pruned;
 `seconds_a_layer` then says what a whole model takes.
 
-Prints a line a method and writes `benchmarks/results/pruning-DEVICE.json`.
+Prints when each part of the work began, and a line a method; writes
+`benchmarks/results/pruning-DEVICE.json`.
 """
 
 import dataclasses

@@ -13,7 +13,6 @@ Prints a table each and writes `benchmarks/results/step-profile-DEVICE.json`.
 import collections
 import dataclasses
 import re
-import statistics
 import time
 from typing import Annotated
 
@@ -23,20 +22,12 @@ import numpy as np
 import report
 import typer
 
+from flashjax.cli.bench_generate import prefill_and_step
 from flashjax.cli.predict import find_config
 from flashjax.models import opt
-from flashjax.models.opt.generate import time_request
-from flashjax.models.opt.generation_request import make_request
 from flashjax.testing import random_opt
 
 STEPS = 8  # in the profile
-
-
-def step_milliseconds(model: opt.OPT, ids: np.ndarray, new: int) -> float:
-    options = opt.GenerationConfig(max_new_tokens=new, eos_token_id=-1)
-    request = make_request(model.config, ids, None, options)
-    loops = [time_request(model, request)[1] for _ in range(4)][1:]
-    return statistics.median(loops) / (new - 1) * 1e3
 
 
 def kernels(model: opt.OPT, ids: np.ndarray, new: int) -> list[dict]:
@@ -70,7 +61,7 @@ def measure(config, sparsity: float, batch: int, prompt: int, new: int) -> dict:
     model = random_opt(config, sparsity, dtype="float16")
     ids = np.random.default_rng(0).integers(4, config.vocab_size, (batch, prompt))
     rows = kernels(model, ids, new)
-    step = step_milliseconds(model, ids, new)
+    step = prefill_and_step(model, ids, new, repetitions=3)[1] * 1e3
     busy = sum(row["us"] for row in rows) / 1e3
     return {
         "sparsity": sparsity,

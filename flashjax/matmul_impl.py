@@ -97,7 +97,6 @@ def _xla(call, operands):
 
 
 def _cpu(call, operands):
-    operands = own_bias(operands)
     x, bias, packed, transposed, layer = operands
     rows = math.prod(x.shape[:-1])
     if _exceeds(rows, KERNEL_ROWS["cpu"]) or _is_empty(call, rows):
@@ -113,7 +112,7 @@ def _cpu(call, operands):
     result = result_type(jax.typeof(x_rows), call.shape[1], call.out_dtype)
     if packed is not None:
         y = jax.ffi.ffi_call("flashjax_lscd_matmul_cpu", result)(
-            x_rows, *packed, _bias_operand(bias), *index, weight_dtype=weight_dtype
+            x_rows, *packed, _bias_operand(operands), *index, weight_dtype=weight_dtype
         )
     else:
         assert bias is None, "only derivatives lack the packing, and a bias"
@@ -156,7 +155,7 @@ def _cuda(call, operands, kernel="auto"):
     # The kernel reads a bias, also that of a layer, in x's dtype or float32: converting
     # or slicing it costs a launch.
     if bias is None or bias.dtype not in (x.dtype, _FLOAT32):
-        bias = _bias_operand(own_bias(operands).bias)
+        bias = _bias_operand(operands)
     y, _ = jax.ffi.ffi_call("flashjax_lscd_matmul_cuda", (result, workspace))(
         x_rows, *packed, bias, *index, kernel=_CUDA_KERNELS[kernel]
     )
@@ -222,7 +221,9 @@ def _is_empty(call: Call, rows: Any) -> bool:
     return 0 in call.shape or (isinstance(rows, int) and rows == 0)
 
 
-def _bias_operand(bias):
+def _bias_operand(operands: Operands) -> jax.Array:
+    """The bias of this product in float32, or an empty one."""
+    bias = own_bias(operands).bias
     if bias is None:
         return jnp.zeros((0,), jnp.float32)
     return bias.astype(jnp.float32)

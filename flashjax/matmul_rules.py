@@ -8,6 +8,7 @@ the two packings exchanged. Weights are integers to JAX and have no derivative.
 A batch of x becomes rows of one kernel call.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -96,14 +97,10 @@ def _jvp(primals, tangents, *, call, tree, devices):
     operands = jax.tree.unflatten(tree, primals)
     tangents = jax.tree.unflatten(tree, tangents)
     y = _bind(call, operands)
-    if _has_stacked_bias(operands) and type(tangents.bias) is not ad.Zero:
-        tangents = tangents._replace(bias=of_layer(tangents.bias, operands.layer))
-    operands = own_bias(operands)
+    if type(tangents.bias) is not ad.Zero:
+        dbias = own_bias(operands._replace(bias=tangents.bias)).bias
+        tangents = tangents._replace(bias=dbias)
     return y, total([product_tangent(_bind, call, operands, tangents, y)], y)
-
-
-def _has_stacked_bias(operands: Operands) -> bool:
-    return operands.bias is not None and operands.bias.ndim == 2
 
 
 ad.primitive_jvps[product_p] = _jvp
@@ -123,11 +120,11 @@ def _transpose(dy, *primals, call, tree, devices):
         cotangents[0] = _bind(turned, swapped)
     if ad.is_undefined_primal(operands.bias):
         bias = operands.bias.aval
-        cotangents[1] = bias_cotangent(dy, bias.dtype)
+        dbias = bias_cotangent(dy, bias.dtype)
         if bias.ndim == 2:
-            layer = jnp.clip(operands.layer, 0, bias.shape[0] - 1)
-            zeros = jnp.zeros(bias.shape, bias.dtype)
-            cotangents[1] = zeros.at[layer].set(cotangents[1])
+            own = functools.partial(of_layer, layer=operands.layer)
+            (dbias,) = jax.linear_transpose(own, bias)(dbias)
+        cotangents[1] = dbias
     return cotangents
 
 

@@ -130,6 +130,17 @@ def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
         ) from None
 
 
+def prefill_and_step(
+    model: opt.OPT, ids: np.ndarray, new: int, repetitions: int
+) -> tuple[float, float]:
+    """Median seconds of a request's prefill and of one of its steps."""
+    options = opt.GenerationConfig(max_new_tokens=new, eos_token_id=-1)
+    request = make_request(model.config, ids, None, options)
+    parts = [time_request(model, request) for _ in range(repetitions + 1)][1:]
+    prefill, steps = (statistics.median(part) for part in zip(*parts, strict=True))
+    return prefill, steps / (new - 1)
+
+
 def measure(
     model: opt.OPT,
     batch: int,
@@ -142,11 +153,8 @@ def measure(
     config = model.config
     ids = np.random.default_rng(0).integers(4, config.vocab_size, (batch, prompt))
 
+    prefill, step = prefill_and_step(model, ids, new, repetitions)
     options = opt.GenerationConfig(max_new_tokens=new, eos_token_id=-1)
-    request = make_request(config, ids, None, options)
-    parts = [time_request(model, request) for _ in range(repetitions + 1)][1:]
-    prefill, steps = (statistics.median(part) for part in zip(*parts, strict=True))
-    step = steps / (new - 1)
     whole = _median_seconds(
         lambda: opt.generate(model, ids, config=options).block_until_ready(),
         repetitions,

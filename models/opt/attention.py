@@ -100,10 +100,10 @@ def row_major(slots: jax.Array) -> jax.Array:
 
     XLA may choose another one in a loop, and copy the cache before and after it.
     """
-    row_major = Layout(tuple(range(slots.ndim)))
+    layout = Layout(tuple(range(slots.ndim)))
     return jax.lax.platform_dependent(
         slots,
-        cuda=lambda slots: with_layout_constraint(slots, row_major),
+        cuda=lambda slots: with_layout_constraint(slots, layout),
         default=lambda slots: slots,
     )
 

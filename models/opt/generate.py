@@ -216,7 +216,7 @@ def _go_on(graphdef, params, request: Request, state, done: int, limit: int):
     A step reads the slots that are used so far, rounded up: a loop for each number.
     """
     news = None
-    for slots, end in _loops(params, request, state, done, limit):
+    for slots, end in _loops(request, state, done, limit):
         if news is not None and bool(news[1]):
             break  # before a loop is compiled that nobody needs
         end = np.int32(end)
@@ -226,10 +226,12 @@ def _go_on(graphdef, params, request: Request, state, done: int, limit: int):
     return state, news
 
 
-def _loops(params, request: Request, state, done: int, limit: int):
+def _loops(request: Request, state: _DecodeState, done: int, limit: int):
     """The loops from ``done`` to ``limit`` tokens: slots that are read, and ends."""
     length, capacity = request.padded.shape[1], state.cache.max_length
-    everything = _platform(params) == "cpu"  # which would copy a part to read it
+    # One array and not all weights, because a stream asks for every token. A CPU would
+    # copy a part of the cache to read it.
+    everything = _platform(state.last) == "cpu"
     while done < limit:
         slots = capacity if everything else read_slots(length + done, capacity)
         done = min(limit, slots - length + 1)
@@ -242,7 +244,7 @@ def compile_request(model: OPT, request: Request) -> None:
         return
     graphdef, params = nnx.split(model)
     state = _start(graphdef, params, request)
-    for slots, _ in _loops(params, request, state, 1, request.max_new_tokens):
+    for slots, _ in _loops(request, state, 1, request.max_new_tokens):
         # A limit that is reached already: no step.
         limit = np.int32(0)
         state, _ = _decode(
@@ -251,9 +253,9 @@ def compile_request(model: OPT, request: Request) -> None:
     jax.block_until_ready(state.tokens)
 
 
-def _platform(params: nnx.State) -> str:
-    """The platform of a model's arrays; JAX's default for numpy arrays."""
-    leaf = jax.tree.leaves(params)[0]
+def _platform(arrays: nnx.State | jax.Array) -> str:
+    """The platform of arrays; JAX's default for numpy arrays."""
+    leaf = jax.tree.leaves(arrays)[0]
     if isinstance(leaf, jax.Array):
         return next(iter(leaf.devices())).platform
     return jax.default_backend()

@@ -50,6 +50,13 @@ def test_the_second_call_compiles_nothing(model):
         assert not events
 
 
+@pytest.fixture
+def several_loops(monkeypatch):
+    """Decodes as on a GPU, reading few slots at first."""
+    monkeypatch.setattr(generate_module, "_platform", lambda arrays: "gpu")
+    monkeypatch.setattr(generation_request, "_LEAST_READ", 4)
+
+
 def test_slots_that_are_read():
     read = [generation_request.read_slots(used, 320) for used in (1, 128, 129, 256)]
     assert read == [128, 128, 256, 256]
@@ -57,6 +64,7 @@ def test_slots_that_are_read():
     assert generation_request.read_slots(3, 72) == 72
 
 
+@pytest.mark.usefixtures("several_loops")
 def test_a_loop_reads_only_the_slots_in_use(model, monkeypatch):
     read, decode = [], generate_module._decode
 
@@ -66,8 +74,6 @@ def test_a_loop_reads_only_the_slots_in_use(model, monkeypatch):
         return state, news
 
     monkeypatch.setattr(generate_module, "_decode", spy)
-    monkeypatch.setattr(generate_module, "_platform", lambda params: "gpu")
-    monkeypatch.setattr(generation_request, "_LEAST_READ", 4)
     ids, mask = batch()
     options = {"max_new_tokens": 12, "eos_token_id": -1}
     out = opt.generate(model, ids, mask, **options)
@@ -78,6 +84,7 @@ def test_a_loop_reads_only_the_slots_in_use(model, monkeypatch):
     np.testing.assert_array_equal(np.stack(streamed, axis=1), out[:, 8:])
 
 
+@pytest.mark.usefixtures("several_loops")
 def test_later_loops_are_not_compiled_for_finished_rows(model, monkeypatch):
     calls, decode = [], generate_module._decode
 
@@ -86,8 +93,6 @@ def test_later_loops_are_not_compiled_for_finished_rows(model, monkeypatch):
         return decode(*args, **kwargs)
 
     monkeypatch.setattr(generate_module, "_decode", spy)
-    monkeypatch.setattr(generate_module, "_platform", lambda params: "gpu")
-    monkeypatch.setattr(generation_request, "_LEAST_READ", 4)
     ids, mask = batch()
     every = tuple(range(model.config.vocab_size))
     options = {"max_new_tokens": 12, "min_new_tokens": 2, "eos_token_id": every}
@@ -96,9 +101,8 @@ def test_later_loops_are_not_compiled_for_finished_rows(model, monkeypatch):
     assert out.shape == (len(ids), 8 + 12)
 
 
-def test_compile_request_leaves_nothing_to_compile(model, monkeypatch):
-    monkeypatch.setattr(generate_module, "_platform", lambda params: "gpu")
-    monkeypatch.setattr(generation_request, "_LEAST_READ", 4)
+@pytest.mark.usefixtures("several_loops")
+def test_compile_request_leaves_nothing_to_compile(model):
     ids, mask = batch()
     options = opt.GenerationConfig(max_new_tokens=12, eos_token_id=-1)
     request = generation_request.make_request(model.config, ids, mask, options)
