@@ -2,6 +2,8 @@
 
     python benchmarks/sanitize.py [--tools memcheck,racecheck] [pytest arguments]
 
+The tools run side by side, each with tests of its own.
+
 Every read of memory that was not written is an error to initcheck, so the workspace's
 flags are cleared for it (cuda/lscd_stream_k.cuh says why they need not be).
 
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import report
 import typer
@@ -91,11 +94,13 @@ def main(
         raise SystemExit("compute-sanitizer was not found; it comes with CUDA")
     arguments = context.args or list(TESTS)
     results = []
-    for tool in chosen:
-        results.append(run_tool(tool, arguments))
-        print(results[-1], flush=True)
-        content = {"arguments": arguments, "results": results}
-        path = report.save(name, content)
+    with ThreadPoolExecutor(len(chosen)) as pool:
+        runs = [pool.submit(run_tool, tool, arguments) for tool in chosen]
+        for run in as_completed(runs):
+            results.append(run.result())
+            print(results[-1], flush=True)
+            content = {"arguments": arguments, "results": results}
+            path = report.save(name, content)
     print(f"written to {path}")
     raise SystemExit(any(r["errors"] for r in results))
 
