@@ -11,8 +11,9 @@ the program's by their number, the median of several runs.
 The greedy tokens of every number of devices are compared with those of the first, which
 has the same weights: `equal_tokens` is the share of those generated freely, where a row
 goes its own way after the first difference, and `equal_next_tokens` the share if both
-are given the tokens of the first. What does not fit into a device's memory is in the
-results without a time.
+are given the tokens of the first. `communication_share` is the time in kernels of NCCL,
+waiting for the other devices included, by that of the run, from one run under the
+profiler. What does not fit into a device's memory is in the results without a time.
 
 Writes `benchmarks/results/opt-parallel-DEVICE.json` after every measurement.
 """
@@ -31,6 +32,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated
 
+import device_time
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -251,6 +253,14 @@ def equality(program, state, given, tokens, expected) -> dict[str, float]:
     }
 
 
+def communication_share(program, state, given, devices: int) -> float:
+    with device_time.profile() as kernels:
+        jax.block_until_ready(program(state, given))
+    span = max(end for _, end, _ in kernels) - kernels[0][0]
+    inside = sum(end - start for start, end, name in kernels if "nccl" in name.lower())
+    return round(inside / devices / span, 4)
+
+
 def fits(config, sparsity, batch, length, count) -> tuple[bool, int]:
     """Whether a device may hold its part, and the bytes predicted for it."""
     total = predict(
@@ -286,20 +296,25 @@ def measure(
                 }
                 if batch in programs:
                     compiled = programs.pop(batch)
-                    result |= measure_one(model, *compiled, batch, steps, first)
+                    result |= measure_one(model, *compiled, batch, steps, first, count)
                 results.append(result)
                 print(result, flush=True)
                 save(results)
             del model
 
 
-def measure_one(model, program, compile_s, batch, steps, first) -> dict:
+def measure_one(model, program, compile_s, batch, steps, first, devices) -> dict:
     """Empty where memory ran out after all: what was measured before is kept."""
     _, state = nnx.split(model)
     given = first_tokens(model, batch, steps)
     try:
         ms, tokens = time_program(program, state, given)
-        result = {"step_ms": round(ms, 3), "tokens_per_s": round(batch / ms * 1e3, 1)}
+        rate = batch / ms * 1e3
+        result = {"step_ms": round(ms, 3), "tokens_per_s": round(rate, 1)}
+        result["tokens_per_gpu_second"] = round(rate / devices, 1)
+        if devices > 1:
+            share = communication_share(program, state, given, devices)
+            result["communication_share"] = share
         temporary = program.memory_analysis().temp_size_in_bytes
         result |= {"compile_s": round(compile_s, 1), "temporary_bytes": temporary}
         if batch in first:

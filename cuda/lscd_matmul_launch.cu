@@ -30,6 +30,13 @@ int64_t TileN(int64_t n, int64_t widest) {
   return tile;
 }
 
+// How many of n columns that are left a launch takes: a tile of them, or all that are widest tiles.
+int64_t LaunchColumns(LscdKernel kernel, int64_t n) {
+  const int64_t widest = WidestTile(kernel), rest = n % widest;
+  if (kernel == LscdKernel::kMma) return std::min(n, widest);
+  return n < widest || TileN(rest, widest) == widest ? n : n - rest;
+}
+
 // What is asked of the driver at every call would cost more than a small product: a value per
 // device, kept once it is known. Zero is unknown.
 class PerDevice {
@@ -132,12 +139,16 @@ cudaError_t LaunchStreamK(const X& x, const Problem<Weight>& problem, Output out
   if (error != cudaSuccess) return error;
   const int64_t slot = SlotBytes(Config::kWarps, kTileN);
   const int64_t slots = static_cast<int64_t>(problem.args.workspace_bytes) / slot;
-  const int64_t tiles = CeilDiv(problem.args.m, Config::kTileM);
+  const int64_t row_tiles = CeilDiv(problem.args.m, Config::kTileM);
+  const int64_t column_tiles = CeilDiv(out.n, kTileN);
   const int64_t groups = LscdShape{problem.args.m, problem.args.k}.groups();
-  const int64_t units = tiles * groups;
+  const int64_t units = row_tiles * column_tiles * groups;
   const int64_t grid = std::min({units, slots, int64_t{resident}});
   // Units are counted in int, uint4s of the bitmap in uint32.
-  if (grid < 1 || units * Config::kWarps * kLanes > UINT32_MAX) return cudaErrorInvalidValue;
+  if (grid < 1 || units > INT32_MAX || row_tiles * groups * Config::kWarps * kLanes > UINT32_MAX) {
+    return cudaErrorInvalidValue;
+  }
+  const StreamKPlan plan(row_tiles, column_tiles, groups, grid);
   const int64_t flag_bytes = grid * Config::kWarps * int64_t{sizeof(uint64_t)};
   out.partials = static_cast<float4*>(problem.args.workspace);
   out.flags = reinterpret_cast<uint64_t*>(static_cast<uint8_t*>(problem.args.workspace) +
@@ -148,7 +159,7 @@ cudaError_t LaunchStreamK(const X& x, const Problem<Weight>& problem, Output out
     if (error != cudaSuccess) return error;
   }
   return Launch(kKernel, {grid, Config::kThreads, Config::kSharedBytes}, problem.stream, x,
-                problem.w, StreamKPlan(tiles, groups, grid), out);
+                problem.w, plan, out);
 }
 
 template <typename T, int kTileN, typename Weight>
@@ -232,9 +243,8 @@ cudaError_t LaunchTile(LscdKernel kernel, const Problem<Weight>& problem, int64_
 
 template <typename Weight>
 cudaError_t LaunchTiles(LscdKernel kernel, const Problem<Weight>& problem) {
-  const int64_t widest = WidestTile(kernel);
-  for (int64_t n0 = 0; n0 < problem.args.n; n0 += widest) {
-    const int64_t n = std::min(widest, problem.args.n - n0);
+  for (int64_t n0 = 0, n; n0 < problem.args.n; n0 += n) {
+    n = LaunchColumns(kernel, problem.args.n - n0);
     const cudaError_t error = problem.args.is_bfloat16
                                   ? LaunchTile<__nv_bfloat16>(kernel, problem, n0, n)
                                   : LaunchTile<__half>(kernel, problem, n0, n);
@@ -248,7 +258,8 @@ cudaError_t LaunchTiles(LscdKernel kernel, const Problem<Weight>& problem) {
 size_t LscdWorkspaceBytes(int64_t n, int64_t m, int64_t k) {
   const int64_t tile_n = TileN(n, WidestTile(LscdKernel::kWgmma));
   const int warps = tile_n < 128 ? WgmmaConfig<64>::kWarps : WgmmaConfig<128>::kWarps;
-  const int64_t units = CeilDiv(m, warps * kStripRows) * LscdShape{m, k}.groups();
+  const int64_t tiles = CeilDiv(m, warps * kStripRows) * CeilDiv(n, tile_n);
+  const int64_t units = tiles * LscdShape{m, k}.groups();
   return static_cast<size_t>(std::clamp<int64_t>(units, 1, kWorkspaceSlots) *
                              SlotBytes(warps, tile_n));
 }

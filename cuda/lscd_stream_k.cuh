@@ -7,7 +7,9 @@
 // blockIdx.x, which the GPU starts first, so that it never waits for one that cannot start.
 //
 // Where a walk (lscd_strip_reader.cuh) goes through several tiles, a warp's strips in consecutive
-// tiles are consecutive: a warp has one walk, whatever tiles its CTA passes.
+// tiles are consecutive: a warp has one walk, whatever tiles its CTA passes. Else tiles may also
+// differ in their columns. Those of the first columns come first, so that CTAs that need the same
+// weights need them at about the same time, and all but one find them in L2.
 //
 // The workspace: float4 partials[slots][warps][kTileN / 8][32 lanes], one slot a rank, then uint64
 // flags[slots][warps]. A raised flag is a number that no other launch has (`ticket`), and the owner
@@ -57,15 +59,16 @@ struct Divisor {
 
 // How units = tiles x groups are shared by the ranks: `each`, and one more for the first `extra`.
 struct StreamKPlan {
-  int tiles, groups;
+  int row_tiles, groups;
   int each, extra;
-  Divisor by_groups;
+  Divisor by_row_tiles, by_groups;
 
-  StreamKPlan(int64_t tiles, int64_t groups, int64_t ranks)
-      : tiles(static_cast<int>(tiles)),
+  StreamKPlan(int64_t row_tiles, int64_t column_tiles, int64_t groups, int64_t ranks)
+      : row_tiles(static_cast<int>(row_tiles)),
         groups(static_cast<int>(groups)),
-        each(static_cast<int>(tiles * groups / ranks)),
-        extra(static_cast<int>(tiles * groups % ranks)),
+        each(static_cast<int>(row_tiles * column_tiles * groups / ranks)),
+        extra(static_cast<int>(row_tiles * column_tiles * groups % ranks)),
+        by_row_tiles(static_cast<uint32_t>(row_tiles)),
         by_groups(static_cast<uint32_t>(groups)) {}
 };
 
@@ -80,13 +83,19 @@ struct Share {
 
   __device__ int Begin(int r) const { return r * plan.each + min(r, plan.extra); }
   __device__ int Tile(int unit) const { return plan.by_groups.Divide(unit); }
-  __device__ int Strip(int tile, int warp) const {
-    return kWalksOn ? warp * plan.tiles + tile : tile * kStrips + warp;
+  __device__ int ColumnTile(int tile) const {
+    return kWalksOn ? 0 : plan.by_row_tiles.Divide(tile);
   }
-  // Begins a warp's walk over units, of one tile or, if it walks on, of several.
+  __device__ int Strip(int tile, int warp) const {
+    if (kWalksOn) return warp * plan.row_tiles + tile;
+    return (tile - ColumnTile(tile) * plan.row_tiles) * kStrips + warp;
+  }
+  // Begins a warp's walk at a unit: to the end of the share, or to that of the unit's tile.
   template <typename Reader>
-  __device__ void BeginWalk(Reader& reader, int warp, int unit, int end) const {
-    const int tile0 = Tile(unit), tile1 = Tile(end - 1);
+  __device__ void BeginWalk(Reader& reader, int warp, int unit, int share_end) const {
+    const int tile0 = Tile(unit);
+    const int end = kWalksOn ? share_end : min(share_end, (tile0 + 1) * plan.groups);
+    const int tile1 = kWalksOn ? Tile(end - 1) : tile0;
     reader.Begin(Strip(tile0, warp), unit - tile0 * plan.groups, Strip(tile1, warp),
                  end - tile1 * plan.groups);
   }
@@ -115,12 +124,14 @@ __device__ __forceinline__ float Bias(const Output& out, const PackedWeight& w, 
                            : ToFloat(static_cast<const T*>(out.bias)[index]);
 }
 
-// Writes a warp's 16 x kTileN accumulators: of each 8 columns and half of the rows a lane has, in
-// mma.m16n8k16's layout, row lane / 4 and columns 2 (lane % 4) and the next.
+// Writes a warp's 16 x kTileN accumulators, of columns from `column` on: of each 8 columns and half
+// of the rows a lane has, in mma.m16n8k16's layout, row lane / 4 and columns 2 (lane % 4) and the
+// next.
 template <int kTileN>
 __device__ __forceinline__ void StoreFloats(const float* acc, const float bias[2],
-                                            const Output& out, int m, int strip, int lane) {
-  const int row = strip * kStripRows + lane / 4, first = 2 * (lane % 4);
+                                            const Output& out, int m, int strip, int column,
+                                            int lane) {
+  const int row = strip * kStripRows + lane / 4, first = column + 2 * (lane % 4);
   float* y = static_cast<float*>(out.y) + int64_t{first} * m + row;
 #pragma unroll
   for (int j = 0; j < kTileN / 8; ++j, y += int64_t{8} * m) {
@@ -136,16 +147,17 @@ __device__ __forceinline__ void StoreFloats(const float* acc, const float bias[2
 // The same, rounded. Rows are contiguous in y: transposed, a lane has two that are neighbours.
 template <typename T, int kTileN>
 __device__ __forceinline__ void StoreHalves(const float* acc, const float bias[2],
-                                            const Output& out, int m, int strip, int lane) {
-  const int row = strip * kStripRows + 2 * (lane % 4);
-  uint16_t* y = static_cast<uint16_t*>(out.y) + int64_t{lane / 4} * m + row;
+                                            const Output& out, int m, int strip, int column,
+                                            int lane) {
+  const int row = strip * kStripRows + 2 * (lane % 4), first = column + lane / 4;
+  uint16_t* y = static_cast<uint16_t*>(out.y) + int64_t{first} * m + row;
 #pragma unroll
   for (int j = 0; j < kTileN / 8; ++j, y += int64_t{8} * m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float* two = acc + 4 * j + 2 * half;
       const uint32_t v = TransposeMatrix(Round2(T{}, two[0] + bias[half], two[1] + bias[half]));
-      if (8 * j + lane / 4 >= out.n || row + 8 * half >= m) continue;
+      if (8 * j + first >= out.n || row + 8 * half >= m) continue;
       if (m % 2 == 0) {  // then every pair is aligned, as y is
         *reinterpret_cast<uint32_t*>(y + 8 * half) = v;
       } else {
@@ -201,11 +213,12 @@ __device__ __forceinline__ void FinishPiece(float* acc, const Output& out, const
     }
   }
   const int row = strip * kStripRows + lane / 4;
+  const int column = share.ColumnTile(piece.tile) * kTileN;
   const float bias[2] = {Bias<T>(out, w, row), Bias<T>(out, w, row + 8)};
   if (out.is_float) {
-    StoreFloats<kTileN>(acc, bias, out, w.m, strip, lane);
+    StoreFloats<kTileN>(acc, bias, out, w.m, strip, column, lane);
   } else {
-    StoreHalves<T, kTileN>(acc, bias, out, w.m, strip, lane);
+    StoreHalves<T, kTileN>(acc, bias, out, w.m, strip, column, lane);
   }
 }
 

@@ -243,7 +243,8 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
     if (warp == kWarps && lane == 0) {
       constexpr int kGroupStages = kGroupK / kStageK;
       const int count = (end - unit) * kGroupStages, period = plan.groups * kGroupStages;
-      int k = (unit - share.Tile(unit) * plan.groups) * kGroupStages, stage = 0;
+      int tile = share.Tile(unit), column = share.ColumnTile(tile) * kTileN;
+      int k = (unit - tile * plan.groups) * kGroupStages, stage = 0;
       uint32_t phase = 1;
       for (int i = 0; i < count; ++i) {
         if (i >= kStages) BarrierWait(empty + stage * 8, phase);
@@ -251,9 +252,12 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
 #pragma unroll
         for (int box = 0; box < kStageK / kStepK; ++box) {
           TensorCopy2d(stages + stage * Config::kStageBytes + box * Config::kBoxBytes, &x,
-                       k * kStageK + box * kStepK, 0, full + stage * 8);
+                       k * kStageK + box * kStepK, column, full + stage * 8);
         }
-        if (++k == period) k = 0;
+        if (++k == period) {
+          k = 0;
+          column = share.ColumnTile(++tile) * kTileN;
+        }
         if (++stage == kStages) {
           stage = 0;
           phase ^= 1;
@@ -278,7 +282,7 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
   while (unit < end) {
     const Piece piece(share, unit, end);
     if constexpr (!Config::kWalksOn) {
-      share.BeginWalk(reader, warp, unit, unit + piece.size());
+      share.BeginWalk(reader, warp, unit, end);
       reader.WaitForFirstStep();
     }
     float acc[kTileN / 2];

@@ -17,7 +17,7 @@ import numpy as np
 from flashjax import _native, packing, partitioning, reference
 
 # Rows of x up to which the sparse kernel is used; above, expand and multiply.
-KERNEL_ROWS = {"cuda": 1024, "cpu": 128}
+KERNEL_ROWS = {"cuda": 2048, "cpu": 128}
 
 _CUDA_K_MULTIPLE = 8  # 16-byte rows of x
 

@@ -51,6 +51,16 @@ def test_rows(kernel, rows, dtype, m):
     op_cases.check_product(y, x, dense)
 
 
+# With 256 columns a tile: two and a rest of another width; several, the last not full.
+@pytest.mark.parametrize("rows", [520, 700, 2048])
+@pytest.mark.parametrize("dtype", op_cases.HALVES)
+def test_tiles_of_columns(kernel, rows, dtype):
+    dense = op_cases.random_dense(1096, 3210, 0.7, dtype)
+    x = op_cases.random_x((rows, 1096), dtype)
+    y = kernel_product(kernel, x, fj.SparseMatrix.from_dense(dense))
+    op_cases.check_product(y, x, dense)
+
+
 # More tiles than multiprocessors, fewer; K that many blocks share.
 @pytest.mark.parametrize("shape", [(768, 40_000), (16_384, 256), (520, 16), (8, 8)])
 def test_shares_of_blocks(kernel, shape):

@@ -62,6 +62,18 @@ def test_shares_of_blocks(kernel, shape, multiprocessors):
     check_matmul(kernel, x, dense, bias, float_output=True)
 
 
+# Two tiles of columns and a rest of another width; three, the last of which is not full.
+@pytest.mark.parametrize("multiprocessors", [1, 3, 7, 132])
+@pytest.mark.parametrize("rows", [520, 700])
+@pytest.mark.parametrize("float_output", [False, True])
+def test_tiles_of_columns(rows, float_output, multiprocessors):
+    emulator.set_device(multiprocessors)
+    dense = op_cases.random_dense(520, 261, 0.7, "float16")
+    bias = np.linspace(-1, 1, 261, dtype=np.float32)
+    x = op_cases.random_x((rows, 520), "float16")
+    check_matmul("wgmma", x, dense, bias, float_output=float_output)
+
+
 @pytest.mark.parametrize("float_output", [False, True])
 @pytest.mark.parametrize("dtype", op_cases.HALVES)
 @pytest.mark.parametrize("kernel", KERNELS)
