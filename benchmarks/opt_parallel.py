@@ -312,7 +312,7 @@ def measure_one(model, program, compile_s, batch, steps, first, devices) -> dict
         rate = batch / ms * 1e3
         result = {"step_ms": round(ms, 3), "tokens_per_s": round(rate, 1)}
         result["tokens_per_gpu_second"] = round(rate / devices, 1)
-        if devices > 1:
+        if devices > 1 and jax.default_backend() == "gpu":
             share = communication_share(program, state, given, devices)
             result["communication_share"] = share
         temporary = program.memory_analysis().temp_size_in_bytes

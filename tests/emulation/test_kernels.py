@@ -62,7 +62,7 @@ def test_shares_of_blocks(kernel, shape, multiprocessors):
     check_matmul(kernel, x, dense, bias, float_output=True)
 
 
-# Two tiles of columns and a rest of another width; three, the last of which is not full.
+# Two tiles of columns and a rest of another width; three, the last not full.
 @pytest.mark.parametrize("multiprocessors", [1, 3, 7, 132])
 @pytest.mark.parametrize("rows", [520, 700])
 @pytest.mark.parametrize("float_output", [False, True])
