@@ -11,9 +11,10 @@ the program's by their number, the median of several runs.
 The greedy tokens of every number of devices are compared with those of the first, which
 has the same weights: `equal_tokens` is the share of those generated freely, where a row
 goes its own way after the first difference, and `equal_next_tokens` the share if both
-are given the tokens of the first. `communication_share` is the time in kernels of NCCL,
-waiting for the other devices included, by that of the run, from one run under the
-profiler. What does not fit into a device's memory is in the results without a time.
+are given the tokens of the first. `communication_share` (--profile) is the time in
+kernels of NCCL and of XLA's own collectives, waiting for the other devices included, by
+that of the run. What does not fit into a device's memory is in the results without a
+time.
 
 Writes `benchmarks/results/opt-parallel-DEVICE.json` after every measurement.
 """
@@ -27,10 +28,11 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 
 import dataclasses
 import functools
+import re
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import device_time
 import jax
@@ -60,6 +62,7 @@ MODELS = {
 }
 AXIS = "model"
 REPETITIONS = 5
+COLLECTIVE = re.compile("nccl|all_?(reduce|gather)", re.IGNORECASE)
 OWN = -1  # in place of a given token: the one that the model has chosen
 
 
@@ -257,7 +260,7 @@ def communication_share(program, state, given, devices: int) -> float:
     with device_time.profile() as kernels:
         jax.block_until_ready(program(state, given))
     span = max(end for _, end, _ in kernels) - kernels[0][0]
-    inside = sum(end - start for start, end, name in kernels if "nccl" in name.lower())
+    inside = sum(end - start for start, end, name in kernels if COLLECTIVE.search(name))
     return round(inside / devices / span, 4)
 
 
@@ -270,49 +273,56 @@ def fits(config, sparsity, batch, length, count) -> tuple[bool, int]:
     return limit is None or total <= limit, total
 
 
-def measure(
-    config, sparsities, batches, devices, length, steps, fuse_qkv, save
-) -> None:
+class Run(NamedTuple):
+    """What all measurements have in common; `main` says what it is."""
+
+    length: int
+    steps: int
+    fuse_qkv: bool
+    profile: bool
+
+
+def measure(config, sparsities, batches, devices, run: Run, save) -> None:
     results: list[dict] = []
     for sparsity in sparsities:
         first: dict[int, dict] = {}
         for count in devices:
-            plan = {b: fits(config, sparsity, b, length, count) for b in batches}
+            plan = {b: fits(config, sparsity, b, run.length, count) for b in batches}
             fitting = [b for b in batches if plan[b][0]]
             model, programs = None, {}
             if fitting:
                 began = time.perf_counter()
-                model = random_model(config, sparsity, count, fuse_qkv)
+                model = random_model(config, sparsity, count, run.fuse_qkv)
                 print(f"made in {time.perf_counter() - began:.1f} s", flush=True)
-                programs = compile_programs(model, fitting, length, steps)
+                programs = compile_programs(model, fitting, run.length, run.steps)
             for batch in batches:
                 result = {
                     "layers": config.num_layers,
                     "sparsity": sparsity,
                     "devices": count,
                     "batch": batch,
-                    "length": length,
+                    "length": run.length,
                     "predicted_bytes_a_device": plan[batch][1],
                 }
                 if batch in programs:
                     compiled = programs.pop(batch)
-                    result |= measure_one(model, *compiled, batch, steps, first, count)
+                    result |= measure_one(model, *compiled, batch, count, run, first)
                 results.append(result)
                 print(result, flush=True)
                 save(results)
             del model
 
 
-def measure_one(model, program, compile_s, batch, steps, first, devices) -> dict:
+def measure_one(model, program, compile_s, batch, devices, run: Run, first) -> dict:
     """Empty where memory ran out after all: what was measured before is kept."""
     _, state = nnx.split(model)
-    given = first_tokens(model, batch, steps)
+    given = first_tokens(model, batch, run.steps)
     try:
         ms, tokens = time_program(program, state, given)
         rate = batch / ms * 1e3
         result = {"step_ms": round(ms, 3), "tokens_per_s": round(rate, 1)}
         result["tokens_per_gpu_second"] = round(rate / devices, 1)
-        if devices > 1 and jax.default_backend() == "gpu":
+        if run.profile and devices > 1:
             share = communication_share(program, state, given, devices)
             result["communication_share"] = share
         temporary = program.memory_analysis().temp_size_in_bytes
@@ -344,6 +354,9 @@ def main(
     fuse_qkv: Annotated[
         bool, typer.Option(help="Queries, keys and values from one matrix.")
     ] = True,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Share of communication; needs GPUs.")
+    ] = False,
     name: Annotated[str, typer.Option(help="Stem of the result.")] = "opt-parallel",
 ) -> None:
     """Times decode steps of OPT split over devices."""
@@ -369,7 +382,8 @@ def main(
         return report.save(name, {"settings": settings, "results": results})
 
     sparsities, batches = numbers(sparsity, float), numbers(batch)
-    measure(config, sparsities, batches, counts, length, steps, fuse_qkv, save)
+    run = Run(length, steps, fuse_qkv, profile)
+    measure(config, sparsities, batches, counts, run, save)
 
 
 if __name__ == "__main__":
