@@ -170,3 +170,19 @@ def test_wrong_mesh(count, axis, message):
 def test_no_mesh():
     with pytest.raises(ValueError, match=r"mesh must be a jax\.sharding\.Mesh, got 4"):
         opt.from_pretrained(DATA / "pre_norm", mesh=4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])
+@pytest.mark.parametrize("count", [2, 4])
+def test_tokens_on_gpus(count, dtype):
+    if jax.device_count() < count:
+        pytest.skip(f"needs {count} GPUs, found {jax.device_count()}")
+    mesh = jax.make_mesh((count,), ("model",), devices=jax.devices()[:count])
+    one, _ = opt.from_pretrained(DEMO, dtype=dtype)
+    split, _ = opt.from_pretrained(DEMO, dtype=dtype, mesh=mesh)
+    prompts = np.random.default_rng(0).integers(4, one.config.vocab_size, (8, 16))
+    np.testing.assert_array_equal(
+        opt.generate(split, prompts, max_new_tokens=64),
+        opt.generate(one, prompts, max_new_tokens=64),
+    )
