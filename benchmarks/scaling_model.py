@@ -15,6 +15,7 @@ Writes the tables and the plot of `docs/multi-gpu.md`.
 """
 
 import json
+import math
 import pathlib
 
 import matplotlib
@@ -136,17 +137,18 @@ def table_lines(results: dict[str, list[dict]]) -> list[str]:
 
 def measured_steps() -> list[dict]:
     """Steps of whole models that were measured, with what the model predicts."""
-    steps = []
-    for path in sorted(RESULTS.glob("opt-parallel-*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
+    paths = [*RESULTS.glob("opt-parallel*.json"), *RESULTS.glob("opt-175b-*.json")]
+    contents = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    steps = {}
+    for content in sorted(contents, key=lambda c: c["environment"]["date"]):
         device = content["environment"]["device"]
         name = content["settings"]["model"].upper()
-        products = RESULTS / path.name.replace("opt-parallel", "matmul")
         (bandwidth,) = (
             value
             for start, value in MEASURED_BYTES_PER_SECOND.items()
             if device.startswith(start)
         )
+        products = RESULTS / f"matmul-{device.lower().replace(' ', '-')}.json"
         lines = product_lines(load(products)[1], BATCH)
         for r in content["results"]:
             whole = r["layers"] == MODELS[name].num_layers
@@ -162,8 +164,9 @@ def measured_steps() -> list[dict]:
                 bandwidth=bandwidth,
             )
             facts = {"model": name, "device": device, "length": r["length"]}
-            steps.append(predicted | facts | {"measured_ms": r["step_ms"]})
-    return steps
+            key = name, device, r["sparsity"], r["devices"]
+            steps[key] = predicted | facts | {"measured_ms": r["step_ms"]}
+    return [steps[key] for key in sorted(steps)]
 
 
 def measured_lines(steps: list[dict]) -> list[str]:
@@ -187,10 +190,11 @@ def plot(results: dict[str, list[dict]], path: pathlib.Path, measured=()) -> Non
     for s in measured:
         title = f"{s['model']}, {s['length']} slots\n{s['device']}"
         panels.setdefault(title, []).append(s)
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(10 / 3 * len(panels), 3.4), sharey=False
-    )
-    for axis, (model, steps) in zip(axes, panels.items(), strict=True):
+    columns = math.ceil(len(panels) / 2)
+    figure, axes = plt.subplots(2, columns, figsize=(10 / 3 * columns, 6.8))
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (model, steps) in zip(axes.flat, panels.items(), strict=False):
         for color, sparsity in enumerate(SPARSITIES):
             chosen = [s for s in steps if s["sparsity"] == sparsity]
             counts = [s["devices"] for s in chosen]
@@ -207,8 +211,9 @@ def plot(results: dict[str, list[dict]], path: pathlib.Path, measured=()) -> Non
         axis.set_title(model, fontsize="medium")
         axis.set_xticks(DEVICES, [str(n) for n in DEVICES])
         axis.minorticks_off()
-    axes[0].set_ylabel("ms a decode step")
-    axes[0].legend(frameon=False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("ms a decode step")
+    axes[0, 0].legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

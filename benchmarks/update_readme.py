@@ -29,6 +29,18 @@ def load(path: pathlib.Path) -> tuple[dict, list[dict]]:
     return content["environment"], content["results"]
 
 
+def load_parts(pattern: str) -> tuple[dict, list[dict]]:
+    """One table from the files of several runs; of a step measured twice the newer."""
+    parts = sorted(map(load, RESULTS.glob(pattern)), key=lambda part: part[0]["date"])
+    facts = dict(parts[-1][0])
+    facts["commit"] = " and ".join(dict.fromkeys(f["commit"] for f, _ in parts))
+    steps: dict[tuple, dict] = {}
+    for _, results in parts:
+        for r in results:
+            steps[r["sparsity"], r["devices"], r["batch"]] = r
+    return facts, [steps[key] for key in sorted(steps)]
+
+
 def shape(result: dict) -> str:
     return f"{result['m']} x {result['k']}"
 
@@ -64,23 +76,24 @@ def whole_model(facts: dict, results: list[dict]) -> str:
         for r in results
         if r["batch"] == ROWS and "step_ms" in r
     }
-    model, gpu = "OPT-66B", facts["device"]
+    one, four, dense = steps[0.8, 1], steps[0.8, 4], steps[0.0, 4]
     text = (
-        f"All of {model} (synthetic weights, float16, {ROWS} sequences) decodes on "
-        f"**one** {gpu} in **{steps[0.6, 1]:.1f}\u00a0ms** a step with 60% zeros and "
-        f"{steps[0.8, 1]:.1f}\u00a0ms with 80%; dense it needs **two** of them and "
-        f"{steps[0.0, 2]:.1f}\u00a0ms, and two make that {steps[0.6, 2]:.1f} and "
-        f"{steps[0.8, 2]:.1f}\u00a0ms ({origin(facts)})."
+        f"All of OPT-175B (synthetic weights, 80% zeros, float16, {ROWS} sequences) "
+        f"decodes on **one** {facts['device']} in **{one:.0f}\u00a0ms** a step. Dense "
+        f"it fills three; on **four** it takes {dense:.0f}\u00a0ms, sparse "
+        f"{four:.0f}\u00a0ms. A GPU makes {ROWS / one * 1e3:.0f} tokens a second "
+        f"alone, {ROWS / four / 4 * 1e3:.0f} as one of four, and dense "
+        f"{ROWS / dense / 4 * 1e3:.0f} ([several devices](docs/multi-gpu.md), "
+        f"{origin(facts)})."
     )
     return textwrap.fill(text, 90, break_long_words=False, break_on_hyphens=False)
 
 
 def parallel_table(facts: dict, results: list[dict]) -> str:
-    settings = results[0]
     text = (
         f"Milliseconds a decode step of OPT-66B with synthetic weights, float16, "
-        f"{settings['length']} slots of cache, on one and two {facts['device']} of one "
-        f"host ({origin(facts)}). Empty: does not fit."
+        f"{results[0]['length']} slots of cache, on one and two {facts['device']} of "
+        f"one host ({origin(facts)}). Empty: not measured."
     )
     batches = sorted({r["batch"] for r in results})
     columns = [f"{b}, {d} GPU{'s' * (d > 1)}" for b in batches for d in (1, 2)]
@@ -94,10 +107,38 @@ def parallel_table(facts: dict, results: list[dict]) -> str:
         (r["sparsity"], r["batch"], r["devices"]): r.get("step_ms") for r in results
     }
     for sparsity in sorted({r["sparsity"] for r in results}):
-        cells = [steps[sparsity, b, d] for b in batches for d in (1, 2)]
+        cells = [steps.get((sparsity, b, d)) for b in batches for d in (1, 2)]
         shown = [f"{ms:.1f}" if ms else "" for ms in cells]
         zeros = f"{sparsity:.0%}" if sparsity else "dense"
         lines.append(f"| {zeros} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def large_table(facts: dict, results: list[dict]) -> str:
+    text = (
+        "OPT-175B with synthetic weights, float16, "
+        f"{results[0]['length']} slots of cache, split over {facts['device']} of one "
+        f"host: a decode step, tokens a second, tokens a second and GPU, and bytes a "
+        f"GPU as predicted ({origin(facts)}). Flash-LLM's paper has 46, 81, 136 and "
+        "195 tokens a second and GPU for batch 8, 16, 32 and 64, on four A100 with 80% "
+        "zeros, and 23, 43, 79 and 127 for FasterTransformer, dense on eight."
+    )
+    lines = [
+        textwrap.fill(text, 98),
+        "",
+        "| zeros | GPUs | batch | step, ms | tokens/s | tokens/s and GPU | GB a GPU |",
+        "|---" * 7 + "|",
+    ]
+    for r in results:
+        if "step_ms" not in r:
+            continue
+        zeros = f"{r['sparsity']:.0%}" if r["sparsity"] else "dense"
+        rate = r["tokens_per_s"]
+        lines.append(
+            f"| {zeros} | {r['devices']} | {r['batch']} | {r['step_ms']:.1f} | "
+            f"{rate:.0f} | {rate / r['devices']:.0f} | "
+            f"{r['predicted_bytes_a_device'] / 1e9:.0f} |"
+        )
     return "\n".join(lines)
 
 
@@ -218,16 +259,18 @@ def replace(document: pathlib.Path, name: str, content: str) -> None:
 def main() -> None:
     gpu = load(RESULTS / f"matmul-{H100}.json")
     other_gpu = load(RESULTS / f"matmul-{H200}.json")
-    several = load(RESULTS / f"opt-parallel-{H100}.json")
+    several = [load_parts(f"opt-parallel*-{device}.json") for device in (H200, H100)]
+    large = load_parts(f"opt-175b-*-{H200}.json")
     cpu = load(RESULTS / "cpu_matmul-amd-epyc.json")
     models = [load(RESULTS / f"generate-opt-{n}-{H200}.json") for n in ("30b", "175b")]
     training = ROOT / "examples" / "demo-opt" / "training.json"
     replace(README, "matmul", headline(*gpu))
-    replace(README, "model", whole_model(*several))
+    replace(README, "model", whole_model(*large))
     replace(README, "demo", demo_figures(training))
     replace(WHEN_SPARSE_PAYS, "matmul", speed_table(*gpu))
     replace(WHEN_SPARSE_PAYS, "matmul-h200", speed_table(*other_gpu))
-    replace(MULTI_GPU, "parallel", parallel_table(*several))
+    replace(MULTI_GPU, "parallel", "\n\n".join(parallel_table(*s) for s in several))
+    replace(MULTI_GPU, "large", large_table(*large))
     replace(WHEN_SPARSE_PAYS, "cpu", cpu_table(*cpu))
     tables = [generate_table(*model) for model in models]
     replace(WHEN_SPARSE_PAYS, "generate", "\n\n".join(tables))

@@ -176,13 +176,17 @@ def test_no_mesh():
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])
 @pytest.mark.parametrize("count", [2, 4])
 def test_tokens_on_gpus(count, dtype):
+    """Equal in float32; in float16 sums in another order decide close calls."""
     if jax.device_count() < count:
         pytest.skip(f"needs {count} GPUs, found {jax.device_count()}")
     mesh = jax.make_mesh((count,), ("model",), devices=jax.devices()[:count])
     one, _ = opt.from_pretrained(DEMO, dtype=dtype)
     split, _ = opt.from_pretrained(DEMO, dtype=dtype, mesh=mesh)
     prompts = np.random.default_rng(0).integers(4, one.config.vocab_size, (8, 16))
-    np.testing.assert_array_equal(
-        opt.generate(split, prompts, max_new_tokens=64),
-        opt.generate(one, prompts, max_new_tokens=64),
-    )
+    expected = opt.generate(one, prompts, max_new_tokens=64)
+    if dtype == jnp.float32:
+        tokens = opt.generate(split, prompts, max_new_tokens=64)
+        np.testing.assert_array_equal(tokens, expected)
+    else:
+        following = [np.argmax(model(expected), -1) for model in (split, one)]
+        assert np.mean(following[0] == following[1]) > 0.99
