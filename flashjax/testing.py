@@ -59,6 +59,7 @@ def random_opt(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     fuse_qkv: bool = True,
+    cache_dtype: DTypeLike | None = None,
 ) -> "OPT":
     """An OPT of random weights, every matrix with a memory of its own.
 
@@ -74,6 +75,7 @@ def random_opt(
       seed: of the weights.
       progress: called with the layers that are done, and with all.
       fuse_qkv: False gives queries, keys and values a matrix each.
+      cache_dtype: of the keys and values that generation keeps; None is the model's.
 
     Returns:
       The model on JAX's default device.
@@ -87,7 +89,9 @@ def random_opt(
     _check("random_opt", (1, 1), sparsity, dtype, halves=bool(sparsity))
     # Embeddings, norms and biases are made as a model of one layer has them.
     small = dataclasses.replace(config, num_layers=1)
-    make = functools.partial(OPT, small, dtype=dtype, fuse_qkv=fuse_qkv)
+    make = functools.partial(
+        OPT, small, dtype=dtype, fuse_qkv=fuse_qkv, cache_dtype=cache_dtype
+    )
     model = make(rngs=nnx.Rngs(seed))
     model.config = config
     template = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))

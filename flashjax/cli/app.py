@@ -31,6 +31,12 @@ class Dtype(enum.StrEnum):
     FLOAT32 = "float32"
 
 
+class CacheDtype(enum.StrEnum):
+    """Dtypes of keys and values other than the model's."""
+
+    FLOAT8 = "float8_e4m3fn"
+
+
 class Implementation(enum.StrEnum):
     """Implementations of the sparse product."""
 
@@ -58,6 +64,10 @@ class Format(enum.StrEnum):
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 # Of options whose value may also come from the model's generation_config.json.
 _FILE = "  [default: the model's, or "
+Cache = Annotated[
+    CacheDtype | None,
+    typer.Option(help="Of keys and values, in half the memory.  [default: --dtype]"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -163,6 +173,7 @@ def generate(
     dtype: Annotated[
         Dtype, typer.Option(help="Dtype of the model; float32 expands it.")
     ] = Dtype.FLOAT16,
+    cache_dtype: Cache = None,
     dense: Annotated[
         bool, typer.Option("--dense", help="Expand sparse weights when loading.")
     ] = False,
@@ -203,6 +214,7 @@ def generate(
     common: dict[str, Any] = {
         "options": {name: v for name, v in options.items() if v is not None},
         "dtype": dtype.value,
+        "cache_dtype": cache_dtype.value if cache_dtype else None,
         "dense": dense,
         "implementation": implementation.value if implementation else None,
         "batch": batch,
@@ -396,6 +408,7 @@ def info(
         int | None, typer.Option(help="Tokens of a prompt.  [default: --length]")
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of --config.")] = Dtype.FLOAT16,
+    cache_dtype: Cache = None,
     devices: Annotated[
         int, typer.Option(help="Devices that share the model of --config.")
     ] = 1,
@@ -420,6 +433,7 @@ def info(
             length=length,
             prompt=prompt,
             dtype=dtype.value,
+            cache_dtype=cache_dtype.value if cache_dtype else None,
             devices=devices,
             gigabytes=memory,
             as_json=json,

@@ -31,6 +31,10 @@ def generate(
     dtype: Annotated[
         str, typer.Option(help="float16 or bfloat16; dense alone also float32.")
     ] = "float16",
+    cache_dtype: Annotated[
+        str | None,
+        typer.Option(help="Of keys and values: float8_e4m3fn.  [default: --dtype]"),
+    ] = None,
     repetitions: Annotated[int, typer.Option(help="Of every timing.", min=1)] = 5,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder of the results.")
@@ -55,6 +59,7 @@ def generate(
         prompt=prompt,
         new=new,
         dtype=dtype,
+        cache_dtype=cache_dtype,
         repetitions=repetitions,
         out=out,
         name=name,

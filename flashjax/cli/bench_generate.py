@@ -47,6 +47,7 @@ def run(
     prompt: int,
     new: int,
     dtype: str,
+    cache_dtype: str | None,
     repetitions: int,
     out: Path,
     name: str,
@@ -66,7 +67,13 @@ def run(
     # All are checked, and those that fit found, before the first is made.
     plan = {
         (s, b): predict(
-            config, sparsity=s, batch=b, length=prompt + new, prompt=prompt, dtype=dtype
+            config,
+            sparsity=s,
+            batch=b,
+            length=prompt + new,
+            prompt=prompt,
+            dtype=dtype,
+            cache_dtype=cache_dtype,
         )
         for s in sparsities
         for b in batches
@@ -81,13 +88,14 @@ def run(
     # From what needs little memory to what needs much: the peak only grows.
     for s in sorted(sparsities, reverse=True):
         fitting = [b for b in sorted(batches) if _fits(plan[s, b])]
-        built = _build(config, s, dtype) if fitting else None
+        built = _build(config, s, dtype, cache_dtype) if fitting else None
         for b in sorted(batches):
             result = {
                 "model": model,
                 "layers": config.num_layers,
                 "sparsity": s,
                 "dtype": dtype,
+                "cache_dtype": cache_dtype or dtype,
                 "batch": b,
                 "prompt": prompt,
                 "new": new,
@@ -160,7 +168,7 @@ def measure(
         repetitions,
     )
     weights, itemsize = parameter_bytes(model), model.dtype.itemsize
-    row = 2 * config.num_layers * config.hidden_size * itemsize
+    row = 2 * config.num_layers * config.hidden_size * model.cache_dtype.itemsize
     # The position table, and an embedding that is not the output layer too, are only
     # looked up.
     looked_up = config.max_positions * config.hidden_size
@@ -213,12 +221,15 @@ def read_bandwidth() -> float:
     return size / min(times)
 
 
-def _build(config: opt.OPTConfig, sparsity: float, dtype: str) -> opt.OPT:
+def _build(
+    config: opt.OPTConfig, sparsity: float, dtype: str, cache_dtype: str | None
+) -> opt.OPT:
     with progress_bar(disable=not sys.stderr.isatty()) as advance:
         return random_opt(
             config,
             sparsity,
             dtype=dtype,
+            cache_dtype=cache_dtype,
             progress=lambda done, total: advance(
                 f"layers of sparsity {sparsity:.0%}", done, total
             ),

@@ -40,6 +40,7 @@ def run(
     file: Path | None,
     options: dict[str, Any],
     dtype: str,
+    cache_dtype: str | None,
     dense: bool,
     implementation: str | None,
     batch: int,
@@ -54,6 +55,7 @@ def run(
       file: a text file with a prompt a line, "-" for stdin, or None.
       options: of opt.generate(); they go before the model's generation_config.json.
       dtype: of the model.
+      cache_dtype: of keys and values; None is the model's.
       dense: expand sparse weights.
       implementation: of the sparse product, None for the best.
       batch: number of prompts that are continued at once.
@@ -68,7 +70,7 @@ def run(
     prompts = [*prompts, *read_prompts(file)]
     _check_prompts(prompts)
     folder, config = _read_config(name, options)
-    model, tokenizer = load(folder, dtype, dense, implementation)
+    model, tokenizer = load(folder, dtype, cache_dtype, dense, implementation)
     encoded = [tokenizer.encode(prompt).ids for prompt in prompts]
     for ids in encoded:
         check_length(model.config, len(ids), config.max_new_tokens)
@@ -99,6 +101,7 @@ def run_file(
     target: Path,
     options: dict[str, Any],
     dtype: str,
+    cache_dtype: str | None,
     dense: bool,
     implementation: str | None,
     batch: int,
@@ -113,7 +116,7 @@ def run_file(
     """
     check_target(target, resume=resume, overwrite=overwrite)
     folder, config = _read_config(name, options)
-    model, tokenizer = load(folder, dtype, dense, implementation)
+    model, tokenizer = load(folder, dtype, cache_dtype, dense, implementation)
     done = 0
     began = time.perf_counter()
     try:
@@ -152,7 +155,11 @@ def run_file(
 
 
 def load(
-    folder: str | Path, dtype: str, dense: bool, implementation: str | None
+    folder: str | Path,
+    dtype: str,
+    cache_dtype: str | None,
+    dense: bool,
+    implementation: str | None,
 ) -> tuple[Any, Any]:
     """Loads a model and its tokenizer as the options of the command say.
 
@@ -160,7 +167,10 @@ def load(
       ValueError: there is no tokenizer, or no layer for the implementation.
     """
     model, tokenizer = opt.from_pretrained(
-        folder, dtype=jnp.dtype(dtype), sparse=False if dense else "auto"
+        folder,
+        dtype=jnp.dtype(dtype),
+        sparse=False if dense else "auto",
+        cache_dtype=cache_dtype,
     )
     if tokenizer is None:
         raise ValueError(f"{folder}: expected a tokenizer.json, got none")

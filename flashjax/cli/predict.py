@@ -45,6 +45,7 @@ def run(
     length: int | None,
     prompt: int | None,
     dtype: str,
+    cache_dtype: str | None,
     devices: int,
     gigabytes: float | None,
     as_json: bool,
@@ -66,6 +67,7 @@ def run(
         length=length,
         prompt=prompt,
         dtype=dtype,
+        cache_dtype=cache_dtype,
         devices=devices,
         device_bytes=None if gigabytes is None else int(gigabytes * 1e9),
     )
@@ -77,6 +79,7 @@ def run(
             "length": length,
             "prompt": prompt,
             "dtype": dtype,
+            "cache_dtype": cache_dtype or dtype,
             "devices": devices,
         }
         print(json.dumps(request | found.to_json(), indent=2))

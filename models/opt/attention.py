@@ -1,9 +1,11 @@
 """Attention of OPT, and the cache of keys and values that it reads."""
 
+import contextlib
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
@@ -21,7 +23,8 @@ class KVCache:
     every step.
 
     Attributes:
-      keys, values: per layer (batch, num_heads, max_length, head_dim), model dtype.
+      keys, values: per layer (batch, num_heads, max_length, head_dim), of the model's
+        `cache_dtype`.
       mask: (batch, max_length) bool, the slots that hold real tokens.
     """
 
@@ -93,6 +96,30 @@ def _attention_block(queries, keys, values, mask, query_slots):
     scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype)
     return jnp.einsum("bhts,bhsd->bhtd", weights, values, precision=precision)
+
+
+def check_cache_dtype(cache_dtype: DTypeLike | None, dtype: DTypeLike) -> np.dtype:
+    """The dtype of a cache as numpy's; None is the model's.
+
+    Raises:
+      ValueError: it is neither the model's nor float8_e4m3fn.
+    """
+    allowed = [np.dtype(dtype), np.dtype(jnp.float8_e4m3fn)]
+    if cache_dtype is None:
+        return allowed[0]
+    with contextlib.suppress(TypeError):  # no dtype at all
+        if (found := jnp.dtype(cache_dtype)) in allowed:
+            return found
+    names = " or ".join(d.name for d in allowed)
+    raise ValueError(f"cache_dtype must be {names}, got {cache_dtype!r}")
+
+
+def to_cache(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Converts keys or values; what is too large becomes the largest, not NaN."""
+    if jnp.finfo(dtype).max < jnp.finfo(x.dtype).max:
+        limit = jnp.finfo(dtype).max.astype(x.dtype)
+        x = jnp.clip(x, -limit, limit)
+    return x.astype(dtype)
 
 
 def row_major(slots: jax.Array) -> jax.Array:

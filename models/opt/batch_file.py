@@ -110,6 +110,7 @@ def generate_file(
         "model": dataclasses.asdict(model.config),
         "weights": _fingerprint(model),
         "dtype": model.dtype.name,
+        "cache_dtype": model.cache_dtype.name,
         "options": dataclasses.asdict(config),
         "batch": batch,
         "logprobs": logprobs,

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from flashjax.packed_size import packed_bytes
 
+from .attention import check_cache_dtype
 from .config import OPTConfig
 from .fused_qkv import QKV
 from .generation_request import bucket
@@ -86,6 +87,7 @@ def predict(
     length: int,
     prompt: int | None = None,
     dtype: DTypeLike = jnp.float16,
+    cache_dtype: DTypeLike | None = None,
     devices: int = 1,
     device_bytes: int | None = None,
 ) -> MemoryPrediction:
@@ -104,6 +106,7 @@ def predict(
       length: tokens of a sequence, prompt and new ones together.
       prompt: tokens of the longest prompt; None is the worst case, `length`.
       dtype: of the model.
+      cache_dtype: of keys and values; None is the model's.
       devices: number of devices.
       device_bytes: memory of one; None takes JAX's first device if it says.
 
@@ -120,7 +123,8 @@ def predict(
         device_bytes = detect_device_bytes()
     linear, other = _weights(config, sparsity, dtype.itemsize, devices)
     slots = bucket(prompt) + (bucket(length - prompt) if prompt < length else 0)
-    kv = 2 * config.num_layers * config.hidden_size * batch * slots * dtype.itemsize
+    cached = check_cache_dtype(cache_dtype, dtype).itemsize
+    kv = 2 * config.num_layers * config.hidden_size * batch * slots * cached
     size = dtype.itemsize
     return MemoryPrediction(
         linear_weights=linear,

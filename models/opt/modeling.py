@@ -17,7 +17,14 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
-from .attention import KVCache, attention, product_precision, row_major
+from .attention import (
+    KVCache,
+    attention,
+    check_cache_dtype,
+    product_precision,
+    row_major,
+    to_cache,
+)
 from .config import OPTConfig
 from .fused_qkv import split_by_head
 from .parallel import TensorParallel
@@ -161,10 +168,12 @@ class OPT(nnx.Module):
       fuse_qkv: whether queries, keys and values of a layer come from one layer
         `qkv_proj`, which is faster where the product has a constant cost; otherwise
         from `q_proj`, `k_proj` and `v_proj`, as Hugging Face names them.
+      cache_dtype: in which generation keeps keys and values: float8_e4m3fn, which
+        halves them and rounds them to 3 bits behind the first, or None, the model's.
       rngs: keys of the random initialisation.
 
     Raises:
-      ValueError: another dtype.
+      ValueError: another dtype or cache_dtype.
     """
 
     def __init__(
@@ -173,11 +182,13 @@ class OPT(nnx.Module):
         *,
         dtype: DTypeLike = jnp.float32,
         fuse_qkv: bool = False,
+        cache_dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ):
         dtype = check_dtype(dtype)
         self.config = config
         self.dtype = dtype
+        self.cache_dtype = check_cache_dtype(cache_dtype, dtype)
         self.parallel: TensorParallel | None = None
         embed = partial(
             nnx.Embed,
@@ -250,7 +261,7 @@ class OPT(nnx.Module):
         layers = range(self.config.num_layers)
 
         def empty():
-            slots = jnp.zeros(shape, self.dtype)
+            slots = jnp.zeros(shape, self.cache_dtype)
             return slots if self.parallel is None else self.parallel.by_heads(slots)
 
         return KVCache(
@@ -314,6 +325,7 @@ class OPT(nnx.Module):
 
         def attend(queries, keys, values, *, layer):
             at = (zero, zero, start, zero)
+            keys, values = (to_cache(x, self.cache_dtype) for x in (keys, values))
             keys = jax.lax.dynamic_update_slice(cache.keys[layer], keys, at)
             values = jax.lax.dynamic_update_slice(cache.values[layer], values, at)
             # Fused with what reads them, the updates would not happen in place.
@@ -324,8 +336,8 @@ class OPT(nnx.Module):
             all_values.append(values)
             return attention(
                 queries,
-                keys[:, :, :slots],
-                values[:, :, :slots],
+                keys[:, :, :slots].astype(queries.dtype),
+                values[:, :, :slots].astype(queries.dtype),
                 mask=read_mask,
                 query_slots=query_slots,
             )

@@ -24,6 +24,7 @@ from flashjax.nn import SparseDense
 from flashjax.nnx_tree import node_at, set_node
 from flashjax.sparse_matrix import SparseMatrix
 
+from .attention import check_cache_dtype
 from .config import OPTConfig
 from .fused_qkv import FUSED, QKV, JoinedQKV, rows_of
 from .hf_folder import StoredOPT, convert, listed, open_opt, opt_targets
@@ -48,6 +49,7 @@ def from_pretrained(
     mesh: Mesh | None = None,
     axis: str = "model",
     fuse_qkv: bool = True,
+    cache_dtype: DTypeLike | None = None,
 ) -> tuple[OPT, Tokenizer | None]:
     """Loads an OPT model and its tokenizer.
 
@@ -68,19 +70,23 @@ def from_pretrained(
         `qkv_proj`, where all of them are sparse or all dense. Text comes faster so;
         load with False to prune or change the three one by one. What is saved is the
         same.
+      cache_dtype: of the keys and values that generation keeps: float8_e4m3fn, which
+        takes half the memory of half precision and rounds them (docs/generation.md);
+        None is `dtype`.
 
     Returns:
       The model on the mesh, or else on JAX's default device; and the tokenizer, None
       where the folder has none.
 
     Raises:
-      ValueError: dtype or sparse is none of the above, or the model cannot be split
+      ValueError: an option is none of the above, or the model cannot be split
         over the mesh.
       CheckpointError: (a ValueError) the folder is no OPT model, is truncated, or its
         tensors do not fit its configuration, all of them being named; or the hub
         cannot be reached.
     """
     dtype = check_dtype(dtype)
+    cache_dtype = check_cache_dtype(cache_dtype, dtype)
     if not isinstance(sparse, bool) and sparse != "auto":
         raise ValueError(f"sparse must be 'auto', True or False, got {sparse!r}")
     if sparse is True and dtype not in _HALVES:
@@ -92,7 +98,9 @@ def from_pretrained(
         parallel = None
         if mesh is not None:
             parallel = TensorParallel.create(stored.config, mesh, axis)
-        return _load(stored, dtype, sparse, parallel, fuse_qkv), tokenizer
+        model = _load(stored, dtype, sparse, parallel, fuse_qkv)
+        model.cache_dtype = cache_dtype
+        return model, tokenizer
 
 
 def save_pretrained(

@@ -29,6 +29,20 @@ def test_generate(cli, sparse_folder, tmp_path):
     assert content["environment"]["platform"] == "cpu"
 
 
+def test_cache_dtype(cli, sparse_folder, tmp_path):
+    args = ("--model", sparse_folder, "--sparsity", "0.8", "--batch", 1, "--json")
+    cache = ("--cache-dtype", "float8_e4m3fn")
+    (whole,), (half,) = (
+        json.loads(cli("bench", "generate", *args, *ARGS, *more, "-o", tmp_path).out)[
+            "results"
+        ]
+        for more in ((), cache)
+    )
+    assert (whole["cache_dtype"], half["cache_dtype"]) == ("float16", cache[1])
+    assert half["predicted_bytes"] < whole["predicted_bytes"]
+    assert half["step_bytes"] < whole["step_bytes"]
+
+
 def test_what_does_not_fit_is_said(cli, sparse_folder, tmp_path, monkeypatch):
     from flashjax.models.opt import memory
 
@@ -66,6 +80,7 @@ def test_memory_that_runs_out(cli, sparse_folder, tmp_path, monkeypatch):
         (["--layers", "13"], "--layers: expected up to 12"),
         (["--prompt", "2000", "--new", "100"], "2048 positions, got 2100"),
         (["--dtype", "float32"], "float16 or bfloat16, got float32"),
+        (["--cache-dtype", "int8"], "float16 or float8_e4m3fn, got 'int8'"),
     ],
 )
 def test_bad_options(cli, args, message, tmp_path):

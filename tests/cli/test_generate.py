@@ -40,6 +40,16 @@ def test_prompt(cli, sparse_folder, stream):
     assert result.out == expected_texts(sparse_folder, ["hello"])[0] + "\n"
 
 
+def test_cache_dtype(cli, sparse_folder):
+    cache = ("--cache-dtype", "float8_e4m3fn")
+    result = generate(cli, sparse_folder, "-p", "hello", "--quiet", *cache)
+    assert (result.code, result.err) == (0, "")
+    assert result.out.startswith("hello")
+    wrong = generate(cli, sparse_folder, "-p", "hello", "--cache-dtype", "int8")
+    assert wrong.code == 2
+    assert "float8_e4m3fn" in wrong.err
+
+
 @pytest.mark.parametrize("stream", ["--stream", "--no-stream"])
 @pytest.mark.parametrize("batch", [1, 2, 8])
 def test_several_prompts(cli, sparse_folder, stream, batch):

@@ -100,6 +100,9 @@ def test_prediction(cli):
     found = json.loads(cli(*args, "--memory", 150, "--json").out)
     assert found["fits"]
     assert found["weights"] == found["linear_weights"] + found["other_weights"]
+    cache = ("--cache-dtype", "float8_e4m3fn")
+    half = json.loads(cli(*args, "--memory", 150, "--json", *cache).out)
+    assert half["kv_cache"] < 0.51 * found["kv_cache"]
 
 
 def test_prediction_of_a_folder(cli, sparse_folder):
