@@ -2,7 +2,8 @@
 
     python benchmarks/sanitize.py [--tools memcheck,racecheck] [pytest arguments]
 
-The tools run side by side, each with tests of its own.
+The tools run side by side, each with tests of its own, and look into the kernels of
+this project alone: XLA's, hundreds of times slower, would take most of the time.
 
 Every read of memory that was not written is an error to initcheck, so the workspace's
 flags are cleared for it (cuda/lscd_stream_k.cuh says why they need not be).
@@ -28,6 +29,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Small shapes, every kernel by name; the sanitizers are hundreds of times slower.
 TESTS = ("tests/test_cuda_kernels.py", "-k", "not test_shares_of_blocks")
+KERNELS = "flashjax"  # in their names, which are in its namespace
 _SHOWN = 12  # lines of findings that are kept
 
 app = typer.Typer(add_completion=False)
@@ -60,6 +62,7 @@ def run_tool(tool: str, arguments: list[str]) -> dict:
         log = pathlib.Path(folder, "log")
         command = ["compute-sanitizer", f"--tool={tool}", f"--log-file={log}"]
         command += ["--target-processes=all", "--print-limit=20"]
+        command += [f"--kernel-regex=kns={KERNELS}"]
         command += [sys.executable, "-m", "pytest", "-m", "gpu", "-q", *arguments]
         began = time.perf_counter()
         done = subprocess.run(
