@@ -60,7 +60,7 @@ def test_measured_steps_stand_beside_the_model(tmp_path, monkeypatch):
     (tmp_path / "matmul-nvidia-h200.json").write_text(kernels)
     step = {"layers": 64, "sparsity": 0.6, "devices": 2, "batch": 8, "length": 64}
     content = {
-        "environment": {"device": "NVIDIA H200"},
+        "environment": {"device": "NVIDIA H200", "date": "2026-11-26 04:00 UTC"},
         "settings": {"model": "opt-66b"},
         "results": [
             step | {"step_ms": 12.5},
@@ -70,6 +70,11 @@ def test_measured_steps_stand_beside_the_model(tmp_path, monkeypatch):
     }
     path = tmp_path / "opt-parallel-nvidia-h200.json"
     path.write_text(json.dumps(content))
+    # The same step in an older run does not count.
+    content["environment"]["date"] = "2026-11-25 04:00 UTC"
+    content["results"][0] = content["results"][0] | {"step_ms": 99.0}
+    older = tmp_path / "opt-parallel-again-nvidia-h200.json"
+    older.write_text(json.dumps(content))
     monkeypatch.setattr(scaling_model, "RESULTS", tmp_path)
     (measured,) = scaling_model.measured_steps()
     assert measured["measured_ms"] == 12.5
