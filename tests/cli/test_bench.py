@@ -29,18 +29,13 @@ def test_generate(cli, sparse_folder, tmp_path):
     assert content["environment"]["platform"] == "cpu"
 
 
-def test_cache_dtype(cli, sparse_folder, tmp_path):
+def test_cache_dtype(cli, sparse_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flashjax.cli.bench_plot", None)
     args = ("--model", sparse_folder, "--sparsity", "0.8", "--batch", 1, "--json")
-    cache = ("--cache-dtype", "float8_e4m3fn")
-    (whole,), (half,) = (
-        json.loads(cli("bench", "generate", *args, *ARGS, *more, "-o", tmp_path).out)[
-            "results"
-        ]
-        for more in ((), cache)
-    )
-    assert (whole["cache_dtype"], half["cache_dtype"]) == ("float16", cache[1])
-    assert half["predicted_bytes"] < whole["predicted_bytes"]
-    assert half["step_bytes"] < whole["step_bytes"]
+    cache = ("--cache-dtype", "float8_e4m3fn", "--out", tmp_path)
+    (row,) = json.loads(cli("bench", "generate", *args, *ARGS, *cache).out)["results"]
+    assert row["cache_dtype"] == "float8_e4m3fn"
+    assert row["step_ms"] > 0
 
 
 def test_what_does_not_fit_is_said(cli, sparse_folder, tmp_path, monkeypatch):
