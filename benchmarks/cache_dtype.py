@@ -21,7 +21,9 @@ import typer
 from flax import nnx
 
 from flashjax.models import opt
+from flashjax.models.opt.attention import check_cache_dtype
 from flashjax.models.opt.modeling import positions_from_mask
+from flashjax.models.opt.sampling import log_probabilities
 
 DEMO = pathlib.Path(__file__).resolve().parent.parent / "examples" / "demo-opt"
 
@@ -34,8 +36,7 @@ def through_cache(model: opt.OPT, windows: np.ndarray) -> tuple[float, np.ndarra
         mask = jnp.ones(ids.shape, jnp.bool_)
         cache = model.init_cache(*ids.shape)
         logits, _ = model.step(ids, mask, positions_from_mask(mask), cache, 0)
-        likely = jax.nn.log_softmax(logits[:, :-1])
-        found = jnp.take_along_axis(likely, ids[:, 1:, None], axis=-1)
+        found = jax.vmap(log_probabilities)(logits[:, :-1], ids[:, 1:])
         return -jnp.mean(found), jnp.argmax(logits, axis=-1)
 
     parts = [measure(model, jnp.asarray(window[None])) for window in windows]
@@ -53,15 +54,16 @@ def main(
 ) -> None:
     """Measures what keys and values in float8 cost."""
     path = text or model / "heldout.txt"
+    loaded, tokenizer = opt.from_pretrained(model)
+    if tokenizer is None:
+        raise SystemExit(f"{model}: expected a tokenizer, got none")
+    ids = np.asarray(tokenizer.encode(path.read_text(encoding="utf-8")).ids, np.int32)
+    windows = ids[: len(ids) // window * window].reshape(-1, window)
     results: list[dict] = []
     expected = None
     for cache_dtype in (None, "float8_e4m3fn"):
-        loaded, tokenizer = opt.from_pretrained(model, cache_dtype=cache_dtype)
-        if tokenizer is None:
-            raise SystemExit(f"{model}: expected a tokenizer, got none")
-        ids = np.asarray(tokenizer.encode(path.read_text(encoding="utf-8")).ids)
-        windows = ids[: len(ids) // window * window].reshape(-1, window)
-        loss, tokens = through_cache(loaded, windows.astype(np.int32))
+        loaded.cache_dtype = check_cache_dtype(cache_dtype, loaded.dtype)
+        loss, tokens = through_cache(loaded, windows)
         expected = tokens if expected is None else expected
         results.append(
             {

@@ -14,13 +14,22 @@ that GPU and cache, from the products that `matmul.py` measured on it.
 Writes the tables and the plot of `docs/multi-gpu.md`.
 """
 
-import json
 import math
 import pathlib
 
 import matplotlib
 import numpy as np
-from update_readme import RESULTS, ROOT, load, replace
+from update_readme import (
+    H100,
+    H200,
+    RESULTS,
+    ROOT,
+    load,
+    load_steps,
+    replace,
+    table,
+    zeros,
+)
 
 from flashjax.models.opt import OPTConfig
 from flashjax.models.opt.memory import predict
@@ -44,8 +53,8 @@ BATCH, LENGTH = 8, 1024
 # Assumptions, not measured here.
 GPU_BYTES = 141e9
 BYTES_PER_SECOND = 4.0e12  # of 4.8e12 that an H200's memory has
-# By the start of a device's name; of 4.8e12, 3.35e12 on an H100.
-MEASURED_BYTES_PER_SECOND = {"NVIDIA H200": 4.0e12, "NVIDIA H100": 2.8e12}
+# Of 4.8e12, and of 3.35e12 on an H100.
+MEASURED_BYTES_PER_SECOND = {H200: 4.0e12, H100: 2.8e12}
 LINK_BYTES_PER_SECOND = 360e9  # of 450e9 that NVLink 4 has in each direction
 LATENCY_US = {1: 0.0, 2: 10.0, 4: 12.0, 8: 15.0}  # of an all-reduce by NCCL
 
@@ -117,45 +126,46 @@ def predict_step(
 
 
 def table_lines(results: dict[str, list[dict]]) -> list[str]:
-    lines = [
-        "| model | zeros | GPUs | GB a GPU | GB read a step | products ms "
-        "| communication ms | step ms |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ["model", "zeros", "GPUs", "GB a GPU", "GB read a step", "products ms"]
+    columns += ["communication ms", "step ms"]
+    rows = []
     for model, steps in results.items():
         for s in steps:
-            zeros = f"{s['sparsity']:.0%}" if s["sparsity"] else "dense"
             fits = "" if s["fits"] else " (too much)"
             mark = " *" if model == "OPT-30B" and s["devices"] == 1 else ""
-            lines.append(
-                f"| {model} | {zeros} | {s['devices']} | {s['gigabytes']:.0f}{fits} "
-                f"| {s['read_gigabytes']:.1f} | {s['products_ms']:.1f}{mark} "
-                f"| {s['communication_ms']:.1f} | {s['step_ms']:.1f} |"
+            rows.append(
+                [
+                    model,
+                    zeros(s["sparsity"]),
+                    str(s["devices"]),
+                    f"{s['gigabytes']:.0f}{fits}",
+                    f"{s['read_gigabytes']:.1f}",
+                    f"{s['products_ms']:.1f}{mark}",
+                    f"{s['communication_ms']:.1f}",
+                    f"{s['step_ms']:.1f}",
+                ]
             )
-    return lines
+    return table(columns, rows)
 
 
 def measured_steps() -> list[dict]:
     """Steps of whole models that were measured, with what the model predicts."""
-    paths = [*RESULTS.glob("opt-parallel*.json"), *RESULTS.glob("opt-175b-*.json")]
-    contents = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    steps = {}
-    for content in sorted(contents, key=lambda c: c["environment"]["date"]):
-        device = content["environment"]["device"]
-        name = content["settings"]["model"].upper()
-        (bandwidth,) = (
-            value
-            for start, value in MEASURED_BYTES_PER_SECOND.items()
-            if device.startswith(start)
-        )
-        products = RESULTS / f"matmul-{device.lower().replace(' ', '-')}.json"
-        lines = product_lines(load(products)[1], BATCH)
-        for r in content["results"]:
-            whole = r["layers"] == MODELS[name].num_layers
-            if "step_ms" not in r or r["batch"] != BATCH or not whole:
+    steps = []
+    for device, bandwidth in MEASURED_BYTES_PER_SECOND.items():
+        paths = [
+            path
+            for stem in ("opt-parallel*", "opt-175b-*")
+            for path in RESULTS.glob(f"{stem}-{device}.json")
+        ]
+        if not paths:
+            continue
+        facts, results = load_steps(paths)
+        lines = product_lines(load(RESULTS / f"matmul-{device}.json")[1], BATCH)
+        for r in results:
+            if r["batch"] != BATCH:
                 continue
             predicted = predict_step(
-                MODELS[name],
+                MODELS[r["model"]],
                 r["sparsity"],
                 r["devices"],
                 lines[r["sparsity"]],
@@ -163,26 +173,28 @@ def measured_steps() -> list[dict]:
                 prompt=r["length"],
                 bandwidth=bandwidth,
             )
-            facts = {"model": name, "device": device, "length": r["length"]}
-            key = name, device, r["sparsity"], r["devices"]
-            steps[key] = predicted | facts | {"measured_ms": r["step_ms"]}
-    return [steps[key] for key in sorted(steps)]
+            measured = {"device": facts["device"], "measured_ms": r["step_ms"]}
+            steps.append(predicted | {k: r[k] for k in ("model", "length")} | measured)
+    return sorted(steps, key=lambda step: (step["model"], step["device"]))
 
 
 def measured_lines(steps: list[dict]) -> list[str]:
     if not steps:
         return ["No step has been measured on several GPUs yet."]
-    lines = [
-        "| model | GPU | slots | zeros | GPUs | measured ms | model ms |",
-        "|---|---|---|---|---|---|---|",
+    columns = ["model", "GPU", "slots", "zeros", "GPUs", "measured ms", "model ms"]
+    rows = [
+        [
+            s["model"],
+            s["device"],
+            str(s["length"]),
+            zeros(s["sparsity"]),
+            str(s["devices"]),
+            f"{s['measured_ms']:.1f}",
+            f"{s['step_ms']:.1f}",
+        ]
+        for s in steps
     ]
-    for s in steps:
-        zeros = f"{s['sparsity']:.0%}" if s["sparsity"] else "dense"
-        lines.append(
-            f"| {s['model']} | {s['device']} | {s['length']} | {zeros} "
-            f"| {s['devices']} | {s['measured_ms']:.1f} | {s['step_ms']:.1f} |"
-        )
-    return lines
+    return table(columns, rows)
 
 
 def plot(results: dict[str, list[dict]], path: pathlib.Path, measured=()) -> None:

@@ -11,6 +11,7 @@ import pathlib
 import re
 import statistics
 import textwrap
+from collections.abc import Iterable
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -29,16 +30,38 @@ def load(path: pathlib.Path) -> tuple[dict, list[dict]]:
     return content["environment"], content["results"]
 
 
-def load_parts(pattern: str) -> tuple[dict, list[dict]]:
-    """One table from the files of several runs; of a step measured twice the newer."""
-    parts = sorted(map(load, RESULTS.glob(pattern)), key=lambda part: part[0]["date"])
-    facts = dict(parts[-1][0])
-    facts["commit"] = " and ".join(dict.fromkeys(f["commit"] for f, _ in parts))
+def load_steps(paths: Iterable[pathlib.Path]) -> tuple[dict, list[dict]]:
+    """One table from several runs of opt_parallel.py on the same kind of device.
+
+    Steps of whole models, each with its `model`; of a step measured twice the newer.
+    """
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    runs.sort(key=lambda run: run["environment"]["date"])
+    facts = dict(runs[-1]["environment"])
+    commits = [run["environment"].get("commit", "unknown") for run in runs]
+    facts["commit"] = " and ".join(dict.fromkeys(commits))
     steps: dict[tuple, dict] = {}
-    for _, results in parts:
-        for r in results:
-            steps[r["sparsity"], r["devices"], r["batch"]] = r
+    for run in runs:
+        settings = run["settings"]
+        for r in run["results"]:
+            if "step_ms" in r and r["layers"] == settings["layers_of_the_model"]:
+                key = settings["model"], r["sparsity"], r["devices"], r["batch"]
+                steps[key] = r | {"model": settings["model"].upper()}
     return facts, [steps[key] for key in sorted(steps)]
+
+
+def zeros(sparsity: float) -> str:
+    return f"{sparsity:.0%}" if sparsity else "dense"
+
+
+def table(columns: list[str], rows: Iterable[list[str]]) -> list[str]:
+    """Lines of Markdown."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (columns, *rows)]
+    return [lines[0], "|---" * len(columns) + "|", *lines[1:]]
+
+
+def captioned(caption: str, columns: list[str], rows: Iterable[list[str]]) -> str:
+    return "\n".join([textwrap.fill(caption, 98), "", *table(columns, rows)])
 
 
 def shape(result: dict) -> str:
@@ -74,7 +97,7 @@ def whole_model(facts: dict, results: list[dict]) -> str:
     steps = {
         (r["sparsity"], r["devices"]): r["step_ms"]
         for r in results
-        if r["batch"] == ROWS and "step_ms" in r
+        if r["batch"] == ROWS
     }
     one, four, dense = steps[0.8, 1], steps[0.8, 4], steps[0.0, 4]
     text = (
@@ -96,22 +119,14 @@ def parallel_table(facts: dict, results: list[dict]) -> str:
         f"one host ({origin(facts)}). Empty: not measured."
     )
     batches = sorted({r["batch"] for r in results})
-    columns = [f"{b}, {d} GPU{'s' * (d > 1)}" for b in batches for d in (1, 2)]
-    lines = [
-        textwrap.fill(text, 98),
-        "",
-        "| zeros, by batch and GPUs | " + " | ".join(columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
-    steps = {
-        (r["sparsity"], r["batch"], r["devices"]): r.get("step_ms") for r in results
-    }
+    steps = {(r["sparsity"], r["batch"], r["devices"]): r["step_ms"] for r in results}
+    cases = [(b, d) for b in batches for d in (1, 2)]
+    rows = []
     for sparsity in sorted({r["sparsity"] for r in results}):
-        cells = [steps.get((sparsity, b, d)) for b in batches for d in (1, 2)]
-        shown = [f"{ms:.1f}" if ms else "" for ms in cells]
-        zeros = f"{sparsity:.0%}" if sparsity else "dense"
-        lines.append(f"| {zeros} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+        found = [steps.get((sparsity, *case)) for case in cases]
+        rows.append([zeros(sparsity), *(f"{ms:.1f}" if ms else "" for ms in found)])
+    columns = [f"{b}, {d} GPU{'s' * (d > 1)}" for b, d in cases]
+    return captioned(text, ["zeros, by batch and GPUs", *columns], rows)
 
 
 def large_table(facts: dict, results: list[dict]) -> str:
@@ -123,23 +138,21 @@ def large_table(facts: dict, results: list[dict]) -> str:
         "195 tokens a second and GPU for batch 8, 16, 32 and 64, on four A100 with 80% "
         "zeros, and 23, 43, 79 and 127 for FasterTransformer, dense on eight."
     )
-    lines = [
-        textwrap.fill(text, 98),
-        "",
-        "| zeros | GPUs | batch | step, ms | tokens/s | tokens/s and GPU | GB a GPU |",
-        "|---" * 7 + "|",
+    columns = ["zeros", "GPUs", "batch"]
+    columns += ["step, ms", "tokens/s", "tokens/s and GPU", "GB a GPU"]
+    rows = [
+        [
+            zeros(r["sparsity"]),
+            str(r["devices"]),
+            str(r["batch"]),
+            f"{r['step_ms']:.1f}",
+            f"{r['tokens_per_s']:.0f}",
+            f"{r['tokens_per_gpu_second']:.0f}",
+            f"{r['predicted_bytes_a_device'] / 1e9:.0f}",
+        ]
+        for r in results
     ]
-    for r in results:
-        if "step_ms" not in r:
-            continue
-        zeros = f"{r['sparsity']:.0%}" if r["sparsity"] else "dense"
-        rate = r["tokens_per_s"]
-        lines.append(
-            f"| {zeros} | {r['devices']} | {r['batch']} | {r['step_ms']:.1f} | "
-            f"{rate:.0f} | {rate / r['devices']:.0f} | "
-            f"{r['predicted_bytes_a_device'] / 1e9:.0f} |"
-        )
-    return "\n".join(lines)
+    return captioned(text, columns, rows)
 
 
 def speed_table(facts: dict, results: list[dict]) -> str:
@@ -155,20 +168,15 @@ def speed_table(facts: dict, results: list[dict]) -> str:
         "patterns, weights not in the L2 cache, median device time, both in the same "
         f"process ({origin(facts)})."
     )
-    lines = [
-        textwrap.fill(text, 98),
-        "",
-        "| rows of x | " + " | ".join(f"{s:.0%} zeros" for s in sparsities) + " |",
-        "|---" * (len(sparsities) + 1) + "|",
-    ]
+    rows = []
     for n in sorted({r["n"] for r in results}):
         cells = []
         for s in sparsities:
             of_layers = [speedups[layer, n, s] for layer in layers]
             mean = statistics.geometric_mean(of_layers)
             cells.append(f"**{mean:.2f}** ({min(of_layers):.2f}-{max(of_layers):.2f})")
-        lines.append(f"| {n} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([str(n), *cells])
+    return captioned(text, ["rows of x", *(f"{s:.0%} zeros" for s in sparsities)], rows)
 
 
 def cpu_table(facts: dict, results: list[dict]) -> str:
@@ -182,19 +190,16 @@ def cpu_table(facts: dict, results: list[dict]) -> str:
         f"{facts['device']} ({results[0]['dtype']} weights, median wall time, "
         f"{origin(facts)}). The columns are rows of x."
     )
-    lines = [
-        textwrap.fill(text, 98),
-        "",
-        "| layer (out x in) | zeros | " + " | ".join(map(str, rows)) + " |",
-        "|---" * (len(rows) + 2) + "|",
+    cells = [
+        [
+            f"{out} x {inputs}",
+            zeros(sparsity),
+            *(f"{speedups[out, inputs, sparsity, n]:.1f}" for n in rows),
+        ]
+        for out, inputs in sorted(layers)
+        for sparsity in sorted({r["sparsity"] for r in results})
     ]
-    for out, inputs in sorted(layers):
-        for sparsity in sorted({r["sparsity"] for r in results}):
-            cells = [f"{speedups[out, inputs, sparsity, n]:.1f}" for n in rows]
-            lines.append(
-                f"| {out} x {inputs} | {sparsity:.0%} | " + " | ".join(cells) + " |"
-            )
-    return "\n".join(lines)
+    return captioned(text, ["layer (out x in)", "zeros", *map(str, rows)], cells)
 
 
 def generate_table(facts: dict, results: list[dict]) -> str:
@@ -205,23 +210,22 @@ def generate_table(facts: dict, results: list[dict]) -> str:
         f"ones, on one {facts['device']} ({origin(facts)}). Prefill is the prompts, a "
         "step is one new token for each; tokens a second are from both."
     )
-    lines = [
-        textwrap.fill(text, 98),
-        "",
-        "| zeros | batch | weights, GB | prefill, ms | step, ms | x dense | tokens/s |",
-        "|---" * 7 + "|",
+    columns = ["zeros", "batch", "weights, GB"]
+    columns += ["prefill, ms", "step, ms", "x dense", "tokens/s"]
+    rows = [
+        [
+            zeros(r["sparsity"]),
+            str(r["batch"]),
+            f"{r['weight_bytes'] / 1e9:.1f}",
+            f"{r['prefill_ms']:.0f}",
+            f"{r['step_ms']:.2f}",
+            f"{r['speedup']:.2f}" if "speedup" in r else "",
+            f"{tokens_per_second(r):.0f}",
+        ]
+        for r in results
+        if "step_ms" in r
     ]
-    for r in results:
-        if "step_ms" not in r:
-            continue
-        zeros = f"{r['sparsity']:.0%}" if r["sparsity"] else "dense"
-        speedup = f"{r['speedup']:.2f}" if "speedup" in r else ""
-        lines.append(
-            f"| {zeros} | {r['batch']} | {r['weight_bytes'] / 1e9:.1f} | "
-            f"{r['prefill_ms']:.0f} | {r['step_ms']:.2f} | {speedup} | "
-            f"{tokens_per_second(r):.0f} |"
-        )
-    return "\n".join(lines)
+    return captioned(text, columns, rows)
 
 
 def tokens_per_second(r: dict) -> float:
@@ -259,8 +263,11 @@ def replace(document: pathlib.Path, name: str, content: str) -> None:
 def main() -> None:
     gpu = load(RESULTS / f"matmul-{H100}.json")
     other_gpu = load(RESULTS / f"matmul-{H200}.json")
-    several = [load_parts(f"opt-parallel*-{device}.json") for device in (H200, H100)]
-    large = load_parts(f"opt-175b-*-{H200}.json")
+    several = [
+        load_steps(RESULTS.glob(f"opt-parallel*-{device}.json"))
+        for device in (H200, H100)
+    ]
+    large = load_steps(RESULTS.glob(f"opt-175b-*-{H200}.json"))
     cpu = load(RESULTS / "cpu_matmul-amd-epyc.json")
     models = [load(RESULTS / f"generate-opt-{n}-{H200}.json") for n in ("30b", "175b")]
     training = ROOT / "examples" / "demo-opt" / "training.json"

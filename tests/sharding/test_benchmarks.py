@@ -61,7 +61,7 @@ def test_measured_steps_stand_beside_the_model(tmp_path, monkeypatch):
     step = {"layers": 64, "sparsity": 0.6, "devices": 2, "batch": 8, "length": 64}
     content = {
         "environment": {"device": "NVIDIA H200", "date": "2026-11-26 04:00 UTC"},
-        "settings": {"model": "opt-66b"},
+        "settings": {"model": "opt-66b", "layers_of_the_model": 64},
         "results": [
             step | {"step_ms": 12.5},
             step | {"batch": 1, "step_ms": 11.0},  # of another batch
