@@ -3,16 +3,28 @@
 import collections
 import contextlib
 import pathlib
+import re
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import jax
 from jax.profiler import ProfileData
 
 EXECUTIONS = 7
 
-Kernel = tuple[float, float, str]  # start and end in nanoseconds, name
+
+class Kernel(NamedTuple):
+    """A kernel or copy that ran: start and end in nanoseconds, name, operation of HLO.
+
+    The operation is empty where the profiler does not know it.
+    """
+
+    start: float
+    end: float
+    name: str
+    operation: str
 
 
 @contextlib.contextmanager
@@ -40,13 +52,41 @@ def microseconds(program, *operands) -> float:
     if count == 0 or rest:
         raise RuntimeError(
             f"expected the same kernels in each of {EXECUTIONS} executions, "
-            f"got {len(events)}: {collections.Counter(name for _, _, name in events)}"
+            f"got {len(events)}: {collections.Counter(event.name for event in events)}"
         )
     spans = []
     for first in range(0, len(events), count):
         execution = events[first : first + count]
-        spans.append(max(end for _, end, _ in execution) - execution[0][0])
+        spans.append(span(execution))
     return statistics.median(spans) / 1e3
+
+
+def span(kernels: list[Kernel]) -> float:
+    """Nanoseconds from the first kernel to the end of the last one."""
+    return max(kernel.end for kernel in kernels) - kernels[0].start
+
+
+def by_name(kernels: Iterable[Kernel], times: int) -> list[dict]:
+    """Calls and microseconds of every kernel in one of so many times, longest first.
+
+    Numbers at the ends of names do not count.
+    """
+    found = collections.defaultdict(list)
+    for kernel in kernels:
+        name, operation = (
+            re.sub(r"([._]\d+)+$", "", text) for text in (kernel.name, kernel.operation)
+        )
+        found[name, operation].append((kernel.end - kernel.start) / 1e3)
+    rows = [
+        {
+            "kernel": name[:100],
+            "operation": operation[:60],
+            "calls": round(len(durations) / times, 2),
+            "us": round(sum(durations) / times, 2),
+        }
+        for (name, operation), durations in found.items()
+    ]
+    return sorted(rows, key=lambda row: -row["us"])
 
 
 def _kernels(profile: ProfileData) -> Iterator[Kernel]:
@@ -54,5 +94,7 @@ def _kernels(profile: ProfileData) -> Iterator[Kernel]:
         for line in plane.lines if "GPU" in plane.name else ():
             if "Stream" in line.name:
                 for event in line.events:
+                    operation = dict(event.stats).get("hlo_op") or ""
                     start = event.start_ns
-                    yield start, start + event.duration_ns, event.name
+                    end = start + event.duration_ns
+                    yield Kernel(start, end, event.name, str(operation))

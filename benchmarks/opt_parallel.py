@@ -11,10 +11,11 @@ the program's by their number, the median of several runs.
 The greedy tokens of every number of devices are compared with those of the first, which
 has the same weights: `equal_tokens` is the share of those generated freely, where a row
 goes its own way after the first difference, and `equal_next_tokens` the share if both
-are given the tokens of the first. `communication_share` (--profile) is the time in
-kernels of NCCL and of XLA's own collectives, waiting for the other devices included, by
-that of the run. What does not fit into a device's memory is in the results without a
-time.
+are given the tokens of the first. `kernels` (--profile) are those that a device spends
+most of a step in, waiting for other devices included; the docs add up the collectives
+among them. `peak_bytes_a_device` is the most that was in use in a run on the device
+that had most, weights included. What does not fit into a device's memory is in the
+results without a time.
 
 Writes `benchmarks/results/opt-parallel-DEVICE.json` after every measurement.
 """
@@ -28,7 +29,6 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 
 import dataclasses
 import functools
-import re
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +44,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from flashjax.cli.memory_watch import MemoryWatch
 from flashjax.models.opt import OPT, OPTConfig
 from flashjax.models.opt.memory import predict
 from flashjax.models.opt.parallel import DECODER_LINEARS, TensorParallel
@@ -62,7 +63,7 @@ MODELS = {
 }
 AXIS = "model"
 REPETITIONS = 5
-COLLECTIVE = re.compile("nccl|all_?(reduce|gather)", re.IGNORECASE)
+KERNELS = 16  # in the results, of each step
 OWN = -1  # in place of a given token: the one that the model has chosen
 
 
@@ -256,12 +257,16 @@ def equality(program, state, given, tokens, expected) -> dict[str, float]:
     }
 
 
-def communication_share(program, state, given, devices: int) -> float:
+def profile_step(program, state, given, devices: int) -> dict:
+    """A step's milliseconds in the profiler, and its kernels on one device."""
     with device_time.profile() as kernels:
         jax.block_until_ready(program(state, given))
-    span = max(end for _, end, _ in kernels) - kernels[0][0]
-    inside = sum(end - start for start, end, name in kernels if COLLECTIVE.search(name))
-    return round(inside / devices / span, 4)
+    steps = len(given)
+    rows = device_time.by_name(kernels, devices * steps)
+    return {
+        "profiled_step_ms": round(device_time.span(kernels) / steps / 1e6, 3),
+        "kernels": rows[:KERNELS],
+    }
 
 
 def fits(config, sparsity, batch, length, count) -> tuple[bool, int]:
@@ -322,11 +327,13 @@ def measure_one(model, program, compile_s, batch, devices, run: Run, first) -> d
         rate = batch / ms * 1e3
         result = {"step_ms": round(ms, 3), "tokens_per_s": round(rate, 1)}
         result["tokens_per_gpu_second"] = round(rate / devices, 1)
-        if run.profile and devices > 1:
-            share = communication_share(program, state, given, devices)
-            result["communication_share"] = share
+        with MemoryWatch(jax.devices()[:devices]) as memory:
+            jax.block_until_ready(program(state, given))
+        result["peak_bytes_a_device"] = memory.peak
         temporary = program.memory_analysis().temp_size_in_bytes
         result |= {"compile_s": round(compile_s, 1), "temporary_bytes": temporary}
+        if run.profile and devices > 1:
+            result |= profile_step(program, state, given, devices)
         if batch in first:
             result["speedup"] = round(first[batch]["ms"] / ms, 3)
             expected = first[batch]["tokens"]
@@ -355,7 +362,7 @@ def main(
         bool, typer.Option(help="Queries, keys and values from one matrix.")
     ] = True,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Share of communication; needs GPUs.")
+        bool, typer.Option("--profile", help="Kernels of a step; needs GPUs.")
     ] = False,
     name: Annotated[str, typer.Option(help="Stem of the result.")] = "opt-parallel",
 ) -> None:

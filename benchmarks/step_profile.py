@@ -10,9 +10,7 @@ kernels by that of a step.
 Prints a table each and writes `benchmarks/results/step-profile-DEVICE.json`.
 """
 
-import collections
 import dataclasses
-import re
 import time
 from typing import Annotated
 
@@ -22,7 +20,7 @@ import numpy as np
 import report
 import typer
 
-from flashjax.cli.bench_generate import prefill_and_step
+from flashjax.cli.bench_generate import time_requests
 from flashjax.cli.predict import find_config
 from flashjax.models import opt
 from flashjax.testing import random_opt
@@ -43,25 +41,15 @@ def kernels(model: opt.OPT, ids: np.ndarray, new: int) -> list[dict]:
     with device_time.profile() as found:
         for _ in range(STEPS):
             step()
-    by_name = collections.defaultdict(list)
-    for start, end, name in found:
-        by_name[re.sub(r"[._]\d+$", "", name)].append((end - start) / 1e3)
-    rows = [
-        {
-            "kernel": name[:100],
-            "calls": round(len(times) / STEPS, 2),
-            "us": round(sum(times) / STEPS, 2),
-        }
-        for name, times in by_name.items()
-    ]
-    return sorted(rows, key=lambda row: -row["us"])
+    return device_time.by_name(found, STEPS)
 
 
 def measure(config, sparsity: float, batch: int, prompt: int, new: int) -> dict:
     model = random_opt(config, sparsity, dtype="float16")
     ids = np.random.default_rng(0).integers(4, config.vocab_size, (batch, prompt))
     rows = kernels(model, ids, new)
-    step = prefill_and_step(model, ids, new, repetitions=3)[1] * 1e3
+    times, _ = time_requests(model, ids, new, repetitions=3)
+    step = times.step * 1e3
     busy = sum(row["us"] for row in rows) / 1e3
     return {
         "sparsity": sparsity,

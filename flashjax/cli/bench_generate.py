@@ -1,9 +1,9 @@
 """``flashjax bench generate``: speed and memory of generation.
 
-A request is a call of `opt.generate`, from token ids on the host to new ones there. The
+A request is what `opt.generate` does, from token ids on the host to new ones there. The
 prefill is one program on the device and ends with the first token; the time of all
-later steps by their number is that of a step. Times are medians after a call
-that compiles.
+later steps by their number is that of a step. Times are medians after calls
+that compile. Memory is the most that was in use during a request, weights included.
 
 A step cannot be faster than reading the weights and the keys and values of the tokens
 so far (half of the new ones on average); the bandwidth for this bound is measured.
@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,11 @@ from rich.console import Console
 from rich.table import Table
 
 from flashjax.cli.environment import save_results
+from flashjax.cli.memory_watch import MemoryWatch
 from flashjax.cli.predict import find_config
 from flashjax.cli.progress import progress_bar
 from flashjax.models import opt
-from flashjax.models.opt.generate import time_request
+from flashjax.models.opt.generate import compile_request, time_request
 from flashjax.models.opt.generation_request import make_request
 from flashjax.models.opt.memory import MemoryPrediction, predict
 from flashjax.nn import parameter_bytes
@@ -85,7 +86,6 @@ def run(
         "device_bytes": next(iter(plan.values())).device_bytes,
         "results": results,
     }
-    # From what needs little memory to what needs much: the peak only grows.
     for s in sorted(sparsities, reverse=True):
         fitting = [b for b in sorted(batches) if _fits(plan[s, b])]
         built = _build(config, s, dtype, cache_dtype) if fitting else None
@@ -138,15 +138,32 @@ def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
         ) from None
 
 
-def prefill_and_step(
+class RequestTimes(NamedTuple):
+    """Median seconds of a request's prefill, of one of its steps, and of all of it."""
+
+    prefill: float
+    step: float
+    whole: float
+
+
+def time_requests(
     model: opt.OPT, ids: np.ndarray, new: int, repetitions: int
-) -> tuple[float, float]:
-    """Median seconds of a request's prefill and of one of its steps."""
+) -> tuple[RequestTimes, int | None]:
+    """Times of requests that are alike, and the most bytes in use during one."""
     options = opt.GenerationConfig(max_new_tokens=new, eos_token_id=-1)
     request = make_request(model.config, ids, None, options)
-    parts = [time_request(model, request) for _ in range(repetitions + 1)][1:]
-    prefill, steps = (statistics.median(part) for part in zip(*parts, strict=True))
-    return prefill, steps / (new - 1)
+    compile_request(model, request)
+    with MemoryWatch() as memory:
+        compile_request(model, request)
+    times = []
+    for _ in range(repetitions):
+        began = time.perf_counter()
+        request = make_request(model.config, ids, None, options)
+        prefill, steps = time_request(model, request)
+        whole = time.perf_counter() - began
+        times.append(RequestTimes(prefill, steps / (new - 1), whole))
+    medians = map(statistics.median, zip(*times, strict=True))
+    return RequestTimes(*medians), memory.peak
 
 
 def measure(
@@ -160,13 +177,7 @@ def measure(
     """Times of one model and batch, with the bytes that bound a step."""
     config = model.config
     ids = np.random.default_rng(0).integers(4, config.vocab_size, (batch, prompt))
-
-    prefill, step = prefill_and_step(model, ids, new, repetitions)
-    options = opt.GenerationConfig(max_new_tokens=new, eos_token_id=-1)
-    whole = _median_seconds(
-        lambda: opt.generate(model, ids, config=options).block_until_ready(),
-        repetitions,
-    )
+    times, peak = time_requests(model, ids, new, repetitions)
     weights, itemsize = parameter_bytes(model), model.dtype.itemsize
     row = 2 * config.num_layers * config.hidden_size * model.cache_dtype.itemsize
     # The position table, and an embedding that is not the output layer too, are only
@@ -175,19 +186,18 @@ def measure(
     if not config.tie_word_embeddings:
         looked_up += config.vocab_size * (config.word_embed_proj_dim or 0)
     read = weights - looked_up * itemsize + row * batch * (prompt + new // 2)
-    stats = jax.devices()[0].memory_stats() or {}
     return {
         "weight_bytes": weights,
-        "peak_bytes": stats.get("peak_bytes_in_use"),
-        "prefill_ms": round(prefill * 1e3, 3),
-        "step_ms": round(step * 1e3, 4),
-        "request_ms": round(whole * 1e3, 3),
-        "prefill_tokens_per_s": round(batch * prompt / prefill, 1),
-        "decode_tokens_per_s": round(batch / step, 1),
-        "tokens_per_s": round(batch * new / whole, 1),
+        "request_peak_bytes": peak,
+        "prefill_ms": round(times.prefill * 1e3, 3),
+        "step_ms": round(times.step * 1e3, 4),
+        "request_ms": round(times.whole * 1e3, 3),
+        "prefill_tokens_per_s": round(batch * prompt / times.prefill, 1),
+        "decode_tokens_per_s": round(batch / times.step, 1),
+        "tokens_per_s": round(batch * new / times.whole, 1),
         "step_bytes": read,
         "bound_ms": round(read / bandwidth * 1e3, 4),
-        "share_of_bound": round(read / bandwidth / step, 4),
+        "share_of_bound": round(read / bandwidth / times.step, 4),
     }
 
 
@@ -236,14 +246,9 @@ def _build(
         )
 
 
-def _median_seconds(call: Callable[[], Any], repetitions: int) -> float:
-    call()
-    times = []
-    for _ in range(repetitions):
-        began = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+def memory_bytes(result: dict[str, Any]) -> int:
+    """As measured; where it was not, as predicted."""
+    return result.get("request_peak_bytes") or result["predicted_bytes"]
 
 
 def _add_speedups(results: list[dict[str, Any]]) -> None:
@@ -279,7 +284,7 @@ def _print_table(model: str, config: opt.OPTConfig, content: dict[str, Any]) -> 
         table.add_column(column, justify="right", no_wrap=True)
     for r in results:
         start = f"{r['sparsity']:.0%}" if r["sparsity"] else "dense", str(r["batch"])
-        memory = f"{(r.get('peak_bytes') or r['predicted_bytes']) / 1e9:.2f}"
+        memory = f"{memory_bytes(r) / 1e9:.2f}"
         if "step_ms" not in r:
             table.add_row(*start, "", memory, "does not fit")
             continue

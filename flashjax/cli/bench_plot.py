@@ -7,6 +7,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from flashjax.cli.bench_generate import memory_bytes
+
 
 def plot(path: Path) -> None:
     """Draws a result file beside itself, as a PNG.
@@ -28,7 +30,7 @@ def plot(path: Path) -> None:
         speed.plot(batches, [r["tokens_per_s"] for r in timed], "o-", label=label)
         memory.plot(
             [r["batch"] for r in rows],
-            [(r.get("peak_bytes") or r["predicted_bytes"]) / 1e9 for r in rows],
+            [memory_bytes(r) / 1e9 for r in rows],
             "o-",
             label=label,
         )

@@ -164,7 +164,7 @@ def time_request(model: OPT, request: Request) -> tuple[float, float]:
     state = jax.block_until_ready(_start(graphdef, params, request))
     times.append(time.perf_counter())
     state, _ = _go_on(graphdef, params, request, state, 1, request.max_new_tokens)
-    jax.block_until_ready(state.tokens)
+    np.asarray(state.tokens)  # on the host, as what `generate` returns
     times.append(time.perf_counter())
     return times[1] - times[0], times[2] - times[1]
 
@@ -239,14 +239,15 @@ def _loops(request: Request, state: _DecodeState, done: int, limit: int):
 
 
 def compile_request(model: OPT, request: Request) -> None:
-    """Compiles all that a request may need, by running its prefill and empty loops."""
+    """Compiles all that a request may need, by running its prefill and short loops."""
     if not len(request.prompt) or not request.max_new_tokens:
         return
     graphdef, params = nnx.split(model)
     state = _start(graphdef, params, request)
-    for slots, _ in _loops(request, state, 1, request.max_new_tokens):
-        # A limit that is reached already: no step.
-        limit = np.int32(0)
+    loops = _loops(request, state, 1, request.max_new_tokens)
+    for count, (slots, _) in enumerate(loops, start=2):
+        # One step, because a GPU loads kernels and makes graphs when they first run.
+        limit = np.int32(count)
         state, _ = _decode(
             graphdef, params, request.settings, state, limit, slots=slots
         )
