@@ -69,12 +69,13 @@ def span(kernels: list[Kernel]) -> float:
 def by_name(kernels: Iterable[Kernel], times: int) -> list[dict]:
     """Calls and microseconds of every kernel in one of so many times, longest first.
 
-    Numbers at the ends of names do not count.
+    Numbers that are parts of names do not count.
     """
     found = collections.defaultdict(list)
     for kernel in kernels:
         name, operation = (
-            re.sub(r"([._]\d+)+$", "", text) for text in (kernel.name, kernel.operation)
+            re.sub(r"[._]\d+(?=[._-]|$)", "", text)
+            for text in (kernel.name, kernel.operation)
         )
         found[name, operation].append((kernel.end - kernel.start) / 1e3)
     rows = [

@@ -14,8 +14,8 @@ goes its own way after the first difference, and `equal_next_tokens` the share i
 are given the tokens of the first. `kernels` (--profile) are those that a device spends
 most of a step in, waiting for other devices included; the docs add up the collectives
 among them. `peak_bytes_a_device` is the most that was in use in a run on the device
-that had most, weights included. What does not fit into a device's memory is in the
-results without a time.
+that had most, `held_bytes_a_device` what was in use there before it. What does not fit
+into a device's memory is in the results without a time.
 
 Writes `benchmarks/results/opt-parallel-DEVICE.json` after every measurement.
 """
@@ -329,6 +329,7 @@ def measure_one(model, program, compile_s, batch, devices, run: Run, first) -> d
         result["tokens_per_gpu_second"] = round(rate / devices, 1)
         with MemoryWatch(jax.devices()[:devices]) as memory:
             jax.block_until_ready(program(state, given))
+        result["held_bytes_a_device"] = memory.before
         result["peak_bytes_a_device"] = memory.peak
         temporary = program.memory_analysis().temp_size_in_bytes
         result |= {"compile_s": round(compile_s, 1), "temporary_bytes": temporary}

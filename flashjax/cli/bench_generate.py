@@ -2,8 +2,10 @@
 
 A request is what `opt.generate` does, from token ids on the host to new ones there. The
 prefill is one program on the device and ends with the first token; the time of all
-later steps by their number is that of a step. Times are medians after calls
-that compile. Memory is the most that was in use during a request, weights included.
+later steps by their number is that of a step. Times are medians after calls that
+compile. Memory is the most that was in use during a request. What was in use before it
+may be more than the weights: of a hole between arrays, the allocator leaves up to 128
+MB to the array that it puts there.
 
 A step cannot be faster than reading the weights and the keys and values of the tokens
 so far (half of the new ones on average); the bandwidth for this bound is measured.
@@ -148,8 +150,8 @@ class RequestTimes(NamedTuple):
 
 def time_requests(
     model: opt.OPT, ids: np.ndarray, new: int, repetitions: int
-) -> tuple[RequestTimes, int | None]:
-    """Times of requests that are alike, and the most bytes in use during one."""
+) -> tuple[RequestTimes, MemoryWatch]:
+    """Times of requests that are alike, and the memory of one."""
     options = opt.GenerationConfig(max_new_tokens=new, eos_token_id=-1)
     request = make_request(model.config, ids, None, options)
     compile_request(model, request)
@@ -163,7 +165,7 @@ def time_requests(
         whole = time.perf_counter() - began
         times.append(RequestTimes(prefill, steps / (new - 1), whole))
     medians = map(statistics.median, zip(*times, strict=True))
-    return RequestTimes(*medians), memory.peak
+    return RequestTimes(*medians), memory
 
 
 def measure(
@@ -177,7 +179,7 @@ def measure(
     """Times of one model and batch, with the bytes that bound a step."""
     config = model.config
     ids = np.random.default_rng(0).integers(4, config.vocab_size, (batch, prompt))
-    times, peak = time_requests(model, ids, new, repetitions)
+    times, memory = time_requests(model, ids, new, repetitions)
     weights, itemsize = parameter_bytes(model), model.dtype.itemsize
     row = 2 * config.num_layers * config.hidden_size * model.cache_dtype.itemsize
     # The position table, and an embedding that is not the output layer too, are only
@@ -188,7 +190,8 @@ def measure(
     read = weights - looked_up * itemsize + row * batch * (prompt + new // 2)
     return {
         "weight_bytes": weights,
-        "request_peak_bytes": peak,
+        "held_bytes": memory.before,
+        "request_peak_bytes": memory.peak,
         "prefill_ms": round(times.prefill * 1e3, 3),
         "step_ms": round(times.step * 1e3, 4),
         "request_ms": round(times.whole * 1e3, 3),

@@ -15,11 +15,14 @@ class MemoryWatch:
     JAX's own peak is that of the process, making or loading the weights included.
 
     Attributes:
-      peak: bytes in use on the device that had most; None where devices do not count.
+      before: bytes in use before the block on the device that had most; None where
+        devices do not count.
+      peak: the same at its most.
     """
 
     def __init__(self, devices: Sequence[jax.Device] | None = None) -> None:
         """Watches JAX's first device unless told otherwise."""
+        self.before: int | None = None
         self.peak: int | None = None
         self._devices = jax.devices()[:1] if devices is None else devices
         self._ended = threading.Event()
@@ -27,6 +30,7 @@ class MemoryWatch:
 
     def __enter__(self) -> "MemoryWatch":
         self._read()
+        self.before = self.peak
         if self.peak is not None:
             self._thread.start()
         return self
