@@ -7,12 +7,14 @@ that is: reading, calibration on random tokens, choosing the zeros and writing. 
 not depend on what the weights are. With `--layers` only as many are made and pruned;
 `seconds_a_layer` then says what a whole model takes.
 
-Prints when each part of the work began, and a line a method; writes
-`benchmarks/results/pruning-DEVICE.json`.
+Prints when each part of the work began, and a line a method; `seconds_when_done` are
+those after which each layer was done, the first with most of the compiling in it.
+Writes `benchmarks/results/pruning-DEVICE.json`.
 """
 
 import dataclasses
 import pathlib
+import re
 import tempfile
 import time
 from typing import Annotated
@@ -44,12 +46,16 @@ def measure(
     model: pathlib.Path, out: pathlib.Path, method: str, sparsity: float, tokens
 ) -> dict:
     began, shown = time.perf_counter(), ""
+    layers_done: list[float] = []
 
     def progress(what: str, done: int, total: int) -> None:
         nonlocal shown
         if what != shown:
             shown = what
-            print(f"{time.perf_counter() - began:8.1f} s  {done / total:4.0%}  {what}")
+            seconds = time.perf_counter() - began
+            print(f"{seconds:8.1f} s  {done / total:4.0%}  {what}")
+            if re.fullmatch(r"layers\.\d+", what):
+                layers_done.append(round(seconds, 2))
 
     result = prune_pretrained(
         model,
@@ -70,6 +76,7 @@ def measure(
         "seconds": round(result.seconds, 2),
         "seconds_choosing": round(matrices, 2),
         "seconds_a_layer": round(result.seconds / layers, 3),
+        "seconds_when_done": layers_done,
         "device_peak_bytes": result.device_peak_bytes,
         "host_peak_bytes": result.host_peak_bytes,
     }

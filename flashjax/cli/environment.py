@@ -12,7 +12,10 @@ from typing import Any
 
 
 def environment() -> dict[str, Any]:
-    """Device, driver, versions, commit and date; what is unknown is left out."""
+    """Device, driver, versions, commit, date, and XLA's variables where they are set.
+
+    What is unknown is left out.
+    """
     import jax
 
     import flashjax as fj
@@ -30,6 +33,11 @@ def environment() -> dict[str, Any]:
         "jax": jax.__version__,
         "flashjax": fj.__version__,
         "commit": _commit(),
+        "variables": " ".join(
+            f"{name}={value}"
+            for name, value in sorted(os.environ.items())
+            if name.startswith("XLA_")
+        ),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     return {name: fact for name, fact in facts.items() if fact}

@@ -26,7 +26,23 @@ def test_generate(cli, sparse_folder, tmp_path):
     for r in rows:
         bound = r["step_bytes"] / content["read_gb_per_s"] / 1e6
         assert r["bound_ms"] == pytest.approx(bound, rel=0.05, abs=1e-3)
+        assert r["request_ms"] > 0
+        assert r["request_peak_bytes"] is None  # CPUs do not count
     assert content["environment"]["platform"] == "cpu"
+
+
+def test_memory_is_shown_as_measured_or_predicted():
+    from flashjax.cli.bench_generate import memory_bytes
+
+    assert memory_bytes({"predicted_bytes": 7, "request_peak_bytes": 5}) == 5
+    assert memory_bytes({"predicted_bytes": 7, "request_peak_bytes": None}) == 7
+
+
+def test_variables_of_xla_are_in_the_environment(monkeypatch):
+    from flashjax.cli.environment import environment
+
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_ALLOCATOR", "cuda_async")
+    assert "XLA_PYTHON_CLIENT_ALLOCATOR=cuda_async" in environment()["variables"]
 
 
 def test_cache_dtype(cli, sparse_folder, tmp_path, monkeypatch):

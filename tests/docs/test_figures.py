@@ -1,6 +1,7 @@
 """Drawings and figures are those that their scripts make."""
 
 import importlib.util
+import json
 import sys
 
 import numpy as np
@@ -48,7 +49,7 @@ def test_drawn_elements_are_the_lane_s(lane, stream):
 def test_figures_in_pages_are_up_to_date(benchmarks, tmp_path, monkeypatch):
     update = load(benchmarks / "update_readme.py")
     copies = {}
-    for name in ("README", "WHEN_SPARSE_PAYS"):
+    for name in ("README", "WHEN_SPARSE_PAYS", "MULTI_GPU", "PRUNING"):
         page = getattr(update, name)
         copies[page] = tmp_path / page.name
         copies[page].write_bytes(page.read_bytes())
@@ -56,6 +57,77 @@ def test_figures_in_pages_are_up_to_date(benchmarks, tmp_path, monkeypatch):
     update.main()
     for page, copy in copies.items():
         assert copy.read_bytes() == page.read_bytes(), "run benchmarks/update_readme.py"
+
+
+def test_collectives_are_told_by_their_names(benchmarks):
+    update = load(benchmarks / "update_readme.py")
+    names = {
+        "LscdWgmmaKernel": ("command_buffer", 700.0),
+        "psum_invariant_fusion": ("psum_invariant-fusion", 100.0),
+        "ncclDevKernel_AllGather_RING_LL": ("all-gather", 30.0),
+        "input_reduce_fusion": ("command_buffer", 50.0),
+    }
+    kernels = [
+        {"kernel": name, "operation": operation, "us": us}
+        for name, (operation, us) in names.items()
+    ]
+    result = {"profiled_step_ms": 1.0, "kernels": kernels}
+    assert update.communication_share(result) == pytest.approx(0.13)
+
+
+def test_requests_of_several_runs_are_one_table(benchmarks, tmp_path):
+    update = load(benchmarks / "update_readme.py")
+    request = {"dtype": "float16", "batch": 8, "sparsity": 0.8, "step_ms": 10.0}
+    runs = {
+        "1": [request | {"sparsity": 0.0, "step_ms": 16.0, "speedup": 1.0}],
+        "3": [request, request | {"cache_dtype": "float8_e4m3fn"}],
+        "2": [request | {"step_ms": 12.0}, request | {"batch": 16}],
+    }
+    del runs["2"][1]["step_ms"]  # did not fit
+    for day, results in runs.items():
+        facts = {"date": f"2026-11-0{day}", "commit": f"c{day}"}
+        content = {"environment": facts, "results": results}
+        (tmp_path / f"{day}.json").write_text(json.dumps(content))
+    facts, results = update.load_requests(tmp_path.iterdir())
+    # Of the second run nothing is used.
+    assert (facts["commit"], facts["date"]) == ("c1 and c3", "2026-11-03")
+    found = [
+        (r["sparsity"], r["cache_dtype"], r["step_ms"], r.get("speedup"))
+        for r in results
+    ]
+    assert found == [
+        (0.0, "float16", 16.0, 1.0),
+        (0.8, "float16", 10.0, 1.6),
+        (0.8, "float8_e4m3fn", 10.0, None),
+    ]
+
+
+def test_memory_is_without_what_the_allocator_rounds_up(benchmarks):
+    update = load(benchmarks / "update_readme.py")
+    request = {"weight_bytes": 50, "held_bytes": 60, "request_peak_bytes": 75}
+    assert update.request_bytes(request) == 65
+    assert update.request_bytes({"weight_bytes": 50}) is None
+
+
+def test_times_of_kernels_by_name(benchmarks):
+    times = load(benchmarks / "device_time.py")
+    kernels = [
+        times.Kernel(
+            0, 2000, "psum_invariant_36_0_fusion", "psum_invariant.36.0-fusion"
+        ),
+        times.Kernel(
+            3000, 7000, "psum_invariant_7_0_fusion", "psum_invariant.7.0-fusion"
+        ),
+        times.Kernel(8000, 9000, "nvjet_192x64_64x6_TNT", "custom-call.3"),
+        times.Kernel(8000, 9000, "nvjet_128x64_64x6_TNT", "custom-call.4"),
+    ]
+    assert times.span(kernels) == 9000
+    rows = times.by_name(kernels, 2)
+    assert [(r["kernel"], r["operation"], r["calls"], r["us"]) for r in rows] == [
+        ("psum_invariant_fusion", "psum_invariant-fusion", 1.0, 3.0),
+        ("nvjet_192x64_64x6_TNT", "custom-call", 0.5, 0.5),
+        ("nvjet_128x64_64x6_TNT", "custom-call", 0.5, 0.5),
+    ]
 
 
 def test_plot_is_of_the_stored_results(benchmarks):

@@ -26,3 +26,4 @@ def test_writes_its_results(pruning, tmp_path):
     assert [r["method"] for r in results] == ["magnitude", "sparsegpt"]
     assert [r["samples"] for r in results] == [0, 3]  # magnitude needs none
     assert all(r["layers"] == 1 and "seconds" in r for r in results)
+    assert len(results[1]["seconds_when_done"]) == 1
