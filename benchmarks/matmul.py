@@ -1,6 +1,7 @@
 """Times `sparse_matmul` beside the dense `jnp.dot` on a GPU.
 
     python benchmarks/matmul.py [--rows 8,16,32] [--sparsity 0.6] [--dtype float16] ...
+    python benchmarks/matmul.py --rows 1,2,8 --tokens 8 --name matmul-tokens-8
 
 Both are timed in the same process through the public op inside jit. A program is a
 sequence of products, each with an x and a copy of the weight of its own (the copies
@@ -78,7 +79,7 @@ def sparse_product(kernel: str):
     return product
 
 
-def time_shape(name: str, sparsities, rows, dtype, kernel: str) -> list[dict]:
+def time_shape(name: str, sparsities, rows, dtype, kernel: str, tokens) -> list[dict]:
     m, k = SHAPES[name]
     results = []
     key = jax.random.key(0)
@@ -96,7 +97,8 @@ def time_shape(name: str, sparsities, rows, dtype, kernel: str) -> list[dict]:
 
     for sparsity in sparsities:
         keep = jax.random.uniform(jax.random.key(1), dense.shape) >= sparsity
-        w = fj.SparseMatrix.from_dense(jnp.where(keep, dense, jnp.zeros((), dtype)))
+        pruned = jnp.where(keep, dense, jnp.zeros((), dtype))
+        w = fj.SparseMatrix.from_dense(pruned, tokens=tokens)
         copies = cold_copies(w, w.nbytes)
         compiled = functools.partial(
             compile_products, sparse_product(kernel), k=k, dtype=dtype, copies=copies
@@ -114,6 +116,8 @@ def time_shape(name: str, sparsities, rows, dtype, kernel: str) -> list[dict]:
                     "n": n,
                     "dtype": str(jnp.dtype(dtype)),
                     "kernel": kernel,
+                    "tokens": tokens,
+                    "layout": w.layout,
                     "sparsity": sparsity,
                     "bytes_per_element": round(w.nbytes / (m * k), 4),
                     "sparse_us": round(us, 2),
@@ -159,6 +163,9 @@ def main(
     kernel: Annotated[
         str, typer.Option(help="auto (as sparse_matmul), mma or wgmma.")
     ] = "auto",
+    tokens: Annotated[
+        int, typer.Option(help="As in SparseMatrix.from_dense; 0: none.")
+    ] = 0,
     name: Annotated[str, typer.Option(help="Stem of the result file.")] = "matmul",
 ) -> None:
     """Times sparse_matmul beside jnp.dot."""
@@ -176,6 +183,7 @@ def main(
             [int(n) for n in rows.split(",")],
             jnp.dtype(dtype),
             kernel,
+            tokens or None,
         )
         path = report.save(name, {"results": results})
     print_table(results)

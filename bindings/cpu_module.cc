@@ -12,6 +12,8 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(FlashjaxLscdSampleCpu);
 
 // bindings/lscd_pack_py.cc
 void BindPack(nb::module_& m);
+// bindings/gather_pack_py.cc
+void BindGatherPack(nb::module_& m);
 
 namespace {
 
@@ -47,4 +49,5 @@ NB_MODULE(_cpu, m) {
       "(major, minor) of the XLA FFI headers that this module was built with.");
   m.def("build_info", &BuildInfo, "What the build used, and why it left CUDA out if it did.");
   BindPack(m);
+  BindGatherPack(m);
 }

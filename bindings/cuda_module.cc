@@ -15,6 +15,8 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(FlashjaxLscdUnpackCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(FlashjaxLscdSampleCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(FlashjaxLscdPackSizesCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(FlashjaxLscdPackCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(FlashjaxGatherMatmulCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(FlashjaxGatherUnpackCuda);
 
 namespace {
 
@@ -29,6 +31,8 @@ nb::dict Registrations() {
   out["flashjax_lscd_sample_cuda"] = Capsule(FlashjaxLscdSampleCuda);
   out["flashjax_lscd_pack_sizes_cuda"] = Capsule(FlashjaxLscdPackSizesCuda);
   out["flashjax_lscd_pack_cuda"] = Capsule(FlashjaxLscdPackCuda);
+  out["flashjax_gather_matmul_cuda"] = Capsule(FlashjaxGatherMatmulCuda);
+  out["flashjax_gather_unpack_cuda"] = Capsule(FlashjaxGatherUnpackCuda);
   return out;
 }
 

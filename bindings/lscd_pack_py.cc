@@ -1,12 +1,12 @@
 // The host packer for Python, on NumPy arrays.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 
 #include <cstdint>
 #include <initializer_list>
 #include <string>
 
+#include "bindings/numpy_arrays.h"
 #include "cpu/lscd_matmul.h"
 #include "cpu/lscd_pack.h"
 #include "cpu/parallel.h"
@@ -20,22 +20,8 @@ namespace {
 
 using flashjax::LscdShape;
 
-template <typename T, int kRank>
-using Input = nb::ndarray<const T, nb::ndim<kRank>, nb::c_contig, nb::device::cpu>;
-
-// NumPy allocates the results (it asks for huge pages); T is the dtype's C++ type.
-template <typename T>
-struct Output {
-  nb::object array;
-  T* data;
-};
-
-template <typename T, typename... Sizes>
-Output<T> Empty(const char* dtype, Sizes... sizes) {
-  nb::object array = nb::module_::import_("numpy").attr("empty")(nb::make_tuple(sizes...), dtype);
-  T* data = nb::cast<nb::ndarray<T, nb::c_contig, nb::device::cpu>>(array).data();
-  return {array, data};
-}
+using flashjax::Empty;
+using flashjax::Input;
 
 nb::tuple Pack(const Input<uint16_t, 2>& dense, int threads) {
   const LscdShape shape{static_cast<int64_t>(dense.shape(1)), static_cast<int64_t>(dense.shape(0))};

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "cpu/lscd_layout.h"
+#include "cuda/common/device_value.h"
 #include "cuda/common/launch.h"
 #include "cuda/lscd_matmul_launch.h"
 #include "cuda/lscd_mma.cuh"
@@ -35,38 +36,6 @@ int64_t LaunchColumns(LscdKernel kernel, int64_t n) {
   const int64_t widest = WidestTile(kernel), rest = n % widest;
   if (kernel == LscdKernel::kMma) return std::min(n, widest);
   return n < widest || TileN(rest, widest) == widest ? n : n - rest;
-}
-
-// What is asked of the driver at every call would cost more than a small product: a value per
-// device, kept once it is known. Zero is unknown.
-class PerDevice {
- public:
-  template <typename Find>
-  cudaError_t Get(int& value, Find find) {
-    int device = 0;
-    const cudaError_t error = cudaGetDevice(&device);
-    if (error != cudaSuccess) return error;
-    if (device >= kDevices) return find(device, value);
-    value = values_[device].load(std::memory_order_relaxed);
-    if (value != 0) return cudaSuccess;
-    const cudaError_t found = find(device, value);
-    if (found == cudaSuccess) values_[device].store(value, std::memory_order_relaxed);
-    return found;
-  }
-
- private:
-  static constexpr int kDevices = 64;
-  std::atomic<int> values_[kDevices] = {};
-};
-
-template <cudaDeviceAttr kAttribute>
-int DeviceAttribute() {
-  static PerDevice values;
-  int value = 0;
-  const cudaError_t error = values.Get(value, [](int device, int& value) {
-    return cudaDeviceGetAttribute(&value, kAttribute, device);
-  });
-  return error == cudaSuccess ? value : 0;
 }
 
 const char* WgmmaUnavailable(const LscdMatmulArgs& args) {

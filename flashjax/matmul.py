@@ -5,12 +5,13 @@
 * `matmul_impl.compute` picks the implementation when the computation is lowered.
 """
 
+import dataclasses
 from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from flashjax import packing
+from flashjax import layouts, packing
 from flashjax.matmul_checks import IMPLEMENTATIONS as IMPLEMENTATIONS
 from flashjax.matmul_checks import check_layer, make_call
 from flashjax.matmul_impl import KERNEL_ROWS as KERNEL_ROWS
@@ -90,6 +91,7 @@ def sparse_matmul(
     index = None if layer is None else check_layer(layer, w)
     layers = None if layer is None else w.bitmap.shape[0]
     call = make_call(x, w, bias, implementation, preferred_element_type, layers)
+    call = dataclasses.replace(call, layouts=(w.layout, layouts.DEFAULT))
     transposed = None if w.transposed is None else w.transposed.packed
     return _jitted(call, x, w.packed, bias, transposed, index)
 

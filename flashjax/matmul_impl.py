@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flashjax import _native, packing, partitioning, reference
+from flashjax import _native, gather, layouts, packing, partitioning, reference
 
 # Rows of x up to which the sparse kernel is used; above, expand and multiply.
 KERNEL_ROWS = {"cuda": 2048, "cpu": 128}
@@ -34,6 +34,8 @@ class Call:
     bias_dtype: np.dtype | None
     out_dtype: np.dtype
     implementation: str | None
+    # Of the packed matrix and of its packed transpose.
+    layouts: tuple[str, str] = (layouts.DEFAULT, layouts.DEFAULT)
 
 
 class Operands(NamedTuple):
@@ -90,6 +92,9 @@ def of_layer(biases: jax.Array, layer: jax.Array, axis: int = 0) -> jax.Array:
 
 
 def _xla(call, operands):
+    if _is_gather(call, operands):
+        return _expand_gather(call, operands, _after)
+
     def unpack(packed, shape, layer):
         return reference.unpack(_take_layer(packed, layer), shape, call.dtype)
 
@@ -99,6 +104,8 @@ def _xla(call, operands):
 def _cpu(call, operands):
     x, bias, packed, transposed, layer = operands
     rows = math.prod(x.shape[:-1])
+    if _is_gather(call, operands):
+        return _expand_gather(call, operands, _after_on_cpu)
     if _exceeds(rows, KERNEL_ROWS["cpu"]) or _is_empty(call, rows):
 
         def unpack(packed, shape, layer):
@@ -129,16 +136,23 @@ _CUDA_KERNELS = {"auto": 0, "mma": 1, "wgmma": 2}
 def _cuda(call, operands, kernel="auto"):
     x, bias, packed, _, layer = operands
     rows = math.prod(x.shape[:-1])
+    is_gather = _is_gather(call, operands)
+    limit = gather.KERNEL_ROWS if is_gather else KERNEL_ROWS["cuda"]
     if (
         packed is None
-        or _exceeds(rows, KERNEL_ROWS["cuda"])
+        or _exceeds(rows, limit)
         or x.dtype != call.dtype
         or _is_empty(call, rows)
     ):
 
         def unpack(packed, shape, layer):
             return packing.unpack_cuda(
-                packed, shape, call.dtype, layer=layer, for_dot=True
+                packed,
+                shape,
+                call.dtype,
+                layer=layer,
+                for_dot=True,
+                layout=_layout(call, operands),
             )
 
         return _expand_and_multiply(call, operands, unpack, _after)
@@ -147,8 +161,6 @@ def _cuda(call, operands, kernel="auto"):
     # The kernel writes x's dtype or float32.
     kernel_dtype = x.dtype if call.out_dtype == x.dtype else _FLOAT32
     result = result_type(jax.typeof(x_rows), m, np.dtype(kernel_dtype))
-    workspace_bytes = _cuda_workspace_bytes(rows, m, k)
-    workspace = _workspace_type(x_rows, workspace_bytes)
     if k % _CUDA_K_MULTIPLE:
         x_rows = jnp.pad(x_rows, ((0, 0), (0, -k % _CUDA_K_MULTIPLE)))
     index = () if layer is None else (layer,)
@@ -156,10 +168,32 @@ def _cuda(call, operands, kernel="auto"):
     # or slicing it costs a launch.
     if bias is None or bias.dtype not in (x.dtype, _FLOAT32):
         bias = _bias_operand(operands)
-    y, _ = jax.ffi.ffi_call("flashjax_lscd_matmul_cuda", (result, workspace))(
-        x_rows, *packed, bias, *index, kernel=_CUDA_KERNELS[kernel]
-    )
+    if is_gather:
+        y = jax.ffi.ffi_call("flashjax_gather_matmul_cuda", result)(
+            x_rows, *packed, bias, *index
+        )
+    else:
+        workspace = _workspace_type(x_rows, _cuda_workspace_bytes(rows, m, k))
+        y, _ = jax.ffi.ffi_call("flashjax_lscd_matmul_cuda", (result, workspace))(
+            x_rows, *packed, bias, *index, kernel=_CUDA_KERNELS[kernel]
+        )
     return y.reshape(*x.shape[:-1], m).astype(call.out_dtype)
+
+
+def _layout(call: Call, operands: Operands) -> str:
+    """Of the packing that the operands have, or of the first of two."""
+    return call.layouts[0 if operands.packed is not None else 1]
+
+
+def _is_gather(call: Call, operands: Operands) -> bool:
+    return _layout(call, operands) == layouts.GATHER
+
+
+def _expand_gather(call, operands, after):
+    def unpack(packed, shape, layer):
+        return gather.unpack(_take_layer(packed, layer), shape, call.dtype)
+
+    return _expand_and_multiply(call, operands, unpack, after)
 
 
 def _take_layer(packed, layer):

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flashjax import _native, reference
+from flashjax import _native, layouts, reference
+from flashjax import gather as gather_layout
 
 # The FFI attribute `weight_dtype`: what the 16-bit values are.
 WEIGHT_DTYPES = {np.dtype(np.float16): 0, np.dtype(jnp.bfloat16): 1}
@@ -48,6 +49,30 @@ def pack(dense: np.ndarray | jax.Array, threads: int = 0) -> tuple[Any, ...]:
         return tuple(jax.device_put(leaf, device) for leaf in packed)
     with jax.default_device(device):
         return tuple(map(jnp.asarray, packed))
+
+
+def pack_gather(dense: np.ndarray | jax.Array, threads: int = 0):
+    """`pack` into the layout `layouts.GATHER`, on the host; None if that cannot be."""
+    packed = gather_layout.pack(np.asarray(dense), threads)
+    if packed is None:
+        return None
+    if isinstance(dense, jax.Array) and len(dense.devices()) == 1:
+        (device,) = dense.devices()
+        return tuple(jax.device_put(leaf, device) for leaf in packed)
+    return tuple(map(jnp.asarray, packed))
+
+
+def nonzero_share(dense: np.ndarray | jax.Array) -> float:
+    """Nonzeros of an array by its elements."""
+    count = jnp.count_nonzero if isinstance(dense, jax.Array) else np.count_nonzero
+    return int(count(dense)) / max(dense.size, 1)
+
+
+def target(dense: np.ndarray | jax.Array) -> jax.Device:
+    """The device of what `pack` makes of an array."""
+    if isinstance(dense, jax.Array) and len(dense.devices()) == 1:
+        return next(iter(dense.devices()))
+    return next(iter(jnp.zeros(()).devices()))
 
 
 def _pack_on_host(dense: np.ndarray, threads: int) -> tuple[Any, ...]:
@@ -96,19 +121,25 @@ def unpack(
     packed: Packed,
     shape: tuple[int, int],
     dtype: np.dtype,
+    layout: str = layouts.DEFAULT,
 ) -> jax.Array:
     """Expands (bitmap, entries, values) to a dense (K, M) array of `dtype`, exactly.
 
     Can be called inside `jax.jit`; uses the native code of the platform it is lowered
     for and plain JAX on the others.
     """
+    module = gather_layout if layout == layouts.GATHER else reference
 
     def plain(packed):
-        return reference.unpack(packed, shape, dtype)
+        return module.unpack(packed, shape, dtype)
 
-    branches = {"cpu": lambda packed: unpack_cpu(packed, shape, dtype, dtype)}
+    branches = {}
+    if layout == layouts.DEFAULT:
+        branches["cpu"] = lambda packed: unpack_cpu(packed, shape, dtype, dtype)
     if can_lower_for_cuda():
-        branches["cuda"] = lambda packed: unpack_cuda(packed, shape, dtype)
+        branches["cuda"] = lambda packed: unpack_cuda(
+            packed, shape, dtype, layout=layout
+        )
     return jax.lax.platform_dependent(packed, **branches, default=plain)
 
 
@@ -137,6 +168,7 @@ def unpack_cuda(
     dtype: np.dtype,
     layer: jax.Array | None = None,
     for_dot: bool = False,
+    layout: str = layouts.DEFAULT,
 ) -> jax.Array:
     """`unpack` for CUDA lowerings; for `layer` see `unpack_cpu`.
 
@@ -144,8 +176,9 @@ def unpack_cuda(
     writes fastest and cuBLAS prefers. XLA folds the transposition into a dot.
     """
     dense = _dense_type(packed, shape[::-1] if for_dot else shape, dtype)
+    stem = "gather" if layout == layouts.GATHER else "lscd"
     out = jax.ffi.ffi_call(
-        "flashjax_lscd_unpack_cuda", dense, vmap_method="sequential"
+        f"flashjax_{stem}_unpack_cuda", dense, vmap_method="sequential"
     )(*packed, *(() if layer is None else (layer,)), transposed=not for_dot)
     return out.T if for_dot else out
 

@@ -73,6 +73,7 @@ def transpose_call(call: Call, dy_dtype: Any, dx_dtype: Any) -> Call:
         x_dtype=np.dtype(dy_dtype),
         bias_dtype=None,
         out_dtype=np.dtype(dx_dtype),
+        layouts=call.layouts[::-1],
     )
 
 

@@ -17,11 +17,11 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flashjax import packing, reference
+from flashjax import layouts, packing, reference
 from flashjax.matmul import sparse_matmul
 from flashjax.matmul_checks import check_operands, result_dtype
 from flashjax.matrix import PackedMatrix
-from flashjax.sparse_matrix import LAYOUT, SparseMatrix, check_layout
+from flashjax.sparse_matrix import SparseMatrix
 
 Dim = Literal["out", "in"]
 
@@ -61,10 +61,10 @@ class ShardedSparseMatrix(PackedMatrix):
     mesh: Mesh = dataclasses.field(metadata={"static": True})
     axis: str = dataclasses.field(metadata={"static": True})
     dim: Dim = dataclasses.field(metadata={"static": True})
-    layout: str = dataclasses.field(default=LAYOUT, metadata={"static": True})
+    layout: str = dataclasses.field(default=layouts.DEFAULT, metadata={"static": True})
 
     def __post_init__(self):
-        check_layout("ShardedSparseMatrix", self.layout)
+        layouts.check("ShardedSparseMatrix", self.layout, (layouts.DEFAULT,))
         shard_shape(self.shape, self.mesh, self.axis, self.dim)
 
     @classmethod

@@ -9,10 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flashjax import packing, reference
+from flashjax import layouts, packing
 from flashjax.matrix import PackedMatrix
-
-LAYOUT = "lscd16/1"
 
 _LEAVES = ("bitmap", "entries", "values", "counts")
 
@@ -27,7 +25,8 @@ class SparseMatrix(PackedMatrix):
     of four uint32 arrays, so it can be an argument of a jitted function, a leaf of a
     model, or stacked for `jax.lax.scan`.
 
-    Build one with `from_dense`. The packed arrays follow `cpu/lscd_layout.h`; they are
+    Build one with `from_dense`. The packed arrays follow `cpu/lscd_layout.h`, or
+    `cpu/gather_layout.h` where `layout` says so (see `flashjax.layouts`); they are
     private, may change with the version in `layout`, and are not meant for storage
     (`pickle` stores an independent form).
 
@@ -44,7 +43,7 @@ class SparseMatrix(PackedMatrix):
     counts: Any
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
-    layout: str = dataclasses.field(default=LAYOUT, metadata={"static": True})
+    layout: str = dataclasses.field(default=layouts.DEFAULT, metadata={"static": True})
     transposed: "SparseMatrix | None" = None
 
     def __post_init__(self):
@@ -56,19 +55,26 @@ class SparseMatrix(PackedMatrix):
                 "SparseMatrix: expected a shape (in_features, out_features), got "
                 f"{self.shape}"
             )
-        check_layout("SparseMatrix", self.layout)
+        layouts.check("SparseMatrix", self.layout)
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "dtype", _check_dtype("SparseMatrix", self.dtype))
 
     @classmethod
     def from_dense(
-        cls, dense: np.ndarray | jax.Array, *, threads: int = 0
+        cls,
+        dense: np.ndarray | jax.Array,
+        *,
+        tokens: int | None = None,
+        threads: int = 0,
     ) -> "SparseMatrix":
         """Compresses a dense matrix.
 
         Args:
           dense: (in_features, out_features), float16 or bfloat16, a numpy array of any
             memory order or a JAX array. An array that lives on a GPU is packed there.
+          tokens: how many rows of x most products will have, where that is known: up
+            to 8, a matrix with many zeros gets another layout on a Hopper GPU, which
+            is faster there and much slower with more rows. None is for any number.
           threads: threads of the packer on the host, 0 for all cores.
 
         Returns:
@@ -102,14 +108,42 @@ class SparseMatrix(PackedMatrix):
             raise ValueError(
                 f"SparseMatrix.from_dense: expected threads >= 0, got {threads!r}"
             )
+        if tokens is not None and (
+            not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1
+        ):
+            raise ValueError(
+                f"SparseMatrix.from_dense: expected tokens >= 1 or None, got {tokens!r}"
+            )
         k, m = dense.shape
-        bitmap, entries, values, counts = packing.pack(dense, threads)
-        return cls(bitmap, entries, values, counts, shape=(k, m), dtype=dtype)
+        leaves, layout = None, layouts.DEFAULT
+        if tokens is not None:
+            sparsity = 1 - packing.nonzero_share(dense)
+            device = packing.target(dense)
+            layout = layouts.choose((k, m), sparsity, dtype, device, tokens)
+        if layout == layouts.GATHER:
+            leaves = packing.pack_gather(dense, threads)
+        if leaves is None:
+            leaves, layout = packing.pack(dense, threads), layouts.DEFAULT
+        bitmap, entries, values, counts = leaves
+        return cls(
+            bitmap, entries, values, counts, shape=(k, m), dtype=dtype, layout=layout
+        )
+
+    def repack(self, *, tokens: int | None = None) -> "SparseMatrix":
+        """The same matrix, packed for another number of tokens; see `from_dense`.
+
+        Raises:
+          TypeError: the matrix is traced.
+          ValueError: tokens is no positive number, or the matrix is a stack.
+        """
+        self._check_concrete("SparseMatrix.repack")
+        new = SparseMatrix.from_dense(self.to_dense(), tokens=tokens)
+        return dataclasses.replace(new, transposed=self.transposed)
 
     def to_dense(self) -> jax.Array:
         """The dense (in_features, out_features) array; works inside `jax.jit`."""
         self.check_leaves("SparseMatrix.to_dense")
-        return _to_dense(self.packed, self.shape, self.dtype)
+        return _to_dense(self.packed, self.shape, self.dtype, self.layout)
 
     def with_transpose(self) -> "SparseMatrix":
         """The same matrix, with a second packing: that of its transpose.
@@ -212,7 +246,7 @@ class SparseMatrix(PackedMatrix):
 
     def check_leaves(self, op: str, stacked: bool = False) -> None:
         """Raises ValueError unless the arrays fit the static shape, or are a stack."""
-        expected = reference.leaf_shapes(self.shape)
+        expected = layouts.leaf_shapes(self.layout, self.shape)
         for name, shape in expected.items():
             leaf = getattr(self, name)
             if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
@@ -277,12 +311,6 @@ class SparseMatrix(PackedMatrix):
         return checkpoint.from_arrays, (arrays,)
 
 
-def check_layout(op: str, layout: str) -> None:
-    """Raises ValueError unless the kernels read this layout."""
-    if layout != LAYOUT:
-        raise ValueError(f"{op}: expected packed layout {LAYOUT!r}, got {layout!r}")
-
-
 def _check_dtype(op: str, dtype: Any) -> np.dtype:
     try:
         native = np.dtype(dtype).newbyteorder("=")
@@ -297,7 +325,7 @@ def _check_dtype(op: str, dtype: Any) -> np.dtype:
 
 
 def _kind(w: SparseMatrix) -> tuple:
-    return w.shape, w.dtype, w.transposed is None
+    return w.shape, w.dtype, w.layout, w.transposed is None
 
 
 def _stack_padded(*leaves: Any) -> jax.Array:
@@ -345,6 +373,7 @@ def _show(shape: tuple[int | None, ...]) -> str:
     return "(" + ", ".join("*" if d is None else str(d) for d in shape) + ")"
 
 
-@jax.jit(static_argnums=(1, 2))
-def _to_dense(packed, shape, dtype):
-    return packing.unpack(jax.tree.map(packing.gather, packed), shape, dtype)
+@jax.jit(static_argnums=(1, 2, 3))
+def _to_dense(packed, shape, dtype, layout):
+    packed = jax.tree.map(packing.gather, packed)
+    return packing.unpack(packed, shape, dtype, layout)

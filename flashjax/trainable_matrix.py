@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from flashjax import packing, reference, sample
+from flashjax import layouts, packing, reference, sample
 from flashjax import trainable_rules as rules
 from flashjax.matmul_checks import make_call
 from flashjax.matrix import PackedMatrix
@@ -112,6 +112,8 @@ class TrainableMatrix(PackedMatrix):
                 f"{type(matrix).__name__}"
             )
         matrix.check_leaves("TrainableMatrix.from_sparse")
+        if matrix.layout != layouts.DEFAULT:
+            matrix = matrix.repack()
         dtype = _check_dtype(dtype)
         values, live = _unfold(jnp.asarray(matrix.values), matrix.dtype, dtype)
         positions = SparsePositions(

@@ -1,0 +1,110 @@
+#include <algorithm>
+
+#include "cuda/common/device_value.h"
+#include "cuda/gather_matmul.cuh"
+#include "cuda/gather_matmul_launch.h"
+
+namespace flashjax::gather {
+namespace {
+
+// A launch of clusters of `panels` CTAs.
+class ClusterLaunch {
+ public:
+  ClusterLaunch(int panels, int64_t clusters, int warps, cudaStream_t stream) {
+    cluster_.id = cudaLaunchAttributeClusterDimension;
+    cluster_.val.clusterDim.x = static_cast<unsigned>(panels);
+    cluster_.val.clusterDim.y = cluster_.val.clusterDim.z = 1;
+    config_.gridDim = dim3(static_cast<unsigned>(panels * clusters));
+    config_.blockDim = dim3(static_cast<unsigned>(warps * kLanes));
+    config_.dynamicSmemBytes = kSharedBytes;
+    config_.stream = stream;
+    config_.attrs = &cluster_;
+    config_.numAttrs = 1;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;
+  const cudaLaunchConfig_t* operator&() const { return &config_; }
+
+ private:
+  cudaLaunchAttribute cluster_{};
+  cudaLaunchConfig_t config_{};
+};
+
+// How many clusters the device holds at once, having allowed the kernel its shared memory.
+template <typename T, int kPanels>
+cudaError_t ResidentClusters(int& clusters) {
+  static PerDevice values;
+  return values.Get(clusters, [](int, int& clusters) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        GatherKernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+    if (error != cudaSuccess) return error;
+    return cudaOccupancyMaxActiveClusters(&clusters, GatherKernel<T>,
+                                          &ClusterLaunch(kPanels, 1, kMaxWarps, 0));
+  });
+}
+
+template <typename T>
+cudaError_t ResidentClusters(int panels, int& clusters) {
+  switch (panels) {
+    case 2:
+      return ResidentClusters<T, 2>(clusters);
+    case 4:
+      return ResidentClusters<T, 4>(clusters);
+    default:
+      return ResidentClusters<T, 8>(clusters);
+  }
+}
+
+// The number of warps among which the units of so many strips are shared most evenly. Each strip
+// needs two of its owner's to be finished.
+int Warps(int strips, int panels) {
+  const int units = strips * kPanelUnits;
+  const int least = std::max<int>(kMinWarps, 2 * static_cast<int>(CeilDiv(strips, panels)));
+  int best = kMaxWarps;
+  const auto work = [&](int warps) { return CeilDiv(units, warps) * warps; };
+  for (int warps = kMaxWarps; warps >= least; --warps) {
+    if (work(warps) < work(best)) best = warps;
+  }
+  return best;
+}
+
+template <typename T>
+cudaError_t LaunchKernel(GatherProduct& product, cudaStream_t stream) {
+  int resident = 0;
+  const cudaError_t error = ResidentClusters<T>(product.packed.panels, resident);
+  if (error != cudaSuccess) return error;
+  if (resident < 1) return cudaErrorInvalidConfiguration;
+  const int64_t even = CeilDiv(product.packed.strips, resident);
+  product.strips_per_cluster = static_cast<int>(std::min<int64_t>(even, kMaxStrips));
+  const int64_t clusters = CeilDiv(product.packed.strips, product.strips_per_cluster);
+  const int warps = Warps(product.strips_per_cluster, product.packed.panels);
+  return cudaLaunchKernelEx(&ClusterLaunch(product.packed.panels, clusters, warps, stream),
+                            GatherKernel<T>, product);
+}
+
+}  // namespace
+
+const char* GatherKernelUnavailable() {
+  return DeviceAttribute<cudaDevAttrComputeCapabilityMajor>() >= 9 ? nullptr
+                                                                   : "a GPU with clusters (sm_90)";
+}
+
+cudaError_t LaunchGatherMatmul(const GatherMatmulArgs& args, cudaStream_t stream) {
+  if (args.n == 0 || args.m == 0) return cudaSuccess;
+  const GatherShape shape{args.m, args.k};
+  if (args.n > kTokens || !shape.fits() || args.k % 8 != 0) return cudaErrorInvalidValue;
+  GatherProduct product{};
+  product.packed = MakePackedGather(args.packed, shape);
+  product.x = static_cast<const uint16_t*>(args.x);
+  product.bias = args.bias;
+  product.y = args.y;
+  product.n = static_cast<int>(args.n);
+  product.m = static_cast<int>(args.m);
+  product.k = static_cast<int>(args.k);
+  product.bias_stride = args.is_stacked_bias ? product.m : 0;
+  product.is_float = args.is_float_output;
+  product.is_float_bias = args.is_float_bias;
+  return args.is_bfloat16 ? LaunchKernel<__nv_bfloat16>(product, stream)
+                          : LaunchKernel<__half>(product, stream);
+}
+
+}  // namespace flashjax::gather

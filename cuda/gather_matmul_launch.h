@@ -1,0 +1,33 @@
+// Launching y = x W^T + bias for a W in the gather layout, for few rows of x.
+#ifndef FLASHJAX_CUDA_GATHER_MATMUL_LAUNCH_H_
+#define FLASHJAX_CUDA_GATHER_MATMUL_LAUNCH_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/gather_packed_args.h"
+
+namespace flashjax::gather {
+
+struct GatherMatmulArgs {
+  const void* x;  // (n, k), float16 or bfloat16; 4-byte aligned
+  GatherPackedArgs packed;
+  const void* bias;  // (m,), the type of x or float32; or nullptr
+  void* y;           // (n, m), the type of x or float32
+  int64_t n, m, k;   // n up to kTokens; k a multiple of 8 that rounds up W's columns
+  bool is_bfloat16;
+  bool is_float_output;
+  bool is_float_bias;
+  bool is_stacked_bias;  // (layers, m): a bias for each matrix of the stack
+};
+
+// What the current device lacks for this kernel, or nullptr.
+const char* GatherKernelUnavailable();
+
+// Enqueues the product; allocates nothing and does not synchronise.
+cudaError_t LaunchGatherMatmul(const GatherMatmulArgs& args, cudaStream_t stream);
+
+}  // namespace flashjax::gather
+
+#endif  // FLASHJAX_CUDA_GATHER_MATMUL_LAUNCH_H_
