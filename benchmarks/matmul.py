@@ -37,6 +37,17 @@ SHAPES = {
     "opt-66b.fc1": (36864, 9216),
     "opt-66b.fc2": (9216, 36864),
 }
+# Of other models; measured where --layers names them.
+OTHERS = {
+    "opt-175b.qkv": (36_864, 12_288),
+    "opt-175b.attention": (12_288, 12_288),
+    "opt-175b.fc1": (49_152, 12_288),
+    "opt-175b.fc2": (12_288, 49_152),
+    "llama-3-70b.q": (8192, 8192),
+    "llama-3-70b.k": (1024, 8192),
+    "llama-3-70b.up": (28_672, 8192),
+    "llama-3-70b.down": (8192, 28_672),
+}
 COLD_BYTES = 300 << 20
 LEAST_CALLS = 12  # products in a program, each with its own copy of the weight
 
@@ -80,7 +91,7 @@ def sparse_product(kernel: str):
 
 
 def time_shape(name: str, sparsities, rows, dtype, kernel: str, tokens) -> list[dict]:
-    m, k = SHAPES[name]
+    m, k = (SHAPES | OTHERS)[name]
     results = []
     key = jax.random.key(0)
     dense = jax.random.uniform(key, (k, m), jnp.float32, -1, 1).astype(dtype)
@@ -172,9 +183,10 @@ def main(
     reason = fj.cuda_unavailable_reason()
     if reason:
         raise SystemExit(f"benchmarks/matmul.py needs a GPU: {reason}")
-    unknown = set(layers.split(",")) - set(SHAPES)
+    known = [*SHAPES, *OTHERS]
+    unknown = set(layers.split(",")) - set(known)
     if unknown:
-        raise SystemExit(f"expected layers from {list(SHAPES)}, got {sorted(unknown)}")
+        raise SystemExit(f"expected layers from {known}, got {sorted(unknown)}")
     results = []
     for layer in layers.split(","):
         results += time_shape(

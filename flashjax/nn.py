@@ -286,6 +286,7 @@ def sparsify(
     predicate: Callable[[str, nnx.Linear], bool] | None = None,
     dtype: DTypeLike | None = None,
     *,
+    tokens: int | None = None,
     implementation: str | None = None,
 ) -> Any:
     """Swaps the dense layers of an NNX model for sparse ones, in place.
@@ -301,6 +302,7 @@ def sparsify(
         whether to swap it. None swaps every nnx.Linear.
       dtype: of the packed kernels, float16 or bfloat16; None keeps kernels of one of
         these and casts others to float16. Biases keep their dtype.
+      tokens: see SparseMatrix.from_dense().
       implementation: see sparse_matmul().
 
     Returns:
@@ -336,7 +338,9 @@ def sparsify(
         if id(layer) not in taken:
             return layer
         if id(layer) not in swapped:
-            swapped[id(layer)] = _from_linear(SparseDense, layer, dtype, implementation)
+            swapped[id(layer)] = _from_linear(
+                SparseDense, layer, dtype, implementation, tokens
+            )
         return swapped[id(layer)]
 
     return replace_layers(model, nnx.Linear, swap)
@@ -453,10 +457,10 @@ def _check_linear(linear: nnx.Linear, path: str, dtype: DTypeLike | None) -> Non
     _cast(linear.kernel.get_value(), path, dtype)
 
 
-def _from_linear(cls, linear, dtype, implementation) -> SparseDense:
+def _from_linear(cls, linear, dtype, implementation, tokens=None) -> SparseDense:
     kernel = _cast(linear.kernel.get_value(), "kernel", dtype)
     return cls.from_matrix(
-        SparseMatrix.from_dense(kernel),
+        SparseMatrix.from_dense(kernel, tokens=tokens),
         None if linear.bias is None else linear.bias.copy(),
         dtype=linear.dtype,
         preferred_element_type=linear.preferred_element_type,

@@ -108,12 +108,7 @@ class SparseMatrix(PackedMatrix):
             raise ValueError(
                 f"SparseMatrix.from_dense: expected threads >= 0, got {threads!r}"
             )
-        if tokens is not None and (
-            not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1
-        ):
-            raise ValueError(
-                f"SparseMatrix.from_dense: expected tokens >= 1 or None, got {tokens!r}"
-            )
+        check_tokens("SparseMatrix.from_dense", tokens)
         k, m = dense.shape
         leaves, layout = None, layouts.DEFAULT
         if tokens is not None:
@@ -309,6 +304,14 @@ class SparseMatrix(PackedMatrix):
         if self.transposed is not None:
             return _unpickle_with_transpose, (arrays,)
         return checkpoint.from_arrays, (arrays,)
+
+
+def check_tokens(op: str, tokens: Any) -> None:
+    """Raises ValueError unless it is a number of rows, or None."""
+    if tokens is None:
+        return
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        raise ValueError(f"{op}: expected tokens >= 1 or None, got {tokens!r}")
 
 
 def _check_dtype(op: str, dtype: Any) -> np.dtype:

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from flashjax.checkpoint import CheckpointError, CheckpointWriter, atomic_folder
 from flashjax.nn import SparseDense
 from flashjax.nnx_tree import node_at, set_node
-from flashjax.sparse_matrix import SparseMatrix
+from flashjax.sparse_matrix import SparseMatrix, check_tokens
 
 from .attention import check_cache_dtype
 from .config import OPTConfig
@@ -50,6 +50,7 @@ def from_pretrained(
     axis: str = "model",
     fuse_qkv: bool = True,
     cache_dtype: DTypeLike | None = None,
+    tokens: int | None = None,
 ) -> tuple[OPT, Tokenizer | None]:
     """Loads an OPT model and its tokenizer.
 
@@ -73,6 +74,8 @@ def from_pretrained(
       cache_dtype: of the keys and values that generation keeps: float8_e4m3fn, which
         takes half the memory of half precision and rounds them (docs/generation.md);
         None is `dtype`.
+      tokens: how many sequences will mostly be generated at once, if that is known and
+        few; see `SparseMatrix.from_dense`. Not with a mesh.
 
     Returns:
       The model on the mesh, or else on JAX's default device; and the tokenizer, None
@@ -93,12 +96,15 @@ def from_pretrained(
         raise ValueError(
             f"sparse=True needs dtype float16 or bfloat16, got {dtype.name}"
         )
+    check_tokens("from_pretrained", tokens)
+    if tokens is not None and mesh is not None:
+        raise ValueError(f"tokens must be None where there is a mesh, got {tokens}")
     with open_opt(folder_or_hub_name, revision) as stored:
         tokenizer = load_tokenizer(stored.folder)
         parallel = None
         if mesh is not None:
             parallel = TensorParallel.create(stored.config, mesh, axis)
-        model = _load(stored, dtype, sparse, parallel, fuse_qkv)
+        model = _load(stored, dtype, sparse, parallel, fuse_qkv, tokens)
         model.cache_dtype = cache_dtype
         return model, tokenizer
 
@@ -182,11 +188,12 @@ def _load(
     sparse: bool | Literal["auto"],
     parallel: TensorParallel | None,
     fuse_qkv: bool,
+    tokens: int | None,
 ) -> OPT:
     config = stored.config
     model = _abstract_model(config, dtype, fuse_qkv)
     model.parallel = parallel
-    loader = _Loader(model, parallel or _OneDevice())
+    loader = _Loader(model, parallel or _OneDevice(tokens))
     waiting: dict[str, JoinedQKV] = {}
     too_large = []
     for stored_name, name in stored.names.items():
@@ -266,6 +273,9 @@ class _Loader:
 class _OneDevice:
     """Puts arrays on JAX's default device; the twin of TensorParallel."""
 
+    def __init__(self, tokens: int | None = None):
+        self._tokens = tokens
+
     def put(self, module: str, attribute: str, array: np.ndarray) -> jax.Array:
         return jnp.asarray(array)
 
@@ -273,7 +283,7 @@ class _OneDevice:
         return jnp.asarray(self._kernel(weight))
 
     def put_sparse(self, module: str, weight: np.ndarray) -> SparseMatrix:
-        return SparseMatrix.from_dense(self._kernel(weight))
+        return SparseMatrix.from_dense(self._kernel(weight), tokens=self._tokens)
 
     def _kernel(self, weight):
         if jax.default_backend() == "cpu":
