@@ -45,7 +45,7 @@ inline constexpr int kTokens = 8;
 // Columns of x that fit into a CTA's shared memory beside its sums, and how many the panels are
 // meant to have: the difference is for rows that advance unevenly.
 inline constexpr int kPanelColumns = 10240;
-inline constexpr int kPanelTarget = 9216;
+inline constexpr int kPanelTarget = 7168;
 inline constexpr int kMaxPanels = 8;  // CTAs of a portable cluster
 inline constexpr int kMaxColumns = 1 << 16;
 

@@ -10,13 +10,13 @@
 #ifndef FLASHJAX_CUDA_GATHER_MATMUL_CUH_
 #define FLASHJAX_CUDA_GATHER_MATMUL_CUH_
 
-#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
 
 #include "cpu/gather_layout.h"
+#include "cuda/common/cluster.cuh"
 #include "cuda/common/ptx.cuh"
 #include "cuda/gather_weight.cuh"
 
@@ -56,11 +56,11 @@ template <typename T>
 __device__ __forceinline__ T FromFloat(float v);
 template <>
 __device__ __forceinline__ __half FromFloat<__half>(float v) {
-  return __float2half(v);
+  return __float2half_rn(v);
 }
 template <>
 __device__ __forceinline__ __nv_bfloat16 FromFloat<__nv_bfloat16>(float v) {
-  return __float2bfloat16(v);
+  return __float2bfloat16_rn(v);
 }
 
 // Adds a chunk's products to the sums; `column` is the address of the column of the value before.
@@ -162,14 +162,18 @@ __device__ __forceinline__ float LoadBias(const GatherProduct& p, int layer, int
   if (p.bias == nullptr) return 0.0f;
   const int64_t at = int64_t{layer} * p.bias_stride + row;
   return p.is_float_bias ? static_cast<const float*>(p.bias)[at]
-                         : static_cast<float>(static_cast<const T*>(p.bias)[at]);
+                         : ToFloat2<T>(static_cast<const uint16_t*>(p.bias)[at]).x;
 }
 
-// Units that the warps of a CTA share evenly, in order.
+// Units that the warps of a CTA share evenly, in order. There are at least as many units as warps
+// among which they are shared.
 struct Shares {
   int units, warps;
 
-  __device__ __forceinline__ int First(int warp) const { return units * warp / warps; }
+  __device__ __forceinline__ Shares(int units, int all_warps)
+      : units(units), warps(min(units, all_warps)) {}
+
+  __device__ __forceinline__ int First(int warp) const { return units * min(warp, warps) / warps; }
   __device__ __forceinline__ int WarpOf(int unit) const { return ((unit + 1) * warps - 1) / units; }
 };
 
@@ -180,14 +184,12 @@ template <typename T>
 __global__ void __launch_bounds__(kMaxWarps* kLanes, 1)
     GatherKernel(const __grid_constant__ GatherProduct p) {
 #if __CUDA_ARCH__ >= 900
-  namespace cg = cooperative_groups;
-  const cg::cluster_group cluster = cg::this_cluster();
   const int lane = LaneId(), warp = threadIdx.x / kLanes;
   const GatherWeight w = Select(p.packed);
   const int panel = blockIdx.x % w.panels;
   const int first_strip = blockIdx.x / w.panels * p.strips_per_cluster;
   const int strips = min(p.strips_per_cluster, w.strips - first_strip);
-  const Shares shares{strips * kPanelUnits, static_cast<int>(blockDim.x) / kLanes};
+  const Shares shares(strips * kPanelUnits, static_cast<int>(blockDim.x) / kLanes);
 
   uint8_t* shared = DynamicShared();
   auto* sums_of = reinterpret_cast<float4*>(shared + kXBytes);
@@ -228,21 +230,22 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes, 1)
     unit = min(end, (strip + 1) * kPanelUnits);
     if (unit < end) begin();
   }
-  cluster.sync();
+  ClusterArrive();
+  ClusterWait();
 
   float4 total = {0, 0, 0, 0};
   if (owns) {
     const int first_warp = shares.WarpOf(own * kPanelUnits);
     const int last_warp = shares.WarpOf((own + 1) * kPanelUnits - 1);
     for (int rank = 0; rank < w.panels; ++rank) {
-      const float4* from = cluster.map_shared_rank(sums_of, rank) + half * kLanes + lane;
+      const float4* from = InCluster(sums_of, rank) + half * kLanes + lane;
       for (int i = first_warp; i <= last_warp; ++i) {
         const float4 part = from[(i + own) * (kSumBytes / sizeof(float4))];
         total = {total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w};
       }
     }
   }
-  cluster.barrier_arrive();  // nobody leaves while others read its sums
+  ClusterArrive();  // nobody leaves while others read its sums
   if (owns) {
     const float results[4] = {total.x, total.y, total.z, total.w};
 #pragma unroll
@@ -257,7 +260,7 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes, 1)
       }
     }
   }
-  cluster.barrier_wait();
+  ClusterWait();
 #endif
 }
 

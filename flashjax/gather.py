@@ -17,7 +17,7 @@ MAX_COLUMNS = 1 << 16
 _LANES = 32
 _CHUNK_VALUES = 8
 _PANEL_UNITS = 16
-_PANEL_TARGET = 9216
+_PANEL_TARGET = 7168
 _MAX_PANELS = 8
 _ROWS = slice(1, 1 + _LANES)  # words of an entry
 

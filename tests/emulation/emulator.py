@@ -162,6 +162,36 @@ def matmul(
     return y
 
 
+def gather_matmul(x, packed, m: int, bias=None, *, float_output=False, layer=None):
+    """x (N, K) times a (K, M) in the gather layout; as `matmul`."""
+    n, k = x.shape
+    y = _garbage((n, m), np.float32 if float_output else x.dtype)
+    _call(
+        "emulated_gather_matmul",
+        _aligned(x),
+        *_packed_arguments(packed, layer),
+        bias,
+        y,
+        n,
+        m,
+        k,
+        x.dtype != np.float16,
+        float_output,
+        bias is not None and bias.dtype == np.float32,
+        bias is not None and bias.ndim == 2,
+    )
+    return y
+
+
+def gather_unpack(packed, shape: tuple[int, int], transposed: bool, layer=None):
+    """As `unpack`, of the gather layout."""
+    k, m = shape
+    dense = _garbage((k, m) if transposed else (m, k), np.uint16)
+    arguments = _packed_arguments(packed, layer)
+    _call("emulated_gather_unpack", *arguments, m, k, transposed, dense)
+    return dense
+
+
 def _aligned(array: np.ndarray) -> np.ndarray:
     """The same array at a multiple of 16 bytes, as on a GPU."""
     if array.ctypes.data % 16 == 0:

@@ -3,6 +3,8 @@
 
 #include <string>
 
+#include "cuda/gather_matmul_launch.h"
+#include "cuda/gather_unpack_launch.h"
 #include "cuda/lscd_matmul_launch.h"
 #include "cuda/lscd_pack_launch.h"
 #include "cuda/lscd_sample_launch.h"
@@ -91,6 +93,33 @@ int emulated_sample(const float* block, const uint32_t* bitmap, const uint32_t* 
   const flashjax::LscdSampleArgs args{shape,       block,  bitmap, entries,
                                       first_strip, strips, slots,  segments};
   return flashjax::LaunchLscdSample(args, nullptr);
+}
+
+int emulated_gather_matmul(const void* x, const uint32_t* bitmap, const uint32_t* entries,
+                           const uint32_t* values, const int32_t* layer, int64_t layers,
+                           int64_t chunks, const void* bias, void* y, int64_t n, int64_t m,
+                           int64_t k, bool is_bfloat16, bool is_float_output, bool is_float_bias,
+                           bool is_stacked_bias) {
+  flashjax::gather::GatherMatmulArgs args{};
+  args.x = x;
+  args.packed = {bitmap, entries, values, layer, layers, chunks};
+  args.bias = bias;
+  args.y = y;
+  args.n = n;
+  args.m = m;
+  args.k = k;
+  args.is_bfloat16 = is_bfloat16;
+  args.is_float_output = is_float_output;
+  args.is_float_bias = is_float_bias;
+  args.is_stacked_bias = is_stacked_bias;
+  return flashjax::gather::LaunchGatherMatmul(args, nullptr);
+}
+
+int emulated_gather_unpack(const uint32_t* bitmap, const uint32_t* entries, const uint32_t* values,
+                           const int32_t* layer, int64_t layers, int64_t chunks, int64_t m,
+                           int64_t k, bool transposed, uint16_t* dense) {
+  const flashjax::gather::GatherPackedArgs packed{bitmap, entries, values, layer, layers, chunks};
+  return flashjax::gather::LaunchGatherUnpack(packed, m, k, transposed, dense, nullptr);
 }
 
 }  // extern "C"

@@ -18,12 +18,15 @@ dim3 blockDim, gridDim;
 
 namespace simt {
 
-alignas(1024) uint8_t shared_memory[kSharedBytes];
+uint8_t* shared_memory = nullptr;
 
 namespace {
 
 constexpr size_t kStackBytes = 128 << 10;
 constexpr uint8_t kGarbage = 0xcb;
+constexpr unsigned kMaxCluster = 8;
+
+alignas(1024) uint8_t shared_memories[kMaxCluster][(kSharedBytes + 1023) / 1024 * 1024];
 
 struct Copy {
   uint32_t dst;
@@ -36,7 +39,8 @@ struct Fiber {
   std::unique_ptr<uint8_t[]> stack{new uint8_t[kStackBytes]};
   void* fake_stack = nullptr;
   bool done = false;
-  uint64_t rendezvous = 0;  // how many of the warp's this lane has come to
+  uint64_t rendezvous = 0;    // how many of the warp's this lane has come to
+  uint64_t cluster_turn = 0;  // the cluster's barrier that this thread has arrived at
   std::vector<Copy> copies;
   std::deque<std::vector<Copy>> copy_groups;
   std::vector<std::function<void()>> products;
@@ -57,8 +61,17 @@ struct Barrier {
   std::deque<std::function<void()>> copies;
 };
 
-// The CTA that runs.
+struct Cluster {
+  unsigned size = 1;
+  int threads = 0, at_barrier = 0;
+  uint64_t barriers_passed = 0;
+};
+
+// A CTA of the cluster that runs.
 struct Block {
+  uint3 index;
+  uint8_t* shared_memory = nullptr;
+  Cluster* cluster = nullptr;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::unordered_map<uint32_t, Barrier> barriers;
@@ -73,7 +86,7 @@ struct Block {
   const std::function<void()>* kernel = nullptr;
 };
 
-Block* block = nullptr;
+Block* block = nullptr;  // that runs
 bool failed = false;
 char message[512];
 
@@ -135,26 +148,37 @@ void Main() {
   Yield();
 }
 
-void RunBlock(Block& b) {
+void RunThreads(Block& b) {
   block = &b;
-  while (b.living > 0 && !failed) {
-    const uint64_t before = b.progress;
-    for (b.running = 0; b.running < b.fibers.size() && !failed; ++b.running) {
-      Fiber& fiber = Self();
-      if (fiber.done) continue;
-      threadIdx = {static_cast<unsigned>(b.running), 0, 0};
-      void* fake_stack = nullptr;
-      LeaveStack(&fake_stack, fiber.stack.get(), kStackBytes);
-      swapcontext(&b.scheduler, &fiber.context);
-      ComeToStack(fake_stack, nullptr, nullptr);
-    }
-    if (!failed && b.progress == before) {
-      failed = true;
-      std::snprintf(message, sizeof message, "block %u: deadlock, %d threads wait for each other",
-                    blockIdx.x, b.living);
-    }
+  blockIdx = b.index;
+  shared_memory = b.shared_memory;
+  for (b.running = 0; b.running < b.fibers.size() && !failed; ++b.running) {
+    Fiber& fiber = Self();
+    if (fiber.done) continue;
+    threadIdx = {static_cast<unsigned>(b.running), 0, 0};
+    void* fake_stack = nullptr;
+    LeaveStack(&fake_stack, fiber.stack.get(), kStackBytes);
+    swapcontext(&b.scheduler, &fiber.context);
+    ComeToStack(fake_stack, nullptr, nullptr);
   }
   block = nullptr;
+}
+
+void RunCluster(std::vector<Block>& blocks, unsigned size) {
+  const auto total = [&](auto field) {
+    uint64_t sum = 0;
+    for (unsigned i = 0; i < size; ++i) sum += blocks[i].*field;
+    return sum;
+  };
+  while (total(&Block::living) > 0 && !failed) {
+    const uint64_t before = total(&Block::progress);
+    for (unsigned i = 0; i < size; ++i) RunThreads(blocks[i]);
+    if (!failed && total(&Block::progress) == before) {
+      failed = true;
+      std::snprintf(message, sizeof message, "block %u: deadlock, %d threads wait for each other",
+                    blocks[0].index.x, static_cast<int>(total(&Block::living)));
+    }
+  }
 }
 
 void Finish(std::deque<std::vector<Copy>>& groups) {
@@ -193,49 +217,65 @@ void Fail(const char* format, ...) {
   while (true) Yield();  // never resumed
 }
 
-bool Run(dim3 grid, dim3 block_size, uint32_t shared_bytes, const std::function<void()>& kernel) {
+namespace {
+
+void Begin(Fiber& fiber) {
+  fiber.done = false;
+  fiber.rendezvous = 0;
+  fiber.copies.clear();
+  fiber.copy_groups.clear();
+  fiber.products.clear();
+  fiber.product_groups.clear();
+  RenewStack(fiber.stack.get());
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = kStackBytes;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, Main, 0);
+}
+
+void Begin(Block& b, unsigned x, unsigned y, unsigned threads) {
+  b.index = {x, y, 0};
+  std::memset(b.shared_memory, kGarbage, kSharedBytes);
+  b.warps = std::vector<Warp>(threads / kWarpSize);
+  b.barriers.clear();
+  b.living = static_cast<int>(threads);
+  b.at_barrier = 0;
+  while (b.fibers.size() < threads) b.fibers.emplace_back();
+  b.fibers.resize(threads);
+  for (Fiber& fiber : b.fibers) Begin(fiber);
+}
+
+}  // namespace
+
+bool Run(dim3 grid, dim3 block_size, unsigned cluster_size, uint32_t shared_bytes,
+         const std::function<void()>& kernel) {
   failed = false;
   message[0] = '\0';
-  if (shared_bytes > kSharedBytes || block_size.x % kWarpSize != 0 || block_size.y != 1) {
+  if (shared_bytes > kSharedBytes || block_size.x % kWarpSize != 0 || block_size.y != 1 ||
+      cluster_size > kMaxCluster || grid.x % cluster_size != 0) {
     std::snprintf(message, sizeof message, "a launch that this emulation does not know");
     return false;
   }
-  static std::vector<Fiber> fibers;  // their stacks are used again
-  Block b;
-  b.fibers.swap(fibers);
-  while (b.fibers.size() < block_size.x) b.fibers.emplace_back();
-  b.fibers.resize(block_size.x);
-  b.kernel = &kernel;
-  b.shared_bytes = shared_bytes;
+  static std::vector<Block> blocks(kMaxCluster);  // the stacks of their fibers are used again
   gridDim = grid;
   blockDim = block_size;
   for (unsigned y = 0; y < grid.y && !failed; ++y) {
-    for (unsigned x = 0; x < grid.x && !failed; ++x) {
-      blockIdx = {x, y, 0};
-      std::memset(shared_memory, kGarbage, sizeof shared_memory);
-      b.warps = std::vector<Warp>(block_size.x / kWarpSize);
-      b.barriers.clear();
-      b.living = static_cast<int>(block_size.x);
-      b.at_barrier = 0;
-      for (unsigned i = 0; i < block_size.x; ++i) {
-        Fiber& fiber = b.fibers[i];
-        fiber.done = false;
-        fiber.rendezvous = 0;
-        fiber.copies.clear();
-        fiber.copy_groups.clear();
-        fiber.products.clear();
-        fiber.product_groups.clear();
-        RenewStack(fiber.stack.get());
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.get();
-        fiber.context.uc_stack.ss_size = kStackBytes;
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, Main, 0);
+    for (unsigned x = 0; x < grid.x && !failed; x += cluster_size) {
+      Cluster cluster;
+      cluster.size = cluster_size;
+      cluster.threads = static_cast<int>(cluster_size * block_size.x);
+      for (unsigned rank = 0; rank < cluster_size; ++rank) {
+        Block& b = blocks[rank];
+        b.cluster = &cluster;
+        b.kernel = &kernel;
+        b.shared_bytes = shared_bytes;
+        b.shared_memory = shared_memories[rank];
+        Begin(b, x + rank, y, block_size.x);
       }
-      RunBlock(b);
+      RunCluster(blocks, cluster_size);
     }
   }
-  b.fibers.swap(fibers);
   return !failed;
 }
 
@@ -248,6 +288,27 @@ void SyncBlock() {
   ++block->at_barrier;
   CompleteBlockBarrier();
   WaitUntil([turn] { return block->barriers_passed != turn; });
+}
+
+// Of all its threads: one that ended would never come.
+void ArriveAtCluster() {
+  Cluster& cluster = *block->cluster;
+  Self().cluster_turn = cluster.barriers_passed;
+  if (++cluster.at_barrier < cluster.threads) return;
+  cluster.at_barrier = 0;
+  ++cluster.barriers_passed;
+  ++block->progress;
+}
+
+void WaitForCluster() {
+  const Cluster& cluster = *block->cluster;
+  const uint64_t turn = Self().cluster_turn;
+  WaitUntil([&cluster, turn] { return cluster.barriers_passed != turn; });
+}
+
+const void* InCluster(const void* p, int rank) {
+  if (rank < 0 || rank >= static_cast<int>(block->cluster->size)) Fail("no CTA %d", rank);
+  return shared_memories[rank] + (static_cast<const uint8_t*>(p) - shared_memory);
 }
 
 int Lane() { return static_cast<int>(block->running) % kWarpSize; }

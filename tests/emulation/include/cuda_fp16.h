@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "simt.h"
+
 struct __half {
   uint16_t bits;
 };
@@ -13,6 +15,12 @@ inline float __half2float(__half v) {
   std::memcpy(&f, &v, 2);
   return static_cast<float>(f);
 }
+
+struct __half2 {
+  __half x, y;
+};
+
+inline float2 __half22float2(__half2 v) { return {__half2float(v.x), __half2float(v.y)}; }
 
 inline __half __float2half_rn(float v) {
   const _Float16 f = static_cast<_Float16>(v);

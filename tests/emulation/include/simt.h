@@ -1,11 +1,12 @@
 // A GPU on the CPU, just large enough to run the kernels of cuda/: it checks what they compute
 // where no GPU is, not how fast.
 //
-// A CTA is a set of fibers, one a thread; CTAs run one after the other in the order of blockIdx,
-// which is the order in which a GPU starts them. A warp's collectives wait until every living lane
-// has come; lanes that come to different collectives are an error, and so is a CTA in which nobody
-// can go on. Asynchronous copies and products happen as late as the program's waits allow, and the
-// target of a copy under way is filled with garbage, so that a missing wait shows.
+// A CTA is a set of fibers, one a thread; CTAs, or clusters of them, run one after the other in the
+// order of blockIdx, which is the order in which a GPU starts them. A warp's collectives wait until
+// every living lane has come; lanes that come to different collectives are an error, and so is a
+// CTA in which nobody can go on. Asynchronous copies and products happen as late as the program's
+// waits allow, and the target of a copy under way is filled with garbage, so that a missing wait
+// shows.
 #ifndef FLASHJAX_TESTS_EMULATION_SIMT_H_
 #define FLASHJAX_TESTS_EMULATION_SIMT_H_
 
@@ -23,7 +24,7 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
-#define __shared__ static  // CTAs run one after the other
+#define __shared__ static  // CTAs run one after the other; not for clusters
 #define __CUDA_ARCH__ 900
 #define __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -40,6 +41,15 @@ struct alignas(16) uint4 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 // Of the running thread.
@@ -51,10 +61,13 @@ namespace simt {
 inline constexpr int kWarpSize = 32;
 inline constexpr uint32_t kSharedBytes = 232448;  // of a CTA, on Hopper
 
-extern uint8_t shared_memory[kSharedBytes];
+// Of the CTA that runs.
+extern uint8_t* shared_memory;
 
-// Runs a kernel over a grid. Returns whether it came to its end; if not, error() says why.
-bool Run(dim3 grid, dim3 block, uint32_t shared_bytes, const std::function<void()>& kernel);
+// Runs a kernel over a grid, whose CTAs form clusters of so many along x. Returns whether it came
+// to its end; if not, error() says why.
+bool Run(dim3 grid, dim3 block, unsigned cluster, uint32_t shared_bytes,
+         const std::function<void()>& kernel);
 const char* error();
 
 // Ends the kernel with an error; does not return to the calling thread.
@@ -65,6 +78,11 @@ void WaitUntil(const std::function<bool()>& condition);
 
 // A barrier of the CTA's living threads.
 void SyncBlock();
+
+// A barrier of the cluster's threads, and another CTA's place for what is in shared memory.
+void ArriveAtCluster();
+void WaitForCluster();
+const void* InCluster(const void* p, int rank);
 
 // A rendezvous of the warp's living lanes. Every lane brings `size` bytes; returns the lanes'
 // bytes, kLaneBytes apart, valid until the lane's next rendezvous.
@@ -124,6 +142,19 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
     v |= static_cast<uint32_t>((bytes >> (8 * ((selector >> (4 * i)) & 7))) & 0xff) << (8 * i);
   }
   return v;
+}
+
+inline int __ffs(int v) { return __builtin_ffs(v); }
+
+inline float __uint_as_float(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+inline int __dp4a(int a, int b, int c) {
+  for (int i = 0; i < 4; ++i) c += int8_t(a >> (8 * i)) * int8_t(b >> (8 * i));
+  return c;
 }
 
 inline uint32_t __dp4a(uint32_t a, uint32_t b, uint32_t c) {

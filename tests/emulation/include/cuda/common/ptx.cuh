@@ -26,7 +26,18 @@ inline uint32_t Permute(uint32_t a, uint32_t b, uint32_t selector) {
   return __byte_perm(a, b, selector);
 }
 
+inline uint4 LoadShared16(uint32_t address) {
+  uint4 v;
+  std::memcpy(&v, simt::SharedBytes(address, 16), 16);
+  return v;
+}
+
+inline void StoreShared16(uint32_t address, uint4 v) {
+  std::memcpy(simt::SharedBytes(address, 16), &v, 16);
+}
+
 inline uint4 LoadStreaming(const uint4* p) { return *p; }
+inline uint2 LoadStreaming(const uint2* p) { return *p; }
 
 inline void StoreRelease(uint64_t* p, uint64_t v) { *p = v; }
 inline uint64_t LoadAcquire(const uint64_t* p) { return *p; }
