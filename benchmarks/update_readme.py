@@ -254,8 +254,10 @@ def speed_table(facts: dict, results: list[dict]) -> str:
     sparsities = sorted({r["sparsity"] for r in results})
     speedups = {(r["layer"], r["n"], r["sparsity"]): r["speedup"] for r in results}
     shapes = " / ".join(layers.values())
+    tokens = results[0].get("tokens")
+    packed = f" by weights packed with `tokens={tokens}`" if tokens else ""
     text = (
-        "Speed-up of `sparse_matmul` over `jnp.dot` (cuBLAS) on one "
+        f"Speed-up of `sparse_matmul`{packed} over `jnp.dot` (cuBLAS) on one "
         f"{facts['device']}, "
         f"geometric mean over layers of OPT-30B and OPT-66B (out x in) {shapes}, with "
         f"the least and the largest in brackets: {results[0]['dtype']}, random "
@@ -411,6 +413,7 @@ def replace(document: pathlib.Path, name: str, content: str) -> None:
 def main() -> None:
     gpu = load(RESULTS / f"matmul-{H100}.json")
     other_gpu = load(RESULTS / f"matmul-{H200}.json")
+    few_tokens = load(RESULTS / f"matmul-tokens-8-{H200}.json")
     several = [
         load_steps(RESULTS.glob(f"opt-parallel*-{device}.json"))
         for device in (H200, H100)
@@ -435,6 +438,7 @@ def main() -> None:
     replace(README, "demo", demo_figures(training))
     replace(WHEN_SPARSE_PAYS, "matmul", speed_table(*gpu))
     replace(WHEN_SPARSE_PAYS, "matmul-h200", speed_table(*other_gpu))
+    replace(WHEN_SPARSE_PAYS, "tokens", speed_table(*few_tokens))
     replace(MULTI_GPU, "parallel", "\n\n".join(parallel_table(*s) for s in several))
     replace(MULTI_GPU, "large", large_table(*large))
     replace(MULTI_GPU, "communication", communication_table(*kernels))

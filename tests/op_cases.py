@@ -10,6 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 import flashjax as fj
+from flashjax import gather, layouts
 
 HALVES = ("float16", "bfloat16")
 
@@ -198,3 +199,17 @@ def packed_and_x(shape, sparsity, rows, dtype, seed=0):
     """A dense matrix, the same packed, and x (rows, K)."""
     dense = random_dense(*shape, sparsity, dtype, seed)
     return dense, fj.SparseMatrix.from_dense(dense), random_x((rows, shape[0]), dtype)
+
+
+def gather_matrix(dense: np.ndarray) -> fj.SparseMatrix:
+    """Packed whether or not it is worth while here."""
+    bitmap, entries, values, counts = map(jnp.asarray, gather.pack(dense))
+    return fj.SparseMatrix(
+        bitmap,
+        entries,
+        values,
+        counts,
+        shape=dense.shape,
+        dtype=dense.dtype,
+        layout=layouts.GATHER,
+    )

@@ -71,6 +71,30 @@ def test_unlike_dtypes_expand_and_multiply(w):
     assert targets(text) == ["flashjax_lscd_unpack_cuda"]
 
 
+@pytest.mark.parametrize("rows", [1, 8, 9])
+def test_gather_layout(rows):
+    dense = op_cases.random_dense(K, M, 0.9, "float16")
+    w = op_cases.gather_matrix(dense)
+    text = lower(fj.sparse_matmul, x_of(rows), w)
+    stem = "matmul" if rows <= 8 else "unpack"
+    assert targets(text) == [f"flashjax_gather_{stem}_cuda"]
+    text = lower(lambda w: w.to_dense(), w)
+    assert targets(text) == ["flashjax_gather_unpack_cuda"]
+
+
+def test_gradient_of_the_gather_layout():
+    """The transposed product has the packing of the product alone."""
+    w = op_cases.gather_matrix(op_cases.random_dense(K, M, 0.9, "float16"))
+
+    def loss(x, w):
+        return jnp.sum(fj.sparse_matmul(x, w).astype(jnp.float32))
+
+    gradient = jax.grad(loss)
+    assert set(targets(lower(gradient, x_of(4), w))) == {"flashjax_gather_unpack_cuda"}
+    with_both = targets(lower(gradient, x_of(4), w.with_transpose()))
+    assert set(with_both) == {"flashjax_lscd_matmul_cuda"}
+
+
 @pytest.mark.parametrize(
     ("preferred", "written"),
     [(None, "f16"), ("float16", "f16"), ("float32", "f32"), ("bfloat16", "f32")],

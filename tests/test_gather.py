@@ -17,20 +17,6 @@ from . import op_cases
 SHAPES = [(1, 1), (8, 40), (257, 33), (1031, 300), (20_000, 70), (40_000, 9)]
 
 
-def gather_matrix(dense: np.ndarray) -> fj.SparseMatrix:
-    """Packed whether or not it is worth while here."""
-    bitmap, entries, values, counts = map(jnp.asarray, gather.pack(dense))
-    return fj.SparseMatrix(
-        bitmap,
-        entries,
-        values,
-        counts,
-        shape=dense.shape,
-        dtype=dense.dtype,
-        layout=layouts.GATHER,
-    )
-
-
 @pytest.fixture(params=op_cases.IMPLEMENTATIONS)
 def product(request):
     with op_cases.multiplying(*request.param) as multiply:
@@ -45,7 +31,7 @@ def product(request):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_expands_to_what_was_packed(shape, sparsity, dtype):
     dense = op_cases.random_dense(*shape, sparsity, dtype)
-    w = gather_matrix(dense)
+    w = op_cases.gather_matrix(dense)
     np.testing.assert_array_equal(np.asarray(w.to_dense()), dense)
     assert w.nnz == np.count_nonzero(dense)
 
@@ -53,7 +39,9 @@ def test_expands_to_what_was_packed(shape, sparsity, dtype):
 @pytest.mark.parametrize("pattern", op_cases.PATTERNS)
 def test_patterns(pattern):
     dense = op_cases.pattern_dense(pattern, 700, 290, "float16")
-    np.testing.assert_array_equal(np.asarray(gather_matrix(dense).to_dense()), dense)
+    np.testing.assert_array_equal(
+        np.asarray(op_cases.gather_matrix(dense).to_dense()), dense
+    )
 
 
 @given(op_cases.masks())
@@ -76,7 +64,7 @@ def test_does_not_depend_on_threads():
 def test_sizes():
     """About 3 bytes a nonzero."""
     dense = op_cases.random_dense(7168, 256, 0.9, "float16")
-    w = gather_matrix(dense)
+    w = op_cases.gather_matrix(dense)
     assert w.nbytes < 3.2 * w.nnz
     expected = layouts.leaf_shapes(layouts.GATHER, dense.shape)
     assert w.entries.shape == expected["entries"]
@@ -142,7 +130,7 @@ def test_bad_tokens(tokens):
 
 
 def test_bad_layout():
-    w = gather_matrix(op_cases.random_dense(64, 64, 0.9, "float16"))
+    w = op_cases.gather_matrix(op_cases.random_dense(64, 64, 0.9, "float16"))
     with pytest.raises(ValueError, match="expected packed layout 'lscd16/1' or"):
         fj.SparseMatrix(*w.packed, w.counts, shape=w.shape, dtype=w.dtype, layout="x")
     with pytest.raises(ValueError, match="expected the packed array 'bitmap'"):
@@ -162,21 +150,21 @@ def test_bad_layout():
 def test_product(product, shape, rows, dtype):
     dense = op_cases.random_dense(*shape, 0.85, dtype)
     x = op_cases.random_x((rows, shape[0]), dtype)
-    op_cases.check_product(product(x, gather_matrix(dense)), x, dense)
+    op_cases.check_product(product(x, op_cases.gather_matrix(dense)), x, dense)
 
 
 @pytest.mark.parametrize("rows", [0, 2, 3, 4, 5, 6, 7, 9, 40])
 def test_rows(product, rows):
     dense = op_cases.random_dense(257, 300, 0.85, "float16")
     x = op_cases.random_x((rows, 257), "float16")
-    op_cases.check_product(product(x, gather_matrix(dense)), x, dense)
+    op_cases.check_product(product(x, op_cases.gather_matrix(dense)), x, dense)
 
 
 @op_cases.for_each("pattern", list(op_cases.PATTERNS), ["one_lane"])
 def test_product_of_patterns(product, pattern):
     dense = op_cases.pattern_dense(pattern, 1500, 290, "float16")
     x = op_cases.random_x((5, 1500), "float16")
-    op_cases.check_product(product(x, gather_matrix(dense)), x, dense)
+    op_cases.check_product(product(x, op_cases.gather_matrix(dense)), x, dense)
 
 
 @pytest.mark.parametrize("bias_dtype", ["float32", *op_cases.HALVES])
@@ -184,7 +172,7 @@ def test_bias(product, bias_dtype):
     dense = op_cases.random_dense(300, 75, 0.9, "bfloat16")
     bias = op_cases.random_x((75,), bias_dtype, seed=3)
     x = op_cases.random_x((3, 300), "bfloat16")
-    y = product(x, gather_matrix(dense), bias=bias)
+    y = product(x, op_cases.gather_matrix(dense), bias=bias)
     op_cases.check_product(y, x, dense, bias)
 
 
@@ -193,7 +181,7 @@ def test_bias(product, bias_dtype):
 def test_dtypes_of_x_and_y(product, x_dtype, out):
     dense = op_cases.random_dense(500, 70, 0.9, "float16")
     x = op_cases.random_x((2, 4, 500), x_dtype)
-    y = product(x, gather_matrix(dense), preferred_element_type=jnp.dtype(out))
+    y = product(x, op_cases.gather_matrix(dense), preferred_element_type=jnp.dtype(out))
     assert y.dtype == out
     op_cases.check_product(y, x, dense)
 
@@ -204,7 +192,7 @@ def test_stack(product, rows):
     layers = [op_cases.random_dense(600, 90, s, "float16", 7) for s in (0.8, 0.95, 1.0)]
     biases = op_cases.random_x((3, 90), "float32", seed=5)
     x = op_cases.random_x((rows, 600), "float16")
-    stack = fj.SparseMatrix.stack([gather_matrix(dense) for dense in layers])
+    stack = fj.SparseMatrix.stack([op_cases.gather_matrix(dense) for dense in layers])
     multiply = jax.jit(lambda x, i: product(x, stack, bias=biases, layer=i))
     for i, dense in enumerate(layers):
         op_cases.check_product(multiply(x, i), x, dense, biases[i])
@@ -213,7 +201,7 @@ def test_stack(product, rows):
 def test_gradients(product):
     dense = op_cases.random_dense(300, 70, 0.9, "float16")
     x = jnp.asarray(op_cases.random_x((3, 300), "float16"))
-    w = gather_matrix(dense)
+    w = op_cases.gather_matrix(dense)
     y, vjp = jax.vjp(lambda x: product(x, w), x)
     dy = op_cases.random_x(y.shape, "float16", seed=9)
     (dx,) = vjp(jnp.asarray(dy))
@@ -225,7 +213,7 @@ def test_gradients(product):
 
 def test_vmap_over_weights(product):
     layers = [op_cases.random_dense(200, 40, 0.9, "float16", s) for s in range(3)]
-    stack = fj.SparseMatrix.stack([gather_matrix(dense) for dense in layers])
+    stack = fj.SparseMatrix.stack([op_cases.gather_matrix(dense) for dense in layers])
     x = op_cases.random_x((3, 2, 200), "float16")
     y = jax.vmap(product)(jnp.asarray(x), stack)
     for i, dense in enumerate(layers):
@@ -239,7 +227,7 @@ def test_large(shape, dtype):
     """Clusters with several strips; the same bits at every call."""
     dense = op_cases.random_dense(*shape, 0.9, dtype)
     x = op_cases.random_x((8, shape[0]), dtype)
-    multiply, w = jax.jit(fj.sparse_matmul), gather_matrix(dense)
+    multiply, w = jax.jit(fj.sparse_matmul), op_cases.gather_matrix(dense)
     y = multiply(x, w)
     op_cases.check_product(y, x, dense)
     for _ in range(20):
@@ -251,25 +239,27 @@ def test_large(shape, dtype):
 
 def test_repack():
     dense = op_cases.random_dense(300, 70, 0.9, "float16")
-    w = gather_matrix(dense).repack()
+    w = op_cases.gather_matrix(dense).repack()
     assert w.layout == layouts.DEFAULT
     np.testing.assert_array_equal(np.asarray(w.to_dense()), dense)
 
 
 def test_pickle_is_independent_of_the_layout():
     dense = op_cases.random_dense(300, 70, 0.9, "float16")
-    w = pickle.loads(pickle.dumps(gather_matrix(dense)))
+    w = pickle.loads(pickle.dumps(op_cases.gather_matrix(dense)))
     assert w.layout == layouts.DEFAULT
     np.testing.assert_array_equal(np.asarray(w.to_dense()), dense)
 
 
 def test_trainable():
     dense = op_cases.random_dense(300, 70, 0.9, "float16")
-    trainable = fj.TrainableMatrix.from_sparse(gather_matrix(dense))
+    trainable = fj.TrainableMatrix.from_sparse(op_cases.gather_matrix(dense))
     np.testing.assert_array_equal(np.asarray(trainable.to_sparse().to_dense()), dense)
 
 
 def test_stack_of_two_layouts():
     dense = op_cases.random_dense(300, 70, 0.9, "float16")
     with pytest.raises(ValueError, match="expected matrices of one shape"):
-        fj.SparseMatrix.stack([gather_matrix(dense), fj.SparseMatrix.from_dense(dense)])
+        fj.SparseMatrix.stack(
+            [op_cases.gather_matrix(dense), fj.SparseMatrix.from_dense(dense)]
+        )
