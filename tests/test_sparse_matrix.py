@@ -377,7 +377,7 @@ def test_wrong_static_shape(w, shape):
 
 
 def test_foreign_layout(w):
-    with pytest.raises(ValueError, match="layout 'lscd16/1' or .*, got 'lscd16/0'"):
+    with pytest.raises(ValueError, match=r"layout 'lscd16/1' or .*, got 'lscd16/0'"):
         dataclasses.replace(w, layout="lscd16/0")
 
 
