@@ -1,10 +1,17 @@
 // The host packer for Python, on NumPy arrays.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "bindings/numpy_arrays.h"
 #include "cpu/lscd_matmul.h"
@@ -23,28 +30,81 @@ using flashjax::LscdShape;
 using flashjax::Empty;
 using flashjax::Input;
 
-nb::tuple Pack(const Input<uint16_t, 2>& dense, int threads) {
-  const LscdShape shape{static_cast<int64_t>(dense.shape(1)), static_cast<int64_t>(dense.shape(0))};
+nb::tuple PackStrips(const flashjax::StripLoader& load, const LscdShape& shape,
+                     const flashjax::ParallelFor& parallel_for) {
   const auto bitmap = Empty<uint32_t>("uint32", shape.strips(), shape.groups(), flashjax::kLanes,
                                       flashjax::kGroupSteps);
   const auto entries =
       Empty<uint32_t>("uint32", shape.strips(), shape.entries(), flashjax::kEntryWords);
   const auto counts = Empty<uint32_t>("uint32", shape.strips());
-  const auto parallel_for = flashjax::OwnThreads(threads);
   int64_t segments;
   {
     nb::gil_scoped_release release;
-    segments = flashjax::LscdPlan(dense.data(), shape, parallel_for, bitmap.data, entries.data,
-                                  counts.data);
+    segments =
+        flashjax::LscdPlan(load, shape, parallel_for, bitmap.data, entries.data, counts.data);
   }
   const auto values =
       Empty<uint32_t>("uint32", segments, flashjax::kSegmentWords, flashjax::kLanes);
   {
     nb::gil_scoped_release release;
-    flashjax::LscdFill(dense.data(), shape, parallel_for, bitmap.data, entries.data, segments,
-                       values.data);
+    flashjax::LscdFill(load, shape, parallel_for, bitmap.data, entries.data, segments, values.data);
   }
   return nb::make_tuple(bitmap.array, entries.array, values.array, counts.array);
+}
+
+nb::tuple Pack(const Input<uint16_t, 2>& dense, int threads) {
+  const LscdShape shape{static_cast<int64_t>(dense.shape(1)), static_cast<int64_t>(dense.shape(0))};
+  return PackStrips(flashjax::DenseStrips(dense.data(), shape), shape,
+                    flashjax::OwnThreads(threads));
+}
+
+// What stored rows are made of, for Python: (bitmap, values, number of rows).
+using Part = std::tuple<Input<uint8_t, 1>, Input<uint16_t, 1>, int64_t>;
+using Order = std::optional<Input<int64_t, 1>>;
+
+// Raises ValueError for arrays that do not belong together; nothing beyond them is read.
+flashjax::SparseRows MakeRows(const std::vector<Part>& parts, int64_t k, const Order& order,
+                              const flashjax::ParallelFor& parallel_for) {
+  std::vector<flashjax::SparseRows::Part> out;
+  int64_t rows = 0;
+  for (const auto& [bitmap, values, count] : parts) {
+    const auto bytes = static_cast<int64_t>(bitmap.size());
+    int64_t bits = 0;
+    if (k < 0 || count < 0 || __builtin_mul_overflow(count, k, &bits) ||
+        bytes != bits / 8 + (bits % 8 != 0)) {
+      throw nb::value_error("stored rows: expected a bitmap of ceil(rows k / 8) bytes");
+    }
+    out.push_back(
+        {bitmap.data(), bytes, values.data(), static_cast<int64_t>(values.size()), count});
+    rows += count;
+  }
+  std::vector<int64_t> places;
+  if (order) places.assign(order->data(), order->data() + order->size());
+  for (const int64_t row : places) {
+    if (row < 0 || row >= rows) throw nb::value_error("stored rows: order is out of range");
+  }
+  flashjax::SparseRows result(std::move(out), k, std::move(places), parallel_for);
+  if (!result.fits()) {
+    throw nb::value_error("stored rows: expected as many values as bits that are set");
+  }
+  return result;
+}
+
+nb::tuple PackRows(const std::vector<Part>& parts, int64_t k, const Order& order, int threads) {
+  const auto parallel_for = flashjax::OwnThreads(threads);
+  const auto rows = MakeRows(parts, k, order, parallel_for);
+  return PackStrips(flashjax::RowStrips(rows), LscdShape{rows.rows(), k}, parallel_for);
+}
+
+nb::object DecodeRows(const std::vector<Part>& parts, int64_t k, const Order& order, int threads) {
+  const auto parallel_for = flashjax::OwnThreads(threads);
+  const auto rows = MakeRows(parts, k, order, parallel_for);
+  const auto dense = Empty<uint16_t>("uint16", rows.rows(), k);
+  {
+    nb::gil_scoped_release release;
+    flashjax::DecodeRows(rows, parallel_for, dense.data);
+  }
+  return dense.array;
 }
 
 template <typename Array>
@@ -98,6 +158,13 @@ void BindPack(nb::module_& m) {
       "pack", &Pack, nb::arg("dense").noconvert(), nb::arg("threads") = 0,
       "Packs (K, M) uint16 bit patterns, C-contiguous: (bitmap, entries, values, counts), uint32.\n"
       "The result does not depend on `threads` (0: one per core).");
+  m.def("pack_rows", &PackRows, nb::arg("parts"), nb::arg("k"),
+        nb::arg("order").none() = nb::none(), nb::arg("threads") = 0,
+        "The same for an (M, K) weight as checkpoints store it: parts of (bitmap uint8, values\n"
+        "uint16, number of rows), whose rows follow each other or stand in the order int64 (M,).");
+  m.def("decode_rows", &DecodeRows, nb::arg("parts"), nb::arg("k"),
+        nb::arg("order").none() = nb::none(), nb::arg("threads") = 0,
+        "The (M, K) uint16 bit patterns of such a weight.");
   m.def("unpack", &Unpack, nb::arg("bitmap").noconvert(), nb::arg("entries").noconvert(),
         nb::arg("values").noconvert(), nb::arg("k"), nb::arg("m"), nb::arg("threads") = 0,
         "The (K, M) uint16 bit patterns of packed arrays.");

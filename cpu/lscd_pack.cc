@@ -12,33 +12,21 @@ namespace {
 constexpr int64_t kTileSize = kStreams * kStreamPositions;
 constexpr int64_t kSegmentSize = kSegmentWords * kLanes;
 
-// Cuts the strips of a chain into tiles. Row by row of the dense matrix, so that a page is visited
-// once for all strips of the chain. Without `tiles` only the masks are kept.
-void LoadChain(const LscdKernels& kernels, const uint16_t* dense, const LscdShape& shape,
-               int64_t first, int64_t strips, uint16_t* tiles, uint16_t* masks) {
-  const int64_t steps = shape.steps();
-  uint16_t padded[kStepK * kStripRows], tile[kTileSize], mask[kStreams];
-  for (int64_t step = 0; step < steps; ++step) {
-    const int64_t rows = std::clamp<int64_t>(shape.k - step * kStepK, 0, kStepK);
-    for (int64_t strip = 0; strip < strips; ++strip) {
-      const int64_t column = (first + strip) * kStripRows;
-      const int64_t columns = std::min<int64_t>(kStripRows, shape.m - column);
-      const int64_t u = strip * steps + step;
-      uint16_t* out = tiles != nullptr ? tiles + u * kTileSize : tile;
-      uint16_t* out_masks = masks != nullptr ? masks + u * kStreams : mask;
-      const uint16_t* block = dense + step * kStepK * shape.m + column;
-      if (rows == kStepK && columns == kStripRows) {
-        kernels.load_tile(block, shape.m, out, out_masks);
-        continue;
-      }
-      std::memset(padded, 0, sizeof(padded));
-      for (int64_t row = 0; row < rows; ++row) {
-        std::memcpy(padded + row * kStripRows, block + row * shape.m, columns * sizeof(uint16_t));
-      }
-      kernels.load_tile(padded, kStripRows, out, out_masks);
-    }
+// One step of a strip, as (64 columns, 16 rows), goes to the outputs that there are.
+class TileWriter {
+ public:
+  TileWriter(uint16_t* tiles, uint16_t* masks) : tiles_(tiles), masks_(masks) {}
+
+  void Write(int64_t step, const uint16_t* block, int64_t stride) {
+    kernels_.load_tile(block, stride, tiles_ != nullptr ? tiles_ + step * kTileSize : tile_,
+                       masks_ != nullptr ? masks_ + step * kStreams : mask_);
   }
-}
+
+ private:
+  const LscdKernels& kernels_ = Kernels();
+  uint16_t *tiles_, *masks_;
+  uint16_t tile_[kTileSize], mask_[kStreams];
+};
 
 struct Chain {
   int64_t first, strips;
@@ -51,7 +39,57 @@ Chain ChainStrips(const LscdShape& shape, int64_t chain) {
 
 }  // namespace
 
-int64_t LscdPlan(const uint16_t* dense, const LscdShape& shape, const ParallelFor& parallel_for,
+// Row by row of the dense matrix, so that a page is visited once for all strips.
+StripLoader DenseStrips(const uint16_t* dense, const LscdShape& shape) {
+  return [dense, shape](int64_t first, int64_t strips, uint16_t* tiles, uint16_t* masks) {
+    TileWriter writer(tiles, masks);
+    uint16_t padded[kStepK * kStripRows];
+    for (int64_t step = 0; step < shape.steps(); ++step) {
+      const int64_t rows = std::clamp<int64_t>(shape.k - step * kStepK, 0, kStepK);
+      for (int64_t strip = 0; strip < strips; ++strip) {
+        const int64_t column = (first + strip) * kStripRows;
+        const int64_t columns = std::min<int64_t>(kStripRows, shape.m - column);
+        const uint16_t* block = dense + step * kStepK * shape.m + column;
+        if (rows == kStepK && columns == kStripRows) {
+          writer.Write(strip * shape.steps() + step, block, shape.m);
+          continue;
+        }
+        std::memset(padded, 0, sizeof(padded));
+        for (int64_t row = 0; row < rows; ++row) {
+          std::memcpy(padded + row * kStripRows, block + row * shape.m, columns * sizeof(uint16_t));
+        }
+        writer.Write(strip * shape.steps() + step, padded, kStripRows);
+      }
+    }
+  };
+}
+
+StripLoader RowStrips(const SparseRows& rows) {
+  return [&rows](int64_t first, int64_t strips, uint16_t* tiles, uint16_t* masks) {
+    const LscdShape shape{rows.rows(), rows.k()};
+    TileWriter writer(tiles, masks);
+    uint16_t block[kStepK * kStripRows];
+    for (int64_t strip = 0; strip < strips; ++strip) {
+      const int64_t row = (first + strip) * kStripRows;
+      std::vector<SparseRows::Cursor> cursors;
+      for (int64_t r = row; r < std::min(row + kStripRows, shape.m); ++r) {
+        cursors.push_back(rows.Row(r));
+      }
+      for (int64_t step = 0; step < shape.steps(); ++step) {
+        const int64_t columns = std::clamp<int64_t>(shape.k - step * kStepK, 0, kStepK);
+        std::memset(block, 0, sizeof(block));
+        for (size_t r = 0; columns > 0 && r < cursors.size(); ++r) {
+          uint16_t* out = block + r;
+          cursors[r].Read(static_cast<int>(columns),
+                          [out](int place, uint16_t value) { out[place * kStripRows] = value; });
+        }
+        writer.Write(strip * shape.steps() + step, block, kStripRows);
+      }
+    }
+  };
+}
+
+int64_t LscdPlan(const StripLoader& load, const LscdShape& shape, const ParallelFor& parallel_for,
                  uint32_t* bitmap, uint32_t* entries, uint32_t* counts) {
   const LscdKernels& kernels = Kernels();
   const int64_t steps = shape.steps(), chains = shape.chains();
@@ -65,7 +103,7 @@ int64_t LscdPlan(const uint16_t* dense, const LscdShape& shape, const ParallelFo
   parallel_for.run(chains, [&](int64_t i) {
     const Chain chain = ChainStrips(shape, i);
     std::vector<uint16_t> masks(chain.strips * steps * kStreams);
-    LoadChain(kernels, dense, shape, chain.first, chain.strips, nullptr, masks.data());
+    load(chain.first, chain.strips, nullptr, masks.data());
     segments[i] = kernels.plan_chain(masks.data(), chain.strips * steps, steps,
                                      bitmap + chain.first * bitmap_words,
                                      entries + chain.first * entries_words, counts + chain.first);
@@ -82,7 +120,7 @@ int64_t LscdPlan(const uint16_t* dense, const LscdShape& shape, const ParallelFo
   return base;
 }
 
-void LscdFill(const uint16_t* dense, const LscdShape& shape, const ParallelFor& parallel_for,
+void LscdFill(const StripLoader& load, const LscdShape& shape, const ParallelFor& parallel_for,
               const uint32_t* bitmap, const uint32_t* entries, int64_t segments, uint32_t* values) {
   if (segments == 0) return;
   const LscdKernels& kernels = Kernels();
@@ -96,7 +134,7 @@ void LscdFill(const uint16_t* dense, const LscdShape& shape, const ParallelFor& 
         i + 1 < chains ? entries[(chain.first + chain.strips) * entries_words] : segments;
     if (begin == end) return;
     std::vector<uint16_t> tiles(chain.strips * steps * kTileSize);
-    LoadChain(kernels, dense, shape, chain.first, chain.strips, tiles.data(), nullptr);
+    load(chain.first, chain.strips, tiles.data(), nullptr);
     kernels.fill_chain(tiles.data(), chain.strips * steps, bitmap + chain.first * bitmap_words,
                        end - begin, values + begin * kSegmentSize);
   });

@@ -6,6 +6,21 @@ def build_info() -> dict[str, str]: ...
 def pack(
     dense: np.ndarray, threads: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: ...
+def gather_pack(
+    dense: np.ndarray, threads: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None: ...
+def pack_rows(
+    parts: list[tuple[np.ndarray, np.ndarray, int]],
+    k: int,
+    order: np.ndarray | None = None,
+    threads: int = 0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: ...
+def decode_rows(
+    parts: list[tuple[np.ndarray, np.ndarray, int]],
+    k: int,
+    order: np.ndarray | None = None,
+    threads: int = 0,
+) -> np.ndarray: ...
 def unpack(
     bitmap: np.ndarray,
     entries: np.ndarray,

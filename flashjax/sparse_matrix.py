@@ -11,6 +11,7 @@ import numpy as np
 
 from flashjax import layouts, packing
 from flashjax.matrix import PackedMatrix
+from flashjax.sparse_rows import SparseRows
 
 _LEAVES = ("bitmap", "entries", "values", "counts")
 
@@ -123,6 +124,24 @@ class SparseMatrix(PackedMatrix):
         return cls(
             bitmap, entries, values, counts, shape=(k, m), dtype=dtype, layout=layout
         )
+
+    @classmethod
+    def from_rows(cls, rows: SparseRows, *, threads: int = 0) -> "SparseMatrix":
+        """Packs a weight that a checkpoint stores, on the host, without expanding it.
+
+        Args:
+          rows: (out_features, in_features), as `CheckpointReader.load_rows` reads it.
+          threads: threads of the packer, 0 for all cores.
+
+        Returns:
+          The (in_features, out_features) matrix, on JAX's default device.
+
+        Raises:
+          ValueError: bitmap and values do not belong together.
+        """
+        bitmap, entries, values, counts = map(jnp.asarray, rows.pack(threads))
+        shape = rows.shape[::-1]
+        return cls(bitmap, entries, values, counts, shape=shape, dtype=rows.dtype)
 
     def repack(self, *, tokens: int | None = None) -> "SparseMatrix":
         """The same matrix, packed for another number of tokens; see `from_dense`.

@@ -5,6 +5,8 @@ import math
 import ml_dtypes
 import numpy as np
 
+from flashjax.sparse_rows import SparseRows
+
 from .checks import expect
 
 HALF_DTYPES = {
@@ -58,15 +60,29 @@ def decode(
 ) -> np.ndarray:
     """Rebuilds the matrix that encode() split.
 
+    Args and errors are those of `check_rows`.
+
+    Returns:
+      The dense matrix, (out, in) of values' dtype.
+    """
+    return check_rows(bitmap, values, shape, dtype, name).to_dense()
+
+
+def check_rows(
+    bitmap: np.ndarray,
+    values: np.ndarray,
+    shape: tuple[int, int],
+    dtype: np.dtype | None = None,
+    name: str = "sparse weight",
+) -> SparseRows:
+    """What encode() gave, after checking that it belongs together.
+
     Args:
       bitmap: uint8 (ceil(out * in / 8),).
       values: float16 or bfloat16 (nnz,).
       shape: (out, in).
       dtype: what the metadata promises of values; None accepts either dtype.
       name: for error messages.
-
-    Returns:
-      The dense matrix, (out, in) of values' dtype.
 
     Raises:
       CheckpointError: the parts contradict each other.
@@ -88,7 +104,7 @@ def decode(
     if size % 8:
         unused = int(bitmap[-1]) >> (size % 8)
         expect(unused == 0, name, "unused bits of the bitmap", 0, unused)
-    stored = int(np.bitwise_count(bitmap).sum(dtype=np.int64))
+    stored = count_bits(bitmap)
     expect(
         stored == values.size,
         name,
@@ -96,13 +112,13 @@ def decode(
         stored,
         values.size,
     )
-    dense = np.zeros(size, values.dtype)
-    done = 0
-    for start in range(0, size, _BLOCK):
-        part = bitmap[start // 8 : (start + _BLOCK) // 8]
-        mask = np.unpackbits(part, bitorder="little")
-        # Several times as fast as assigning through the mask.
-        places = np.flatnonzero(mask.view(np.bool_))
-        dense[start : start + _BLOCK][places] = values[done : done + places.size]
-        done += places.size
-    return dense.reshape(shape)
+    out_features, in_features = shape
+    return SparseRows(((bitmap, values, out_features),), in_features)
+
+
+def count_bits(bitmap: np.ndarray) -> int:
+    """The bits that are set in a uint8 array."""
+    whole = bitmap.size // 8 * 8  # several times as fast by 8 bytes
+    words = np.bitwise_count(np.ascontiguousarray(bitmap[:whole]).view(np.uint64))
+    rest = np.bitwise_count(bitmap[whole:])
+    return int(words.sum(dtype=np.int64) + rest.sum(dtype=np.int64))

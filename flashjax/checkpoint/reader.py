@@ -10,9 +10,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from flashjax.atomic_folder import CheckpointError
+from flashjax.sparse_rows import SparseRows
 
 from .checks import expect, kind, read_json
-from .encoding import HALF_DTYPES, decode
+from .encoding import HALF_DTYPES, check_rows, count_bits
 from .metadata import SparseEntry, checksum, parse_checksums, parse_metadata
 
 WEIGHTS_NAME = "model.safetensors"
@@ -145,7 +146,7 @@ class CheckpointReader:
         expect(bitmap.dtype == np.uint8, where, "bitmap dtype", "uint8", bitmap.dtype)
         expected = (-(-math.prod(self.shape(name)) // 8),)
         expect(bitmap.shape == expected, where, "bitmap shape", expected, bitmap.shape)
-        stored = int(np.bitwise_count(bitmap).sum(dtype=np.int64))
+        stored = count_bits(bitmap)
         found = self.nnz(name)
         what = "number of values (bits set in the bitmap)"
         expect(stored == found, where, what, stored, found)
@@ -167,10 +168,19 @@ class CheckpointReader:
         """
         if name not in self.sparse:
             return self._read(name)[0]
+        return self.load_rows(name).to_dense()
+
+    def load_rows(self, name: str) -> SparseRows:
+        """Reads one sparse weight as it is stored.
+
+        Raises:
+          KeyError: there is no such sparse weight.
+          CheckpointError: the stored parts contradict each other.
+        """
         entry = self.sparse[name]
         bitmap, values = self._read(name, *PARTS)
         where = f"{self.folder}: {name}"
-        return decode(bitmap, values, entry.shape, entry.dtype, where)
+        return check_rows(bitmap, values, entry.shape, entry.dtype, where)
 
     def _header(self, name: str, stored: str):
         return self._files[self._tensors[name]].get_slice(stored)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from .checks import expect, kind
-from .encoding import decode, encode
+from .encoding import check_rows, encode
 from .metadata import VERSION
 
 if TYPE_CHECKING:
@@ -54,9 +54,8 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> "SparseMatrix":
     ok = isinstance(shape, list) and len(shape) == 2
     ok = ok and all(type(n) is int and 0 <= n < 2**31 for n in shape)
     expect(ok, "sparse weight", "shape", "two sizes below 2**31", shape)
-    return SparseMatrix.from_dense(
-        decode(parts["bitmap"], parts["values"], (shape[0], shape[1])).T
-    )
+    rows = check_rows(parts["bitmap"], parts["values"], (shape[0], shape[1]))
+    return SparseMatrix.from_rows(rows)
 
 
 def export_tree(tree: Any) -> Any:

@@ -8,10 +8,13 @@ every number of devices.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from flashjax.sparse_rows import SparseRows
 
 # The separate layers, in the order of the outputs of a head, and the fused one.
 QKV = ("q_proj", "k_proj", "v_proj")
@@ -60,20 +63,26 @@ class JoinedQKV:
     What was not added yet takes no memory but addresses.
 
     Attributes:
-      tensors: the fused weight (3 * hidden, in) under "kernel", and the bias.
+      tensors: the fused weight (3 * hidden, in) under "kernel", and the bias. Where all
+        weights came as `SparseRows`, so does the fused one.
     """
 
     def __init__(self, num_heads: int, use_bias: bool):
-        self.tensors: dict[str, np.ndarray] = {}
+        self.tensors: dict[str, Any] = {}
+        self._rows: dict[str, SparseRows] = {}
         self._num_heads = num_heads
         attributes = ("kernel", "bias") if use_bias else ("kernel",)
         self._missing = {(name, a) for name in QKV for a in attributes}
         self._sparse: dict[str, bool] = {}
 
     def add(
-        self, projection: str, attribute: str, array: np.ndarray, sparse: bool
+        self,
+        projection: str,
+        attribute: str,
+        array: np.ndarray | SparseRows,
+        sparse: bool,
     ) -> None:
-        """Copies one tensor to its rows.
+        """Copies one tensor to its rows; keeps one that is stored sparse as it is.
 
         Args:
           projection: one of `QKV`.
@@ -81,14 +90,37 @@ class JoinedQKV:
           array: the tensor as a checkpoint orients it.
           sparse: whether a kernel becomes sparse; without meaning for a bias.
         """
+        if isinstance(array, SparseRows):
+            self._rows[projection] = array
+        else:
+            self._copy(projection, attribute, array)
+        if attribute == "kernel":
+            self._sparse[projection] = sparse
+        self._missing.remove((projection, attribute))
+        if self.complete:
+            self._settle()
+
+    def _copy(self, projection: str, attribute: str, array: np.ndarray) -> None:
         if attribute not in self.tensors:
             shape = (len(QKV) * array.shape[0], *array.shape[1:])
             self.tensors[attribute] = np.empty(shape, array.dtype)
         rows = _by_head(self.tensors[attribute], self._num_heads)
         rows[:, QKV.index(projection)] = array.reshape(rows[:, 0].shape)
-        if attribute == "kernel":
-            self._sparse[projection] = sparse
-        self._missing.remove((projection, attribute))
+
+    def _settle(self) -> None:
+        """Joins what came as stored rows: in that form if all did."""
+        if len(self._rows) == len(QKV):
+            parts = [self._rows[projection] for projection in QKV]
+            hidden = parts[0].shape[0]
+            order = np.empty(len(QKV) * hidden, np.int64)
+            for i in range(len(QKV)):
+                places = _by_head(order, self._num_heads)[:, i]
+                places[...] = (i * hidden + np.arange(hidden)).reshape(places.shape)
+            self.tensors["kernel"] = SparseRows.join(parts, order)
+        else:
+            for projection, rows in self._rows.items():
+                self._copy(projection, "kernel", rows.to_dense())
+        self._rows.clear()
 
     @property
     def complete(self) -> bool:

@@ -19,6 +19,7 @@ from flashjax.checkpoint import (
     CheckpointReader,
     read_json,
 )
+from flashjax.sparse_rows import SparseRows
 
 from .config import OPTConfig
 from .modeling import POSITION_OFFSET
@@ -84,6 +85,28 @@ class StoredOPT:
     reader: Reader
     targets: dict[str, Target]
     names: dict[str, str]
+
+    def read(
+        self, stored_name: str, dtype: np.dtype, as_rows: bool
+    ) -> tuple[np.ndarray | SparseRows, bool]:
+        """One tensor in a dtype, and whether all finite values stayed finite.
+
+        With `as_rows` a weight that is stored sparse is not expanded.
+        """
+        reader = self.reader
+        if not as_rows or not self.is_sparse(stored_name):
+            return convert(reader.load(stored_name), dtype)
+        assert isinstance(reader, CheckpointReader), "no other stores sparse weights"
+        rows = reader.load_rows(stored_name)
+        ((bitmap, values, count),) = rows.parts
+        converted, fits = convert(values, dtype)
+        part = bitmap, converted, count
+        return dataclasses.replace(rows, parts=(part,)), fits
+
+    @property
+    def reads_side_by_side(self) -> bool:
+        """Whether several threads may read at a time: not in pickles."""
+        return isinstance(self.reader, CheckpointReader)
 
     def is_sparse(self, stored_name: str) -> bool:
         """Whether a tensor is stored in flashjax.checkpoint's sparse form."""

@@ -1,14 +1,18 @@
 """Loading and saving OPT in the Hugging Face layout, dense or sparse.
 
-Tensors are read, converted and put on the device one by one into a model that has no
-arrays yet (`nnx.eval_shape`), so the host holds one tensor beside what is loaded, or
-the queries', keys' and values' of a layer that become one.
+Tensors are put on the device one by one into a model that has no arrays yet
+(`nnx.eval_shape`), while the next few are read, so the host holds these beside what is
+loaded, and the queries', keys' and values' of a layer that become one. What is stored
+sparse and goes to one device is packed as it is read, without being expanded.
 """
 
+import collections
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any, Literal
 
 import jax
@@ -23,11 +27,12 @@ from flashjax.checkpoint import CheckpointError, CheckpointWriter, atomic_folder
 from flashjax.nn import SparseDense
 from flashjax.nnx_tree import node_at, set_node
 from flashjax.sparse_matrix import SparseMatrix, check_tokens
+from flashjax.sparse_rows import SparseRows
 
 from .attention import check_cache_dtype
 from .config import OPTConfig
 from .fused_qkv import FUSED, QKV, JoinedQKV, rows_of
-from .hf_folder import StoredOPT, convert, listed, open_opt, opt_targets
+from .hf_folder import StoredOPT, listed, open_opt, opt_targets
 from .modeling import OPT, Attention, check_dtype
 from .parallel import DECODER_LINEARS, TensorParallel, transpose
 from .tokenizer import load_tokenizer, save_tokenizer
@@ -36,6 +41,8 @@ from .tokenizer import load_tokenizer, save_tokenizer
 AUTO_SPARSITY = 0.5
 
 _HALVES = (jnp.float16, jnp.bfloat16)
+# Tensors that are read at a time; checksums take longer than reading.
+_READERS = 4
 # A file's tensors are held until it is written.
 _SHARD_BYTES = 1 << 30
 
@@ -194,11 +201,18 @@ def _load(
     model = _abstract_model(config, dtype, fuse_qkv)
     model.parallel = parallel
     loader = _Loader(model, parallel or _OneDevice(tokens))
+    # Another layout and slices for several devices need the dense weight.
+    as_rows = parallel is None and tokens is None and dtype in _HALVES
+    as_rows = as_rows and sparse is not False
     waiting: dict[str, JoinedQKV] = {}
     too_large = []
-    for stored_name, name in stored.names.items():
-        target = stored.targets[name]
-        array, fits = convert(stored.reader.load(stored_name), dtype)
+
+    def read(stored_name):
+        return stored.read(stored_name, dtype, as_rows)
+
+    readers = _READERS if stored.reads_side_by_side else 1
+    for stored_name, (array, fits) in _read_ahead(read, list(stored.names), readers):
+        target = stored.targets[stored.names[stored_name]]
         if not fits:
             too_large.append(stored_name)
             continue
@@ -223,13 +237,30 @@ def _load(
     return model
 
 
+def _read_ahead(
+    read: Callable[[str], Any], names: list[str], readers: int
+) -> Iterator[tuple[str, Any]]:
+    """(name, what was read) in order, while the next ones are being read."""
+    with ThreadPoolExecutor(readers) as pool:
+        pending = collections.deque(pool.submit(read, name) for name in names[:readers])
+        following = iter(names[readers:])
+        try:
+            for name in names:
+                # Nothing here holds what was read once it is yielded.
+                yield name, pending.popleft().result()
+                pending.extend(pool.submit(read, n) for n in islice(following, 1))
+        finally:
+            for future in pending:
+                future.cancel()
+
+
 class _Loader:
     """Puts tensors on the devices and into a model without arrays."""
 
     def __init__(self, model: OPT, place: "TensorParallel | _OneDevice"):
         self._model, self._place = model, place
 
-    def put(self, module: str, attribute: str, array: np.ndarray, sparse: bool) -> None:
+    def put(self, module: str, attribute: str, array: Any, sparse: bool) -> None:
         """Puts one tensor, as a checkpoint orients it, into its layer."""
         layer = node_at(self._model, module)
         if attribute != "kernel":
@@ -282,7 +313,9 @@ class _OneDevice:
     def put_kernel(self, module: str, weight: np.ndarray) -> jax.Array:
         return jnp.asarray(self._kernel(weight))
 
-    def put_sparse(self, module: str, weight: np.ndarray) -> SparseMatrix:
+    def put_sparse(self, module: str, weight: np.ndarray | SparseRows) -> SparseMatrix:
+        if isinstance(weight, SparseRows):
+            return SparseMatrix.from_rows(weight)
         return SparseMatrix.from_dense(self._kernel(weight), tokens=self._tokens)
 
     def _kernel(self, weight):
@@ -305,14 +338,14 @@ def _abstract_model(config: OPTConfig, dtype: np.dtype, fuse_qkv: bool) -> OPT:
 
 
 def _goes_sparse(
-    array: np.ndarray,
+    array: np.ndarray | SparseRows,
     module: str,
     stored_sparse: bool,
     sparse: bool | Literal["auto"],
 ) -> bool:
     if array.dtype not in _HALVES or sparse is False:
         return False
-    if stored_sparse:
+    if stored_sparse or isinstance(array, SparseRows):
         return True
     if module.split(".")[-1] not in DECODER_LINEARS:
         return False

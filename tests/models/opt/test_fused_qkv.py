@@ -10,11 +10,13 @@ from safetensors.numpy import load_file
 
 import flashjax as fj
 from flashjax.checkpoint import CheckpointError, CheckpointReader
+from flashjax.checkpoint.encoding import check_rows, encode
 from flashjax.models import opt
 from flashjax.models.opt import OPT, OPTConfig
 from flashjax.models.opt.fused_qkv import QKV, JoinedQKV, rows_of, split_by_head
 from flashjax.nn import SparseDense
 from flashjax.nn_trainable import TrainableSparseDense
+from flashjax.sparse_rows import SparseRows
 from flashjax.testing import random_opt
 
 V_PROJ = "model.decoder.layers.0.self_attn.v_proj.weight"
@@ -255,3 +257,24 @@ def test_synthetic_models_are_fused():
         assert_form(model.layers[1].self_attn, fused=True, kind=kind)
         apart = random_opt(config, sparsity, fuse_qkv=False)
         assert_form(apart.layers[1].self_attn, fused=False, kind=kind)
+
+
+@pytest.mark.parametrize("stored_sparse", [QKV, QKV[1:2], ()])
+def test_joins_what_is_stored_sparse(stored_sparse):
+    """In the form in which it came if all did, and else dense."""
+    rng, heads = np.random.default_rng(0), 2
+    weights = {
+        name: (rng.random((8, 20)) * (rng.random((8, 20)) < 0.4)).astype(np.float16)
+        for name in QKV
+    }
+    joined, expected = JoinedQKV(heads, False), JoinedQKV(heads, False)
+    for name in reversed(QKV):
+        array = weights[name]
+        rows = check_rows(*encode(array), array.shape)
+        joined.add(name, "kernel", rows if name in stored_sparse else array, True)
+        expected.add(name, "kernel", array, True)
+    kernel = joined.tensors["kernel"]
+    assert isinstance(kernel, SparseRows) == (stored_sparse == QKV)
+    if isinstance(kernel, SparseRows):
+        kernel = kernel.to_dense()
+    np.testing.assert_array_equal(kernel, expected.tensors["kernel"])

@@ -1,0 +1,122 @@
+"""Times loading a sparse checkpoint beside reading its files.
+
+    python benchmarks/load.py --model opt-1.3b --sparsity 0.8
+
+A model of random weights is made and stored once, in a temporary folder or in
+--folder, which is then kept and used again. Reading is `read` into one buffer, file by
+file, after asking the system to forget the file (where it does not, both come from
+memory). Loading is `opt.from_pretrained` in a process of its own, until all weights are
+on the device; its time is without that of starting Python and JAX.
+
+Prints and writes `benchmarks/results/load-DEVICE.json`.
+"""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import report
+import typer
+from flax import nnx
+
+from flashjax.cli.predict import find_config
+from flashjax.models import opt
+from flashjax.testing import random_opt
+
+_BLOCK = 1 << 24
+
+
+def forget(path: pathlib.Path) -> None:
+    """Asks the system to drop a file from its cache."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_files(paths: list[pathlib.Path]) -> float:
+    buffer = bytearray(_BLOCK)
+    began = time.perf_counter()
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    return time.perf_counter() - began
+
+
+def host_peak_bytes() -> int:
+    """Most memory that this process had; getrusage counts what made it, too."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+
+
+def load(folder: str) -> dict[str, float]:
+    """Runs in a process of its own."""
+    jnp.zeros(1).block_until_ready()
+    before = host_peak_bytes()
+    began = time.perf_counter()
+    model, _ = opt.from_pretrained(folder)
+    jax.block_until_ready(nnx.state(model))
+    return {
+        "seconds": time.perf_counter() - began,
+        "host_peak_bytes": host_peak_bytes(),
+        "host_bytes_before": before,
+    }
+
+
+def main(
+    model: Annotated[str, typer.Option(help="A size of OPT.")] = "opt-1.3b",
+    sparsity: Annotated[float, typer.Option()] = 0.8,
+    folder: Annotated[pathlib.Path | None, typer.Option(help="Kept.")] = None,
+    repetitions: Annotated[int, typer.Option()] = 3,
+    name: Annotated[str, typer.Option(help="Stem of the result.")] = "load",
+    only_load: Annotated[bool, typer.Option(hidden=True)] = False,
+) -> None:
+    """Times loading a sparse checkpoint beside reading its files."""
+    if only_load:
+        print(json.dumps(load(str(folder))))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        stored = folder or pathlib.Path(temporary, "model")
+        if not stored.exists():
+            made = random_opt(find_config(model), sparsity)
+            opt.save_pretrained(made, None, stored)
+            del made
+        paths = sorted(stored.glob("*.safetensors"))
+        size = sum(path.stat().st_size for path in paths)
+        reads, loads = [], []
+        for _ in range(repetitions):
+            for path in paths:
+                forget(path)
+            reads.append(read_files(paths))
+            for path in paths:
+                forget(path)
+            command = [sys.executable, __file__, "--only-load", "--folder", str(stored)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            loads.append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"read in {reads[-1]:.2f} s, loaded in {loads[-1]['seconds']:.2f} s")
+    best = min(loads, key=lambda r: r["seconds"])
+    content = {
+        "model": model,
+        "sparsity": sparsity,
+        "file_bytes": size,
+        "read_seconds": round(min(reads), 3),
+        "load_seconds": round(best["seconds"], 3),
+        "of_reading": round(min(reads) / best["seconds"], 3),
+        "host_peak_bytes": best["host_peak_bytes"],
+        "host_bytes_before": best["host_bytes_before"],
+        "cores": os.cpu_count(),
+    }
+    print(content)
+    print(f"written to {report.save(name, content)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

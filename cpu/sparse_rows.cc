@@ -1,0 +1,62 @@
+#include "cpu/sparse_rows.h"
+
+#include <functional>
+#include <utility>
+
+namespace flashjax {
+namespace {
+
+constexpr int64_t kRowsAtATime = 64;
+
+void ForRows(int64_t rows, const ParallelFor& parallel_for,
+             const std::function<void(int64_t row)>& body) {
+  parallel_for.run((rows + kRowsAtATime - 1) / kRowsAtATime, [&](int64_t i) {
+    const int64_t end = std::min(rows, (i + 1) * kRowsAtATime);
+    for (int64_t row = i * kRowsAtATime; row < end; ++row) body(row);
+  });
+}
+
+}  // namespace
+
+SparseRows::SparseRows(std::vector<Part> parts, int64_t k, std::vector<int64_t> order,
+                       const ParallelFor& parallel_for)
+    : parts_(std::move(parts)), k_(k), order_(std::move(order)) {
+  for (size_t p = 0; p < parts_.size(); ++p) {
+    for (int64_t row = 0; row < parts_[p].rows; ++row) {
+      starts_.push_back({static_cast<int64_t>(p), row, 0});
+    }
+  }
+  ForRows(static_cast<int64_t>(starts_.size()), parallel_for, [&](int64_t i) {
+    Start& start = starts_[i];
+    const Part& part = parts_[start.part];
+    for (int64_t column = 0; column < k_; column += 64) {
+      const int count = static_cast<int>(std::min<int64_t>(64, k_ - column));
+      start.value += __builtin_popcountll(
+          ReadBits(part.bitmap, part.bitmap_bytes, start.row * k_ + column, count));
+    }
+  });
+  // From the values of each row to those before it.
+  int64_t next = 0;
+  for (const Part& part : parts_) {
+    int64_t before = 0;
+    for (int64_t row = 0; row < part.rows; ++row, ++next) {
+      before += std::exchange(starts_[next].value, before);
+    }
+    fits_ = fits_ && before == part.value_count;
+  }
+}
+
+void DecodeRows(const SparseRows& rows, const ParallelFor& parallel_for, uint16_t* dense) {
+  const int64_t k = rows.k();
+  ForRows(rows.rows(), parallel_for, [&](int64_t i) {
+    SparseRows::Cursor cursor = rows.Row(i);
+    std::fill(dense + i * k, dense + (i + 1) * k, uint16_t{0});
+    for (int64_t column = 0; column < k; column += 64) {
+      uint16_t* out = dense + i * k + column;
+      cursor.Read(static_cast<int>(std::min<int64_t>(64, k - column)),
+                  [out](int place, uint16_t value) { out[place] = value; });
+    }
+  });
+}
+
+}  // namespace flashjax
