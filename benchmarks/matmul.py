@@ -183,6 +183,8 @@ def main(
     reason = fj.cuda_unavailable_reason()
     if reason:
         raise SystemExit(f"benchmarks/matmul.py needs a GPU: {reason}")
+    if tokens and kernel != "auto":
+        raise SystemExit(f"expected --kernel auto with --tokens, got {kernel}")
     known = [*SHAPES, *OTHERS]
     unknown = set(layers.split(",")) - set(known)
     if unknown:

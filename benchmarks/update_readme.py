@@ -275,6 +275,26 @@ def speed_table(facts: dict, results: list[dict]) -> str:
     return captioned(text, ["rows of x", *(f"{s:.0%} zeros" for s in sparsities)], rows)
 
 
+def layer_table(facts: dict, results: list[dict]) -> str:
+    text = (
+        f"`sparse_matmul` beside `jnp.dot` on one {facts['device']}, as above: "
+        f"{results[0]['dtype']}, microseconds ({origin(facts)})."
+    )
+    rows = [
+        [
+            shape(r),
+            zeros(r["sparsity"]),
+            str(r["n"]),
+            f"{r['sparse_us']:.1f}",
+            f"{r['dense_us']:.1f}",
+            f"{r['speedup']:.2f}",
+        ]
+        for r in sorted(results, key=lambda r: (-r["m"], r["k"], r["sparsity"], r["n"]))
+    ]
+    columns = ["out x in", "zeros", "rows of x", "sparse", "dense", "x dense"]
+    return captioned(text, columns, rows)
+
+
 def cpu_table(facts: dict, results: list[dict]) -> str:
     rows = sorted({r["rows"] for r in results})
     layers = {(r["out"], r["in"]) for r in results}
@@ -414,6 +434,8 @@ def main() -> None:
     gpu = load(RESULTS / f"matmul-{H100}.json")
     other_gpu = load(RESULTS / f"matmul-{H200}.json")
     few_tokens = load(RESULTS / f"matmul-tokens-8-{H200}.json")
+    few_bfloat16 = load(RESULTS / f"matmul-tokens-8-bfloat16-{H200}.json")
+    llama = load(RESULTS / f"matmul-llama-{H200}.json")
     several = [
         load_steps(RESULTS.glob(f"opt-parallel*-{device}.json"))
         for device in (H200, H100)
@@ -439,6 +461,8 @@ def main() -> None:
     replace(WHEN_SPARSE_PAYS, "matmul", speed_table(*gpu))
     replace(WHEN_SPARSE_PAYS, "matmul-h200", speed_table(*other_gpu))
     replace(WHEN_SPARSE_PAYS, "tokens", speed_table(*few_tokens))
+    replace(WHEN_SPARSE_PAYS, "tokens-bfloat16", layer_table(*few_bfloat16))
+    replace(WHEN_SPARSE_PAYS, "llama", layer_table(*llama))
     replace(MULTI_GPU, "parallel", "\n\n".join(parallel_table(*s) for s in several))
     replace(MULTI_GPU, "large", large_table(*large))
     replace(MULTI_GPU, "communication", communication_table(*kernels))

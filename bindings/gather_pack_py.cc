@@ -40,7 +40,8 @@ nb::object Pack(const Input<uint16_t, 2>& dense, int threads) {
     nb::gil_scoped_release release;
     parallel_for.run(static_cast<int64_t>(blocks->size()), [&](int64_t b) {
       const int64_t strip = b * (flashjax::gather::kBlockRows / flashjax::gather::kLanes);
-      const int64_t first = entries.data[strip * shape.entry_words()] * flashjax::gather::kLanes;
+      const int64_t first =
+          int64_t{entries.data[strip * shape.entry_words()]} * flashjax::gather::kLanes;
       auto& block = (*blocks)[b];
       std::copy(block.values.begin(), block.values.end(), values.data + first * 4);
       std::copy(block.columns.begin(), block.columns.end(), bitmap.data + first * 2);

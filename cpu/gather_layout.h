@@ -16,7 +16,8 @@
 //           (The name is that of the other layout's array that says where values belong.)
 //   entries uint32 [strips + 1][1 + 32 + 16 units]
 //             word 0         the strip's first chunk
-//             words 1..32    the row of every lane; M and beyond: none
+//             words 1..32    the row of every lane; M and beyond: none. Every row has its lane:
+//                            what no lane has, the kernel does not write.
 //             words 33..     uint16 [units][32 lanes]: the column before the unit's first value
 //           and in the last row: word 0 the number of chunks, words 1 + 2 p and 2 + 2 p the columns
 //           [begin, end), multiples of 8, that hold all that the units of panel p point to.

@@ -6,7 +6,7 @@
 // Its warps share the panel's units evenly; a warp's sums of a strip go to shared memory, and when
 // all CTAs are done each adds up those of some strips, in a fixed order, from the whole cluster.
 //
-// The scheme is that of the gather prototype "G" in docs/kernel-log.md, section 12.
+// docs/kernel-log.md, section 12, has the measurements.
 #ifndef FLASHJAX_CUDA_GATHER_MATMUL_CUH_
 #define FLASHJAX_CUDA_GATHER_MATMUL_CUH_
 
@@ -158,7 +158,7 @@ __device__ __forceinline__ void LoadX(const GatherProduct& p, int begin, int end
 }
 
 template <typename T>
-__device__ __forceinline__ float LoadBias(const GatherProduct& p, int layer, int row) {
+__device__ __forceinline__ float LoadBias(const GatherProduct& p, int layer, int64_t row) {
   if (p.bias == nullptr) return 0.0f;
   const int64_t at = int64_t{layer} * p.bias_stride + row;
   return p.is_float_bias ? static_cast<const float*>(p.bias)[at]
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes, 1)
 
   uint8_t* shared = DynamicShared();
   auto* sums_of = reinterpret_cast<float4*>(shared + kXBytes);
-  const int2 window = w.window(panel);
+  const int2 window = w.window(panel, p.k);
   const uint32_t x_address = SharedAddress(shared);
 
   int unit = shares.First(warp);
@@ -214,8 +214,8 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes, 1)
   if (unit < end) begin();  // before x, which takes as long
   // What the thread will finish: of strips `panel`, `panel` + panels, ... one, for 4 rows of x.
   const int own = panel + threadIdx.x / (2 * kLanes) * w.panels, half = threadIdx.x / kLanes % 2;
-  const int row = own < strips ? w.entry(first_strip + own).row(lane) : p.m;
-  const bool owns = row < p.m;
+  const uint32_t row = own < strips ? w.entry(first_strip + own).row(lane) : p.m;
+  const bool owns = row < static_cast<uint32_t>(p.m);
   const float bias = owns ? LoadBias<T>(p, w.layer, row) : 0.0f;
   LoadX(p, window.x, window.y, x_address);
   __syncthreads();

@@ -22,7 +22,7 @@ class ClusterLaunch {
     config_.numAttrs = 1;
   }
   ClusterLaunch(const ClusterLaunch&) = delete;
-  const cudaLaunchConfig_t* operator&() const { return &config_; }
+  const cudaLaunchConfig_t* config() const { return &config_; }
 
  private:
   cudaLaunchAttribute cluster_{};
@@ -38,7 +38,7 @@ cudaError_t ResidentClusters(int& clusters) {
         GatherKernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
     if (error != cudaSuccess) return error;
     return cudaOccupancyMaxActiveClusters(&clusters, GatherKernel<T>,
-                                          &ClusterLaunch(kPanels, 1, kMaxWarps, 0));
+                                          ClusterLaunch(kPanels, 1, kMaxWarps, 0).config());
   });
 }
 
@@ -77,15 +77,15 @@ cudaError_t LaunchKernel(GatherProduct& product, cudaStream_t stream) {
   product.strips_per_cluster = static_cast<int>(std::min<int64_t>(even, kMaxStrips));
   const int64_t clusters = CeilDiv(product.packed.strips, product.strips_per_cluster);
   const int warps = Warps(product.strips_per_cluster, product.packed.panels);
-  return cudaLaunchKernelEx(&ClusterLaunch(product.packed.panels, clusters, warps, stream),
+  return cudaLaunchKernelEx(ClusterLaunch(product.packed.panels, clusters, warps, stream).config(),
                             GatherKernel<T>, product);
 }
 
 }  // namespace
 
 const char* GatherKernelUnavailable() {
-  return DeviceAttribute<cudaDevAttrComputeCapabilityMajor>() >= 9 ? nullptr
-                                                                   : "a GPU with clusters (sm_90)";
+  return DeviceAttribute<cudaDevAttrComputeCapabilityMajor>() == 9 ? nullptr
+                                                                   : "a Hopper GPU (sm_90)";
 }
 
 cudaError_t LaunchGatherMatmul(const GatherMatmulArgs& args, cudaStream_t stream) {

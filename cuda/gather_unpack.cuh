@@ -15,6 +15,7 @@ inline constexpr int kUnpackWarps = 8;
 // Where an element goes: row * row_stride + column * column_stride.
 struct DensePlace {
   uint16_t* dense;  // all zero
+  int64_t rows;
   int64_t row_stride, column_stride;
 };
 
@@ -25,7 +26,8 @@ __global__ void __launch_bounds__(kUnpackWarps* kLanes)
   const int lane = LaneId(), warp = threadIdx.x / kLanes, units = w.panels * kPanelUnits;
   const StripEntry entry = w.entry(blockIdx.x);
   const int chunk = entry.chunk(), chunks = w.entry(blockIdx.x + 1).chunk() - chunk;
-  uint16_t* const row = out.dense + entry.row(lane) * out.row_stride;
+  const bool has_row = entry.row(lane) < out.rows;
+  uint16_t* const row = out.dense + (has_row ? entry.row(lane) : 0) * out.row_stride;
   const int unit = units / kUnpackWarps * warp, end = unit + units / kUnpackWarps;
   int column = entry.column(unit, lane);
   for (int i = UnitChunk(unit, chunks, w.panels); i < UnitChunk(end, chunks, w.panels); ++i) {
@@ -37,8 +39,8 @@ __global__ void __launch_bounds__(kUnpackWarps* kLanes)
     for (int j = 0; j < kChunkValues; ++j) {
       column += static_cast<int8_t>((j < 4 ? c.x : c.y) >> (8 * (j % 4)));
       const auto value = static_cast<uint16_t>(values[j / 2] >> (16 * (j % 2)));
-      // A zero may stand at the place of a nonzero, or for no row.
-      if (value != 0) row[column * out.column_stride] = value;
+      // A zero may stand at the place of a nonzero.
+      if (has_row && value != 0) row[column * out.column_stride] = value;
     }
   }
 }

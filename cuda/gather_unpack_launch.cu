@@ -11,7 +11,7 @@ cudaError_t LaunchGatherUnpack(const GatherPackedArgs& packed, int64_t m, int64_
   if (!shape.fits()) return cudaErrorInvalidValue;
   const cudaError_t error = cudaMemsetAsync(dense, 0, static_cast<size_t>(m * k) * 2, stream);
   if (error != cudaSuccess) return error;
-  const DensePlace out = transposed ? DensePlace{dense, 1, m} : DensePlace{dense, k, 1};
+  const DensePlace out = transposed ? DensePlace{dense, m, 1, m} : DensePlace{dense, m, k, 1};
   return Launch(UnpackKernel, {shape.strips(), kUnpackWarps * kLanes}, stream,
                 MakePackedGather(packed, shape), out);
 }

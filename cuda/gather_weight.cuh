@@ -21,7 +21,8 @@ struct StripEntry {
   const uint32_t* words;
 
   __device__ __forceinline__ int chunk() const { return static_cast<int>(words[0]); }
-  __device__ __forceinline__ int row(int lane) const { return static_cast<int>(words[1 + lane]); }
+  // M and beyond for a lane without a row.
+  __device__ __forceinline__ uint32_t row(int lane) const { return words[1 + lane]; }
   __device__ __forceinline__ int column(int unit, int lane) const {
     return reinterpret_cast<const uint16_t*>(words + 1 + kLanes)[unit * kLanes + lane];
   }
@@ -38,10 +39,12 @@ struct GatherWeight {
   __device__ __forceinline__ StripEntry entry(int strip) const {
     return {entries + int64_t{strip} * entry_words};
   }
-  // Columns [x, y) that a panel's units point to.
-  __device__ __forceinline__ int2 window(int panel) const {
+  // Columns [x, y) that a panel's units point to, at most k and as many as a CTA holds.
+  __device__ __forceinline__ int2 window(int panel, int k) const {
     const uint32_t* words = entry(strips).words + 1 + 2 * panel;
-    return {static_cast<int>(words[0]), static_cast<int>(words[1])};
+    const int begin = static_cast<int>(min(words[0], static_cast<uint32_t>(k)));
+    const int end = static_cast<int>(min(words[1], static_cast<uint32_t>(k)));
+    return {begin, min(end, begin + kPanelColumns)};
   }
 };
 

@@ -18,9 +18,10 @@ and this module if a SparseMatrix is an argument or a result::
 
     y = jax.export.deserialize(blob).call(x, w)
 
-A symbolic number of rows always takes the kernels, also for many rows. `serialize`
-needs `pip install flatbuffers`. An exported function runs only with a flashjax whose
-kernels are those that it was exported with.
+A symbolic number of rows always takes the kernels, also for many rows; but weights
+packed for few tokens are then expanded. `serialize` needs `pip install flatbuffers`. An
+exported function runs only with a flashjax whose kernels are those that it was exported
+with.
 """
 
 import json

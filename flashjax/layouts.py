@@ -4,8 +4,8 @@
   tensor-core fragments. For every number of tokens, on every platform.
 * `GATHER`, "gather16/1" (`cpu/gather_layout.h`): each nonzero with its distance to the
   one before. Its kernel takes time by the number of nonzeros, but multiplies up to 8
-  tokens and no more; above, and anywhere but on GPUs with clusters (Hopper), the matrix
-  is expanded by plain JAX first.
+  tokens and no more, and only on Hopper GPUs. With more tokens, and on CPUs, the matrix
+  is expanded first; other GPUs refuse it.
 """
 
 import math
@@ -15,36 +15,48 @@ import jax.numpy as jnp
 import numpy as np
 
 from flashjax import _native, gather, reference
+from flashjax.packed_size import packed_bytes
 
 DEFAULT = "lscd16/1"
 GATHER = "gather16/1"
 LAYOUTS = (DEFAULT, GATHER)
 
-# Zeros from which GATHER is faster with 8 tokens and fewer: kernel log, section 12.
+# Zeros from which GATHER is faster: kernel log, section 12.
 GATHER_SPARSITY = {np.dtype(np.float16): 0.82, np.dtype(jnp.bfloat16): 0.73}
+# Stored values a nonzero, explicit zeros included, up to which it surely is.
+_GATHER_STORED = 1.25
 
 
-def choose(
-    shape: tuple[int, int],
-    sparsity: float,
-    dtype: np.dtype,
-    device: jax.Device,
-    tokens: int | None,
-) -> str:
-    """The layout for a (K, M) matrix on a device that will mostly multiply `tokens`."""
+def may_gather(shape: tuple[int, ...], device: jax.Device, tokens: int | None) -> bool:
+    """Whether a (K, M) matrix may have GATHER, whatever is in it."""
     if tokens is None or tokens > gather.KERNEL_ROWS or not math.prod(shape):
-        return DEFAULT
-    fast = sparsity >= GATHER_SPARSITY[dtype] and has_clusters(device)
-    return GATHER if fast and shape[0] <= gather.MAX_COLUMNS else DEFAULT
+        return False
+    return shape[0] <= gather.MAX_COLUMNS and has_gather_kernel(device)
 
 
-def has_clusters(device: jax.Device) -> bool:
+def has_zeros_enough(nnz: int, size: int, dtype: np.dtype) -> bool:
+    """Whether GATHER is the faster one if its padding is small."""
+    return 1 - nnz / size >= GATHER_SPARSITY[dtype]
+
+
+def gather_pays(
+    packed: tuple[np.ndarray, ...], nnz: int, shape: tuple[int, int]
+) -> bool:
+    """Whether its padding is small: not so in small matrices, or beside a dense row."""
+    _, _, values, _ = packed
+    if 2 * values.size <= _GATHER_STORED * nnz:
+        return True
+    default = packed_bytes(shape, 1 - nnz / math.prod(shape))
+    return sum(leaf.nbytes for leaf in packed) <= default
+
+
+def has_gather_kernel(device: jax.Device) -> bool:
     """Whether the kernel of GATHER runs on a device."""
-    capability = getattr(device, "compute_capability", None) or "0"
+    capability = str(getattr(device, "compute_capability", None) or "0")
     return (
         device.platform == "gpu"
+        and int(capability.split(".")[0]) == 9
         and _native.cuda_available()
-        and float(capability) >= 9.0
     )
 
 

@@ -40,7 +40,9 @@ def sparse_matmul(
     integers to JAX and have no derivative.
 
     NaN and infinities give what they give in the dense product: times a zero of x or of
-    w, stored or not, they are NaN.
+    w, stored or not, they are NaN. But with weights packed for few tokens
+    (`SparseMatrix.from_dense`) on a GPU, those of x reach the outputs alone whose
+    weight there is not zero, and some others.
 
     Args:
       x: (..., K), float16, bfloat16 or float32.
@@ -52,8 +54,9 @@ def sparse_matmul(
       implementation: `None` takes the best for the platform the computation is lowered
         for, and never fails on supported operands. "cuda" and "cpu" are the kernels;
         "xla" is plain JAX, for any platform, and materializes the dense matrix for the
-        duration of the call. The kernels do so too above `KERNEL_ROWS` rows of x; the
-        CUDA one also when the dtypes of x and w differ.
+        duration of the call. The kernels do so too above `KERNEL_ROWS` rows of x (8 for
+        weights packed for few tokens, which no CPU kernel takes); the CUDA one also
+        when the dtypes of x and w differ.
       preferred_element_type: dtype of the result: float16, bfloat16 or float32.
         `None` takes the promoted dtype of x and w.
       layer: which matrix of a stack (`SparseMatrix.stack`) to multiply by: an integer,
@@ -91,8 +94,10 @@ def sparse_matmul(
     index = None if layer is None else check_layer(layer, w)
     layers = None if layer is None else w.bitmap.shape[0]
     call = make_call(x, w, bias, implementation, preferred_element_type, layers)
-    call = dataclasses.replace(call, layouts=(w.layout, layouts.DEFAULT))
-    transposed = None if w.transposed is None else w.transposed.packed
+    transposed, other = None, layouts.DEFAULT
+    if w.transposed is not None:
+        transposed, other = w.transposed.packed, w.transposed.layout
+    call = dataclasses.replace(call, layouts=(w.layout, other))
     return _jitted(call, x, w.packed, bias, transposed, index)
 
 

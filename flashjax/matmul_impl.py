@@ -141,6 +141,8 @@ def _cuda(call, operands, kernel="auto"):
     if (
         packed is None
         or _exceeds(rows, limit)
+        # Its kernel takes no more, and how many a symbol stands for is not known.
+        or (is_gather and not isinstance(rows, int))
         or x.dtype != call.dtype
         or _is_empty(call, rows)
     ):

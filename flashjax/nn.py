@@ -14,7 +14,7 @@ from . import checkpoint, prune
 from .matmul import sparse_matmul
 from .nnx_tree import check_model, layers_of, replace_layers
 from .sharding import ShardedSparseMatrix
-from .sparse_matrix import SparseMatrix
+from .sparse_matrix import SparseMatrix, check_tokens
 from .trainable_matrix import SparsePositions, TrainableMatrix
 
 LINEN_COLLECTION = "sparse"
@@ -315,6 +315,7 @@ def sparsify(
         is then unchanged.
     """
     check_model("sparsify", model)
+    check_tokens("sparsify", tokens)
     found: dict[int, tuple[nnx.Linear, list[str]]] = {}
     for path, layer in layers_of(model, nnx.Linear):
         found.setdefault(id(layer), (layer, []))[1].append(path)

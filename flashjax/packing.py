@@ -44,35 +44,47 @@ def pack(dense: np.ndarray | jax.Array, threads: int = 0) -> tuple[Any, ...]:
     (device,) = devices
     if device.platform == "gpu" and _native.cuda_available():
         return _pack_on_gpu(dense)
-    packed = _pack_on_host(np.asarray(dense), threads)
+    return _place(_pack_on_host(np.asarray(dense), threads), dense)
+
+
+def pack_for(
+    tokens: int | None, dense: np.ndarray | jax.Array, threads: int = 0
+) -> tuple[tuple[Any, ...], str]:
+    """The arrays of a (K, M) matrix, as `pack`, in the layout for so many tokens.
+
+    Returns:
+      The arrays and the name of their layout.
+    """
+    dtype = np.dtype(dense.dtype).newbyteorder("=")
+    if layouts.may_gather(dense.shape, _device_for(dense), tokens):
+        host = np.ascontiguousarray(np.asarray(dense), dtype)
+        nnz = int(np.count_nonzero(host.view(np.uint16) << np.uint16(1)))
+        if layouts.has_zeros_enough(nnz, host.size, dtype):
+            packed = gather_layout.pack(host, threads)
+            if packed is not None and layouts.gather_pays(packed, nnz, host.shape):
+                return _place(packed, dense), layouts.GATHER
+    return pack(dense, threads), layouts.DEFAULT
+
+
+def _device_for(dense: np.ndarray | jax.Array) -> jax.Device:
+    """Where `pack` puts what it makes of an array."""
+    if isinstance(dense, jax.Array) and len(dense.devices()) == 1:
+        return next(iter(dense.devices()))
+    default = getattr(jax.config, "jax_default_device", None)
+    if isinstance(default, str):
+        return jax.local_devices(backend=default)[0]
+    return jax.local_devices()[0] if default is None else default
+
+
+def _place(packed: tuple[np.ndarray, ...], dense: Any) -> tuple[jax.Array, ...]:
+    """Puts arrays where a dense one was, committed to the device if that was."""
+    if not isinstance(dense, jax.Array) or len(dense.devices()) > 1:
+        return tuple(map(jnp.asarray, packed))
+    (device,) = dense.devices()
     if dense.committed:
         return tuple(jax.device_put(leaf, device) for leaf in packed)
     with jax.default_device(device):
         return tuple(map(jnp.asarray, packed))
-
-
-def pack_gather(dense: np.ndarray | jax.Array, threads: int = 0):
-    """`pack` into the layout `layouts.GATHER`, on the host; None if that cannot be."""
-    packed = gather_layout.pack(np.asarray(dense), threads)
-    if packed is None:
-        return None
-    if isinstance(dense, jax.Array) and len(dense.devices()) == 1:
-        (device,) = dense.devices()
-        return tuple(jax.device_put(leaf, device) for leaf in packed)
-    return tuple(map(jnp.asarray, packed))
-
-
-def nonzero_share(dense: np.ndarray | jax.Array) -> float:
-    """Nonzeros of an array by its elements."""
-    count = jnp.count_nonzero if isinstance(dense, jax.Array) else np.count_nonzero
-    return int(count(dense)) / max(dense.size, 1)
-
-
-def target(dense: np.ndarray | jax.Array) -> jax.Device:
-    """The device of what `pack` makes of an array."""
-    if isinstance(dense, jax.Array) and len(dense.devices()) == 1:
-        return next(iter(dense.devices()))
-    return next(iter(jnp.zeros(()).devices()))
 
 
 def _pack_on_host(dense: np.ndarray, threads: int) -> tuple[Any, ...]:

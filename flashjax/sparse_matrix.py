@@ -75,7 +75,8 @@ class SparseMatrix(PackedMatrix):
             memory order or a JAX array. An array that lives on a GPU is packed there.
           tokens: how many rows of x most products will have, where that is known: up
             to 8, a matrix with many zeros gets another layout on a Hopper GPU, which
-            is faster there and much slower with more rows. None is for any number.
+            is faster there and much slower with more rows. It is packed on the host.
+            None is for any number.
           threads: threads of the packer on the host, 0 for all cores.
 
         Returns:
@@ -111,15 +112,7 @@ class SparseMatrix(PackedMatrix):
             )
         check_tokens("SparseMatrix.from_dense", tokens)
         k, m = dense.shape
-        leaves, layout = None, layouts.DEFAULT
-        if tokens is not None:
-            sparsity = 1 - packing.nonzero_share(dense)
-            device = packing.target(dense)
-            layout = layouts.choose((k, m), sparsity, dtype, device, tokens)
-        if layout == layouts.GATHER:
-            leaves = packing.pack_gather(dense, threads)
-        if leaves is None:
-            leaves, layout = packing.pack(dense, threads), layouts.DEFAULT
+        leaves, layout = packing.pack_for(tokens, dense, threads)
         bitmap, entries, values, counts = leaves
         return cls(
             bitmap, entries, values, counts, shape=(k, m), dtype=dtype, layout=layout
@@ -151,6 +144,8 @@ class SparseMatrix(PackedMatrix):
           ValueError: tokens is no positive number, or the matrix is a stack.
         """
         self._check_concrete("SparseMatrix.repack")
+        check_tokens("SparseMatrix.repack", tokens)
+        self.check_leaves("SparseMatrix.repack")
         new = SparseMatrix.from_dense(self.to_dense(), tokens=tokens)
         return dataclasses.replace(new, transposed=self.transposed)
 
@@ -197,8 +192,8 @@ class SparseMatrix(PackedMatrix):
         if any(isinstance(leaf, jax.core.Tracer) for leaf in self.packed):
             raise TypeError(
                 f"{op}: expected a concrete matrix, got a traced one. The packed size "
-                "depends on the data: call with_transpose() outside of jit, vmap and "
-                "grad and pass the matrix as an argument"
+                "depends on the data: call it outside of jit, vmap and grad and pass "
+                "the matrix as an argument"
             )
 
     @staticmethod
@@ -232,8 +227,9 @@ class SparseMatrix(PackedMatrix):
             w.check_leaves("SparseMatrix.stack")
             if _kind(w) != _kind(matrices[0]):
                 raise ValueError(
-                    "SparseMatrix.stack: expected matrices of one shape and dtype, all "
-                    f"or none with their transposes, got {matrices[0]!r} and, at {i}, "
+                    "SparseMatrix.stack: expected matrices of one shape, dtype and "
+                    "layout (repack() gives the default one), all or none with their "
+                    f"transposes, got {matrices[0]!r} and, at {i}, "
                     f"{w!r}"
                 )
         return jax.tree.map(_stack_padded, *matrices)
@@ -329,7 +325,8 @@ def check_tokens(op: str, tokens: Any) -> None:
     """Raises ValueError unless it is a number of rows, or None."""
     if tokens is None:
         return
-    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+    is_integer = isinstance(tokens, int | np.integer) and not isinstance(tokens, bool)
+    if not is_integer or tokens < 1:
         raise ValueError(f"{op}: expected tokens >= 1 or None, got {tokens!r}")
 
 
@@ -347,7 +344,7 @@ def _check_dtype(op: str, dtype: Any) -> np.dtype:
 
 
 def _kind(w: SparseMatrix) -> tuple:
-    return w.shape, w.dtype, w.layout, w.transposed is None
+    return w.shape, w.dtype, w.layout, w.transposed and w.transposed.layout
 
 
 def _stack_padded(*leaves: Any) -> jax.Array:

@@ -15,6 +15,7 @@ from flashjax.trainable_matrix import TrainableMatrix
 from . import cuda_stand_in, op_cases
 
 K, M = 520, 300
+UNPACK = "flashjax_gather_unpack_cuda"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,6 +81,19 @@ def test_gather_layout(rows):
     assert targets(text) == [f"flashjax_gather_{stem}_cuda"]
     text = lower(lambda w: w.to_dense(), w)
     assert targets(text) == ["flashjax_gather_unpack_cuda"]
+
+
+def test_symbolic_rows_of_the_gather_layout():
+    """May be more than its kernel takes."""
+    w = op_cases.gather_matrix(op_cases.random_dense(K, M, 0.9, "float16"))
+    (rows,) = jax.export.symbolic_shape("rows")
+    x = jax.ShapeDtypeStruct((rows, K), jnp.float16)
+    exported = jax.export.export(
+        jax.jit(fj.sparse_matmul),
+        platforms=["cuda"],
+        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(UNPACK)],
+    )(x, w)
+    assert targets(exported.mlir_module()) == [UNPACK]
 
 
 def test_gradient_of_the_gather_layout():

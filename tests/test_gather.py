@@ -1,6 +1,7 @@
 """The gather layout: its packer, plain JAX, and the CUDA kernels."""
 
 import pickle
+import types
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +105,83 @@ def test_platforms_without_the_kernel_get_the_default_layout():
         assert fj.SparseMatrix.from_dense(dense, tokens=1).layout == layouts.DEFAULT
 
 
+@pytest.mark.parametrize(
+    ("capability", "shape", "tokens", "expected"),
+    [
+        ("9.0", (512, 64), 8, True),
+        ("9.0", (512, 64), 1, True),
+        ("9.0", (512, 64), 9, False),
+        ("9.0", (512, 64), None, False),
+        ("9.0", (0, 64), 8, False),
+        ("9.0", ((1 << 16) + 1, 64), 8, False),
+        ("8.0", (512, 64), 8, False),
+        ("10.0", (512, 64), 8, False),
+        ("12.0", (512, 64), 8, False),
+    ],
+)
+def test_which_may_have_it(monkeypatch, capability, shape, tokens, expected):
+    monkeypatch.setattr(layouts._native, "cuda_available", lambda: True)
+    device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
+    assert layouts.may_gather(shape, device, tokens) == expected
+
+
+@pytest.fixture
+def as_on_hopper(monkeypatch):
+    """Packs on the CPU as it would for a Hopper GPU."""
+    monkeypatch.setattr(layouts, "has_gather_kernel", lambda device: True)
+
+
+@pytest.mark.parametrize(
+    ("k", "sparsity", "dtype", "layout"),
+    [
+        (4096, 0.9, "float16", layouts.GATHER),
+        (4096, 0.78, "float16", layouts.DEFAULT),
+        (4096, 0.78, "bfloat16", layouts.GATHER),
+        (4096, 0.7, "bfloat16", layouts.DEFAULT),
+        # Small, and so padded much; but with hardly any nonzeros it is the smaller one.
+        (64, 0.85, "float16", layouts.DEFAULT),
+        (4096, 0.99, "float16", layouts.GATHER),
+    ],
+)
+@pytest.mark.usefixtures("as_on_hopper")
+def test_layout_follows_from_zeros(k, sparsity, dtype, layout):
+    dense = op_cases.random_dense(k, 512, sparsity, dtype)
+    w = fj.SparseMatrix.from_dense(dense, tokens=np.int64(8))
+    assert w.layout == layout
+    np.testing.assert_array_equal(np.asarray(w.to_dense()), dense)
+
+
+@pytest.mark.usefixtures("as_on_hopper")
+def test_a_dense_row_among_others_keeps_the_default_layout():
+    dense = op_cases.random_dense(4096, 512, 0.95, "float16")
+    dense[:, ::128] = 1
+    assert fj.SparseMatrix.from_dense(dense, tokens=8).layout == layouts.DEFAULT
+
+
+@pytest.mark.usefixtures("as_on_hopper")
+def test_arrays_are_where_those_of_the_default_layout_are():
+    dense = jnp.asarray(op_cases.random_dense(2048, 256, 0.95, "float16"))
+    second = jax.devices()[-1]
+    for array in (dense, jax.device_put(dense, second), np.asarray(dense)):
+        w = fj.SparseMatrix.from_dense(array, tokens=8)
+        plain = fj.SparseMatrix.from_dense(array)
+        assert w.layout == layouts.GATHER
+        for a, b in zip(w.packed, plain.packed, strict=True):
+            assert (a.devices(), a.committed) == (b.devices(), b.committed)
+
+
+@pytest.mark.usefixtures("as_on_hopper")
+def test_packs_concrete_arrays_while_tracing():
+    dense = op_cases.random_dense(512, 64, 0.9, "float16")
+
+    @jax.jit
+    def multiply(x):
+        return fj.sparse_matmul(x, fj.SparseMatrix.from_dense(dense, tokens=8))
+
+    x = op_cases.random_x((2, 512), "float16")
+    op_cases.check_product(multiply(x), x, dense)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("sparsity", "tokens", "layout"),
@@ -115,9 +193,9 @@ def test_platforms_without_the_kernel_get_the_default_layout():
     ],
 )
 def test_layout_follows_from_zeros_and_tokens(sparsity, tokens, layout):
-    if not layouts.has_clusters(jax.devices()[0]):
+    if not layouts.has_gather_kernel(jax.devices()[0]):
         layout = layouts.DEFAULT
-    dense = jnp.asarray(op_cases.random_dense(512, 64, sparsity, "float16"))
+    dense = jnp.asarray(op_cases.random_dense(4096, 512, sparsity, "float16"))
     w = fj.SparseMatrix.from_dense(dense, tokens=tokens)
     assert w.layout == layout
     np.testing.assert_array_equal(w.to_dense(), dense)
@@ -209,6 +287,17 @@ def test_gradients(product):
     # With the transpose, which has the default layout, packed as well.
     (dx,) = jax.vjp(lambda x: product(x, w.with_transpose()), x)[1](jnp.asarray(dy))
     op_cases.check_product(dx, dy, dense.T)
+
+
+def test_gradients_of_the_transpose(product):
+    """The default layout, whose transpose is the matrix in the gather layout."""
+    dense = op_cases.random_dense(300, 70, 0.9, "float16")
+    turned = op_cases.gather_matrix(dense).with_transpose().T
+    x = jnp.asarray(op_cases.random_x((3, 70), "float16"))
+    y, vjp = jax.vjp(lambda x: product(x, turned), x)
+    op_cases.check_product(y, x, dense.T)
+    dy = op_cases.random_x(y.shape, "float16", seed=9)
+    op_cases.check_product(vjp(jnp.asarray(dy))[0], dy, dense)
 
 
 def test_vmap_over_weights(product):

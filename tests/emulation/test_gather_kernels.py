@@ -66,6 +66,28 @@ def test_zeros(sparsity):
     check_matmul(op_cases.random_x((2, 260), "float16"), dense)
 
 
+def test_infinities_reach_nonzeros_and_few_others():
+    dense = op_cases.random_dense(300, 64, 0.8, "float16")
+    x = op_cases.random_x((1, 304), "float16")
+    x[0, 17] = np.inf
+    *packed, _ = gather.pack(dense)
+    y = emulator.gather_matmul(x, packed, 64)[0]
+    assert np.isinf(y[dense[17] != 0]).all()
+    assert np.isfinite(y[dense[17] == 0]).mean() > 0.9
+
+
+def test_rows_that_do_not_exist_are_not_written():
+    """What comes from elsewhere may say anything: no lane has a row then."""
+    dense = op_cases.random_dense(300, 40, 0.8, "float16")
+    bitmap, entries, values, _ = gather.pack(dense)
+    entries[:-1, 1:33] |= np.uint32(1 << 31)
+    x = op_cases.random_x((1, 304), "float16")
+    y = emulator.gather_matmul(x, (bitmap, entries, values), 40)
+    assert (y.view(np.uint16) == 0xCDCD).all()
+    expanded = emulator.gather_unpack((bitmap, entries, values), (300, 40), False)
+    assert not expanded.any()
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (520, 275), (20_000, 40)])
 def test_unpack(shape, transposed):
