@@ -9,7 +9,7 @@ import io
 import re
 
 import matplotlib
-from update_readme import H100, RESULTS, ROOT, load, origin, shape
+from result_tables import H100, RESULTS, ROOT, load, origin, shape
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -19,17 +19,8 @@ import pathlib
 
 import matplotlib
 import numpy as np
-from update_readme import (
-    H100,
-    H200,
-    RESULTS,
-    ROOT,
-    load,
-    load_steps,
-    replace,
-    table,
-    zeros,
-)
+from parallel_tables import load_steps
+from result_tables import H100, H200, RESULTS, ROOT, load, replace, table, zeros
 
 from flashjax.models.opt import OPTConfig
 from flashjax.models.opt.memory import predict

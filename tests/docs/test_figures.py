@@ -24,7 +24,6 @@ drawings = load(ROOT / "docs" / "drawings.py")
 @pytest.fixture
 def benchmarks(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
-    monkeypatch.delitem(sys.modules, "update_readme", raising=False)
     return ROOT / "benchmarks"
 
 
@@ -60,7 +59,7 @@ def test_figures_in_pages_are_up_to_date(benchmarks, tmp_path, monkeypatch):
 
 
 def test_collectives_are_told_by_their_names(benchmarks):
-    update = load(benchmarks / "update_readme.py")
+    tables = load(benchmarks / "parallel_tables.py")
     names = {
         "LscdWgmmaKernel": ("command_buffer", 700.0),
         "psum_invariant_fusion": ("psum_invariant-fusion", 100.0),
@@ -72,11 +71,11 @@ def test_collectives_are_told_by_their_names(benchmarks):
         for name, (operation, us) in names.items()
     ]
     result = {"profiled_step_ms": 1.0, "kernels": kernels}
-    assert update.communication_share(result) == pytest.approx(0.13)
+    assert tables.communication_share(result) == pytest.approx(0.13)
 
 
 def test_requests_of_several_runs_are_one_table(benchmarks, tmp_path):
-    update = load(benchmarks / "update_readme.py")
+    tables = load(benchmarks / "model_tables.py")
     request = {"dtype": "float16", "batch": 8, "sparsity": 0.8, "step_ms": 10.0}
     runs = {
         "1": [request | {"sparsity": 0.0, "step_ms": 16.0, "speedup": 1.0}],
@@ -88,7 +87,7 @@ def test_requests_of_several_runs_are_one_table(benchmarks, tmp_path):
         facts = {"date": f"2026-11-0{day}", "commit": f"c{day}"}
         content = {"environment": facts, "results": results}
         (tmp_path / f"{day}.json").write_text(json.dumps(content))
-    facts, results = update.load_requests(tmp_path.iterdir())
+    facts, results = tables.load_requests(tmp_path.iterdir())
     # Of the second run nothing is used.
     assert (facts["commit"], facts["date"]) == ("c1 and c3", "2026-11-03")
     found = [
@@ -103,10 +102,10 @@ def test_requests_of_several_runs_are_one_table(benchmarks, tmp_path):
 
 
 def test_memory_is_without_what_the_allocator_rounds_up(benchmarks):
-    update = load(benchmarks / "update_readme.py")
+    tables = load(benchmarks / "model_tables.py")
     request = {"weight_bytes": 50, "held_bytes": 60, "request_peak_bytes": 75}
-    assert update.request_bytes(request) == 65
-    assert update.request_bytes({"weight_bytes": 50}) is None
+    assert tables.request_bytes(request) == 65
+    assert tables.request_bytes({"weight_bytes": 50}) is None
 
 
 def test_times_of_kernels_by_name(benchmarks):

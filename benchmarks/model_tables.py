@@ -1,0 +1,131 @@
+"""Figures of models on one device: requests, pruning and the demo."""
+
+import json
+import pathlib
+import textwrap
+from collections.abc import Iterable
+
+from result_tables import captioned, gigabytes, newest, origin, zeros
+
+
+def load_requests(paths: Iterable[pathlib.Path]) -> tuple[dict, list[dict]]:
+    """One table from several runs of `flashjax bench generate` with one model.
+
+    Steps are set beside dense ones of the same batch and dtype of the cache, those of
+    another run included.
+    """
+
+    def timed(run: dict, r: dict) -> tuple[tuple, dict] | None:
+        cache = r.get("cache_dtype", r["dtype"])
+        key = r["sparsity"], r["batch"], cache
+        return (key, r | {"cache_dtype": cache}) if "step_ms" in r else None
+
+    facts, results = newest(paths, timed)
+    dense = {
+        (r["batch"], r["cache_dtype"]): r["step_ms"]
+        for r in results
+        if not r["sparsity"]
+    }
+    for r in results:
+        r.pop("speedup", None)
+        if beside := dense.get((r["batch"], r["cache_dtype"])):
+            r["speedup"] = beside / r["step_ms"]
+    return facts, results
+
+
+def generate_table(facts: dict, results: list[dict]) -> str:
+    first = results[0]
+    text = (
+        f"{first['layers']} layers of {first['model']} with synthetic weights, "
+        f"{first['dtype']}, {first['prompt']} tokens of prompt and {first['new']} new "
+        f"ones, on one {facts['device']} ({origin(facts)}). Prefill is the prompts, a "
+        "step is one new token for each; tokens a second are from both. Memory is the "
+        "weights and what a request adds, measured and predicted; held is what was in "
+        "use before it."
+    )
+    columns = ["zeros", "batch", "cache", "weights, GB", "held"]
+    columns += ["memory, GB", "predicted"]
+    columns += ["prefill, ms", "step, ms", "x dense", "tokens/s"]
+    rows = [
+        [
+            zeros(r["sparsity"]),
+            str(r["batch"]),
+            r["cache_dtype"],
+            gigabytes(r["weight_bytes"]),
+            gigabytes(r.get("held_bytes")),
+            gigabytes(request_bytes(r)),
+            gigabytes(r["predicted_bytes"]),
+            f"{r['prefill_ms']:.0f}",
+            f"{r['step_ms']:.2f}",
+            f"{r['speedup']:.2f}" if "speedup" in r else "",
+            f"{tokens_per_second(r):.0f}",
+        ]
+        for r in results
+    ]
+    return captioned(text, columns, rows)
+
+
+def request_bytes(r: dict) -> int | None:
+    """The weights' bytes and those that a request adds to what is in use."""
+    if "held_bytes" not in r:
+        return None
+    return r["weight_bytes"] + r["request_peak_bytes"] - r["held_bytes"]
+
+
+def prefill_table(runs: list[tuple[dict, list[dict]]]) -> str:
+    """Prompts of several lengths, each with a run."""
+    facts, results = runs[0]
+    first = results[0]
+    text = (
+        f"Milliseconds for the prompts alone: {first['layers']} layers of "
+        f"{first['model']} with synthetic weights, {first['dtype']}, on one "
+        f"{facts['device']} ({origin(facts)}). Empty: not measured."
+    )
+    sparsities = sorted({r["sparsity"] for _, results in runs for r in results})
+    rows = []
+    for _, results in runs:
+        times = {r["sparsity"]: f"{r['prefill_ms']:.1f}" for r in results}
+        prompts = f"{results[0]['batch']} x {results[0]['prompt']}"
+        rows.append([prompts, *(times.get(s, "") for s in sparsities)])
+    return captioned(text, ["prompts x tokens", *map(zeros, sparsities)], rows)
+
+
+def tokens_per_second(r: dict) -> float:
+    """New tokens by the time of the prefill and all steps."""
+    seconds = (r["prefill_ms"] + (r["new"] - 1) * r["step_ms"]) / 1e3
+    return r["batch"] * r["new"] / seconds
+
+
+def pruning_figures(whole: pathlib.Path, part: pathlib.Path) -> str:
+    """A model that was pruned whole, and one of which some layers were."""
+    small, large = (json.loads(p.read_text(encoding="utf-8")) for p in (whole, part))
+    (done,), (begun,) = small["results"], large["results"]
+    hours = large["layers_of_the_model"] * begun["seconds_a_layer"] / 3600
+    text = (
+        f"On one {small['environment']['device']}, {done['method']} at "
+        f"{done['sparsity']:.0%} with {done['samples']} windows of {done['length']} "
+        f"tokens takes {done['seconds']:.0f} s for a model of {small['model']}'s size "
+        f"and random weights, with {gigabytes(done['device_peak_bytes'])} GB of the "
+        f"GPU's memory at the peak and {gigabytes(done['host_peak_bytes'])} GB of the "
+        f"host's ({origin(small['environment'])}). Of {large['model']}'s "
+        f"{large['layers_of_the_model']} layers {begun['layers']} were pruned, in "
+        f"{begun['seconds']:.0f} s, with {gigabytes(begun['device_peak_bytes'])} and "
+        f"{gigabytes(begun['host_peak_bytes'])} GB ({origin(large['environment'])}). "
+        "Most of the first layer's time is compiling, so the whole model, which was "
+        f"not run, should take less than the {hours:.1f} hours that it would at "
+        f"{begun['seconds_a_layer']:.0f} s a layer. `benchmarks/pruning.py` measures "
+        "it."
+    )
+    return textwrap.fill(text, 98)
+
+
+def demo_figures(path: pathlib.Path) -> str:
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    text = (
+        f"An OPT of {facts['parameters'] / 1e6:.1f} million parameters, trained on "
+        "public-domain English (Austen, Shakespeare, the King James Bible). Perplexity "
+        f"on held-out text: **{facts['dense_perplexity']:.2f}** dense, "
+        f"**{facts['pruned_perplexity']:.2f}** with {facts['sparsity']:.0%} of the "
+        "weights of its linear layers pruned and fine-tuned."
+    )
+    return textwrap.fill(text, 90)

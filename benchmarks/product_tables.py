@@ -1,0 +1,96 @@
+"""Figures of single products, from matmul.py and cpu_matmul.py."""
+
+import statistics
+import textwrap
+
+from result_tables import captioned, origin, shape, zeros
+
+# What the README's first screen shows.
+LAYER, OTHER_LAYER, ROWS, SPARSITY = "opt-30b.fc1", "opt-30b.attention", 8, 0.6
+
+
+def headline(facts: dict, results: list[dict]) -> str:
+    chosen = {
+        r["layer"]: r for r in results if (r["n"], r["sparsity"]) == (ROWS, SPARSITY)
+    }
+    large, small = chosen[LAYER], chosen[OTHER_LAYER]
+    text = (
+        f"On one {facts['device']}, {ROWS} rows times a {shape(large)} layer of "
+        f"OPT-30B with {SPARSITY:.0%} zeros take **{large['sparse_us']:.0f}\u00a0µs**, "
+        "the same in dense float16 (`jnp.dot`, which is cuBLAS) "
+        f"{large['dense_us']:.0f}\u00a0µs: **{large['speedup']:.2f} times as fast in "
+        f"{large['bytes_per_element'] / 2:.0%} of the memory**. Smaller layers gain "
+        f"less: {shape(small)} runs at {small['speedup']:.2f} times the speed of "
+        "dense. [When sparse pays](docs/when-sparse-pays.md) has all figures (median "
+        f"device time, {origin(facts)})."
+    )
+    return textwrap.fill(text, 90, break_long_words=False, break_on_hyphens=False)
+
+
+def speed_table(facts: dict, results: list[dict]) -> str:
+    layers = {r["layer"]: f"{r['m']}x{r['k']}" for r in results}
+    sparsities = sorted({r["sparsity"] for r in results})
+    speedups = {(r["layer"], r["n"], r["sparsity"]): r["speedup"] for r in results}
+    shapes = " / ".join(layers.values())
+    tokens = results[0].get("tokens")
+    packed = f" by weights packed with `tokens={tokens}`" if tokens else ""
+    text = (
+        f"Speed-up of `sparse_matmul`{packed} over `jnp.dot` (cuBLAS) on one "
+        f"{facts['device']}, "
+        f"geometric mean over layers of OPT-30B and OPT-66B (out x in) {shapes}, with "
+        f"the least and the largest in brackets: {results[0]['dtype']}, random "
+        "patterns, weights not in the L2 cache, median device time, both in the same "
+        f"process ({origin(facts)})."
+    )
+    rows = []
+    for n in sorted({r["n"] for r in results}):
+        cells = []
+        for s in sparsities:
+            of_layers = [speedups[layer, n, s] for layer in layers]
+            mean = statistics.geometric_mean(of_layers)
+            cells.append(f"**{mean:.2f}** ({min(of_layers):.2f}-{max(of_layers):.2f})")
+        rows.append([str(n), *cells])
+    return captioned(text, ["rows of x", *(f"{s:.0%} zeros" for s in sparsities)], rows)
+
+
+def layer_table(facts: dict, results: list[dict]) -> str:
+    text = (
+        f"`sparse_matmul` beside `jnp.dot` on one {facts['device']}, as above: "
+        f"{results[0]['dtype']}, microseconds ({origin(facts)})."
+    )
+    rows = [
+        [
+            shape(r),
+            zeros(r["sparsity"]),
+            str(r["n"]),
+            f"{r['sparse_us']:.1f}",
+            f"{r['dense_us']:.1f}",
+            f"{r['speedup']:.2f}",
+        ]
+        for r in sorted(results, key=lambda r: (-r["m"], r["k"], r["sparsity"], r["n"]))
+    ]
+    columns = ["out x in", "zeros", "rows of x", "sparse", "dense", "x dense"]
+    return captioned(text, columns, rows)
+
+
+def cpu_table(facts: dict, results: list[dict]) -> str:
+    rows = sorted({r["rows"] for r in results})
+    layers = {(r["out"], r["in"]) for r in results}
+    speedups = {
+        (r["out"], r["in"], r["sparsity"], r["rows"]): r["x_dense"] for r in results
+    }
+    text = (
+        f"Speed-up over `jnp.dot` in float32, which is XLA's fastest there, on an "
+        f"{facts['device']} ({results[0]['dtype']} weights, median wall time, "
+        f"{origin(facts)}). The columns are rows of x."
+    )
+    cells = [
+        [
+            f"{out} x {inputs}",
+            zeros(sparsity),
+            *(f"{speedups[out, inputs, sparsity, n]:.1f}" for n in rows),
+        ]
+        for out, inputs in sorted(layers)
+        for sparsity in sorted({r["sparsity"] for r in results})
+    ]
+    return captioned(text, ["layer (out x in)", "zeros", *map(str, rows)], cells)
