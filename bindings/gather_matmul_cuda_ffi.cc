@@ -25,16 +25,11 @@ ffi::Error Matmul(cudaStream_t stream, ffi::AnyBuffer x, Words bitmap, Words ent
                     ShapeText(x.dimensions()));
   }
   FLASHJAX_RETURN_IF_ERROR(PackedArgs(kOp, shape, bitmap, entries, values, layer, &args.packed));
-  FLASHJAX_RETURN_IF_ERROR(CheckDtype(kOp, "bias", bias, {x.element_type(), ffi::F32}));
-  const bool has_bias = bias.element_count() > 0;
   args.is_stacked_bias = args.packed.layer != nullptr && bias.dimensions().size() == 2;
-  if (args.is_stacked_bias) {
-    FLASHJAX_RETURN_IF_ERROR(CheckShape(kOp, "bias", bias, {args.packed.layers, args.m}));
-  } else if (has_bias) {
-    FLASHJAX_RETURN_IF_ERROR(CheckShape(kOp, "bias", bias, {args.m}));
-  }
+  FLASHJAX_RETURN_IF_ERROR(CheckBias(kOp, bias, x.element_type(),
+                                     args.is_stacked_bias ? args.packed.layers : 0, args.m));
   args.x = x.untyped_data();
-  args.bias = has_bias ? bias.untyped_data() : nullptr;
+  args.bias = bias.element_count() > 0 ? bias.untyped_data() : nullptr;
   args.y = y->untyped_data();
   args.is_bfloat16 = x.element_type() == ffi::BF16;
   args.is_float_output = y->element_type() == ffi::F32;

@@ -32,6 +32,15 @@ inline ::xla::ffi::Error PackedArgs(const char* op, const LscdShape& shape, cons
   return ::xla::ffi::Error::Success();
 }
 
+// A bias of x's type or float32: (m,), (layers, m) where there are layers, or empty for none.
+inline ::xla::ffi::Error CheckBias(const char* op, const ::xla::ffi::AnyBuffer& bias,
+                                   ::xla::ffi::DataType x_type, int64_t layers, int64_t m) {
+  FLASHJAX_RETURN_IF_ERROR(CheckDtype(op, "bias", bias, {x_type, ::xla::ffi::DataType::F32}));
+  if (layers > 0) return CheckShape(op, "bias", bias, {layers, m});
+  if (bias.element_count() == 0) return ::xla::ffi::Error::Success();
+  return CheckShape(op, "bias", bias, {m});
+}
+
 inline ::xla::ffi::Error CudaStatus(const char* op, cudaError_t error) {
   if (error == cudaSuccess) return ::xla::ffi::Error::Success();
   return ::xla::ffi::Error::Internal(std::string(op) + ": " + cudaGetErrorName(error) + ": " +

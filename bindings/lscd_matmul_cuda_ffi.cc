@@ -21,20 +21,15 @@ ffi::Error Matmul(cudaStream_t stream, ffi::AnyBuffer x, Words bitmap, Words ent
   LscdMatmulArgs args{};
   FLASHJAX_RETURN_IF_ERROR(
       PackedArgs(kOp, LscdShape{m, k}, bitmap, entries, values, layer, &args.packed));
-  FLASHJAX_RETURN_IF_ERROR(CheckDtype(kOp, "bias", bias, {x.element_type(), ffi::F32}));
-  const bool has_bias = bias.element_count() > 0;
   args.is_stacked_bias = args.packed.layer != nullptr && bias.dimensions().size() == 2;
-  if (args.is_stacked_bias) {
-    FLASHJAX_RETURN_IF_ERROR(CheckShape(kOp, "bias", bias, {args.packed.layers, m}));
-  } else if (has_bias) {
-    FLASHJAX_RETURN_IF_ERROR(CheckShape(kOp, "bias", bias, {m}));
-  }
+  FLASHJAX_RETURN_IF_ERROR(
+      CheckBias(kOp, bias, x.element_type(), args.is_stacked_bias ? args.packed.layers : 0, m));
   if (kernel < 0 || kernel > static_cast<int64_t>(LscdKernel::kWgmma)) {
     return Mismatch(kOp, "kernel", "0 (auto), 1 (mma) or 2 (wgmma)", std::to_string(kernel));
   }
 
   args.x = x.untyped_data();
-  args.bias = has_bias ? bias.untyped_data() : nullptr;
+  args.bias = bias.element_count() > 0 ? bias.untyped_data() : nullptr;
   args.y = y->untyped_data();
   args.workspace = workspace->untyped_data();
   args.workspace_bytes = workspace->size_bytes();

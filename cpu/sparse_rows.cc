@@ -21,7 +21,9 @@ void ForRows(int64_t rows, const ParallelFor& parallel_for,
 SparseRows::SparseRows(std::vector<Part> parts, int64_t k, std::vector<int64_t> order,
                        const ParallelFor& parallel_for)
     : parts_(std::move(parts)), k_(k), order_(std::move(order)) {
-  for (size_t p = 0; p < parts_.size(); ++p) {
+  for (const Part& part : parts_) rows_ += part.rows;
+  if (!order_.empty()) rows_ = static_cast<int64_t>(order_.size());
+  for (size_t p = 0; p < parts_.size() && k_ > 0; ++p) {
     for (int64_t row = 0; row < parts_[p].rows; ++row) {
       starts_.push_back({static_cast<int64_t>(p), row, 0});
     }
@@ -39,7 +41,7 @@ SparseRows::SparseRows(std::vector<Part> parts, int64_t k, std::vector<int64_t> 
   int64_t next = 0;
   for (const Part& part : parts_) {
     int64_t before = 0;
-    for (int64_t row = 0; row < part.rows; ++row, ++next) {
+    for (int64_t row = 0; row < part.rows && k_ > 0; ++row, ++next) {
       before += std::exchange(starts_[next].value, before);
     }
     fits_ = fits_ && before == part.value_count;
@@ -48,6 +50,7 @@ SparseRows::SparseRows(std::vector<Part> parts, int64_t k, std::vector<int64_t> 
 
 void DecodeRows(const SparseRows& rows, const ParallelFor& parallel_for, uint16_t* dense) {
   const int64_t k = rows.k();
+  if (k == 0) return;
   ForRows(rows.rows(), parallel_for, [&](int64_t i) {
     SparseRows::Cursor cursor = rows.Row(i);
     std::fill(dense + i * k, dense + (i + 1) * k, uint16_t{0});

@@ -58,13 +58,12 @@ class SparseRows {
   SparseRows(std::vector<Part> parts, int64_t k, std::vector<int64_t> order,
              const ParallelFor& parallel_for);
 
-  int64_t rows() const {
-    return static_cast<int64_t>((order_.empty() ? starts_.size() : order_.size()));
-  }
+  int64_t rows() const { return rows_; }
   int64_t k() const { return k_; }
   // Whether every part has as many values as bits.
   bool fits() const { return fits_; }
 
+  // There have to be columns.
   Cursor Row(int64_t i) const {
     const Start& start = starts_[order_.empty() ? i : order_[i]];
     return {parts_[start.part], start.row * k_, start.value};
@@ -76,9 +75,9 @@ class SparseRows {
   };
 
   std::vector<Part> parts_;
-  int64_t k_;
+  int64_t k_, rows_ = 0;
   std::vector<int64_t> order_;
-  std::vector<Start> starts_;
+  std::vector<Start> starts_;  // of all rows; none if there are no columns
   bool fits_ = true;
 };
 

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flashjax.cli.environment import save_results
-from flashjax.cli.memory_watch import MemoryWatch
+from flashjax.cli.memory_watch import MemoryWatch, memory_bytes
 from flashjax.cli.predict import find_config
 from flashjax.cli.progress import progress_bar
 from flashjax.models import opt
@@ -247,11 +247,6 @@ def _build(
                 f"layers of sparsity {sparsity:.0%}", done, total
             ),
         )
-
-
-def memory_bytes(result: dict[str, Any]) -> int:
-    """As measured; where it was not, as predicted."""
-    return result.get("request_peak_bytes") or result["predicted_bytes"]
 
 
 def _add_speedups(results: list[dict[str, Any]]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from flashjax.cli.bench_generate import memory_bytes
+from flashjax.cli.memory_watch import memory_bytes
 
 
 def plot(path: Path) -> None:

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
 
 import jax
 
@@ -54,3 +55,8 @@ class MemoryWatch:
             used = (device.memory_stats() or {}).get("bytes_in_use")
             if used is not None:
                 self.peak = max(self.peak or 0, used)
+
+
+def memory_bytes(result: dict[str, Any]) -> int:
+    """As measured; where it was not, as predicted."""
+    return result.get("request_peak_bytes") or result["predicted_bytes"]

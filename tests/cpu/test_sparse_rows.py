@@ -60,6 +60,12 @@ def test_matrix():
     np.testing.assert_array_equal(np.asarray(w.to_dense()), dense.T)
 
 
+def test_many_rows_without_columns():
+    """As a file may claim at no cost."""
+    rows = SparseRows(((np.empty(0, np.uint8), np.empty(0, np.float16), 1 << 31),), 0)
+    assert rows.to_dense().shape == (1 << 31, 0)
+
+
 def test_values_that_are_zero_are_not_stored():
     """Converting to another half precision may make some."""
     rows = SparseRows(((np.uint8([7]), np.float16([1, 0, -0.0]), 1),), 8)
