@@ -4,6 +4,7 @@ The default is the CPU, as 8 devices. `pytest -m gpu`, or FLASHJAX_TEST_PLATFORM
 for the other tests as well, leaves the choice to JAX, which prefers a GPU.
 """
 
+import gc
 import os
 import re
 
@@ -64,6 +65,12 @@ def pytest_configure(config: pytest.Config) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", float(least))
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_finish() -> None:
+    # The heap fills with what JAX keeps; to look through it for garbage takes long.
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 50)
 
 
 def pytest_report_header() -> str:
