@@ -2,20 +2,24 @@
 
     python benchmarks/sanitize.py [--tools memcheck,racecheck] [pytest arguments]
 
-The tools run side by side, each with tests of its own, and look into the kernels of
-this project alone: XLA's, hundreds of times slower, would take most of the time.
+The tools run side by side, the tests of each in several processes. They look into the
+kernels of this project alone, and XLA compiles as fast as it can: its own kernels,
+hundreds of times slower, and tuning them would take most of the time.
 
 Every read of memory that was not written is an error to initcheck, so the workspace's
 flags are cleared for it (cuda/lscd_stream_k.cuh says why they need not be).
 
-Writes `benchmarks/results/sanitize-DEVICE.json`: of every tool the errors, warnings,
-tests, and the first lines of what it found.
+Writes `benchmarks/results/sanitize-DEVICE.json` when a tool ends: its errors, warnings,
+tests, and the first lines of what it found. A tool that takes longer than `--minutes`
+is ended, and recorded as not finished.
 """
 
+import contextlib
 import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,55 +34,96 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Small shapes, every kernel by name; the sanitizers are hundreds of times slower.
 TESTS = ("tests/test_cuda_kernels.py", "-k", "not test_shares_of_blocks")
 KERNELS = "flashjax"  # in their names, which are in its namespace
+FAST_COMPILE = "--xla_gpu_autotune_level=0 --xla_backend_optimization_level=0"
 _SHOWN = 12  # lines of findings that are kept
 
 app = typer.Typer(add_completion=False)
 
 
-def summarise(log: str) -> dict:
-    """Errors and warnings of one tool's log, and how its findings begin."""
+def summarise(logs: list[str]) -> dict:
+    """Errors and warnings in the logs of a tool's processes, and how findings begin."""
     counts = {"errors": 0, "warnings": 0}
-    for errors in re.findall(r"ERROR SUMMARY: (\d+) error", log):
-        counts["errors"] += int(errors)
-    races = re.findall(r"RACECHECK SUMMARY: .*\((\d+) errors?, (\d+) warn", log)
-    for errors, warnings in races:
-        counts["errors"] += int(errors)
-        counts["warnings"] += int(warnings)
-    lines = [line.removeprefix("=========").strip() for line in log.splitlines()]
-    kept = [
-        line
-        for line in lines
-        if line and "SUMMARY" not in line and line != "COMPUTE-SANITIZER"
-    ]
-    return counts | {"findings": kept[:_SHOWN]}
+    findings = []
+    for log in logs:
+        lines = [line.removeprefix("=========").rstrip() for line in log.splitlines()]
+        kept = [
+            line
+            for line in lines
+            if line and "SUMMARY" not in line and line.strip() != "COMPUTE-SANITIZER"
+        ]
+        findings += map(str.strip, kept)
+        for errors in re.findall(r"ERROR SUMMARY: (\d+) error", log):
+            counts["errors"] += int(errors)
+        races = re.findall(r"RACECHECK SUMMARY: .*\((\d+) errors?, (\d+) warn", log)
+        for errors, warnings in races:
+            counts["errors"] += int(errors)
+            counts["warnings"] += int(warnings)
+        if "SUMMARY" not in log:
+            # The process was ended; details of a finding are further indented.
+            counts["errors"] += sum(not line.startswith("  ") for line in kept)
+    return counts | {"findings": findings[:_SHOWN]}
 
 
-def run_tool(tool: str, arguments: list[str]) -> dict:
+def run_within(seconds: float, command: list[str], **kwargs) -> bool:
+    """Runs a command, ends it and what it started after a time; whether it finished."""
+    process = subprocess.Popen(command, start_new_session=True, **kwargs)
+    try:
+        process.wait(seconds)
+        return True
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        for last in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, last)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+
+
+def run_tool(tool: str, arguments: list[str], workers: int, minutes: float) -> dict:
     """Runs pytest under one tool."""
-    environment = dict(os.environ, XLA_PYTHON_CLIENT_PREALLOCATE="false")
+    environment = dict(
+        os.environ,
+        PYTHONUNBUFFERED="1",
+        XLA_PYTHON_CLIENT_PREALLOCATE="false",
+        XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}".strip(),
+    )
     if tool == "initcheck":
         environment["FLASHJAX_CLEAR_WORKSPACE"] = "1"
-    with tempfile.TemporaryDirectory() as folder:
-        log = pathlib.Path(folder, "log")
-        command = ["compute-sanitizer", f"--tool={tool}", f"--log-file={log}"]
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        # %p: the number of the process.
+        command = ["compute-sanitizer", f"--tool={tool}", f"--log-file={folder}/log.%p"]
         command += ["--target-processes=all", "--print-limit=20"]
         command += [f"--kernel-regex=kns={KERNELS}"]
-        command += [sys.executable, "-m", "pytest", "-m", "gpu", "-q", *arguments]
+        command += [sys.executable, "-m", "pytest", "-m", "gpu", "-v"]
+        command += ["-p", "no:benchmark", "-n", str(workers), *arguments]
         began = time.perf_counter()
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=environment,
-            check=False,
-            capture_output=True,
-            text=True,
-        )
+        with open(folder / "printed", "w") as printed:
+            finished = run_within(
+                60 * minutes,
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+            )
         seconds = time.perf_counter() - began
-        if not log.exists():
-            raise SystemExit(f"{tool} wrote no log: {done.stderr.strip()[-500:]}")
-        found = summarise(log.read_text(encoding="utf-8", errors="replace"))
-    last = done.stdout.strip().splitlines()[-1:] or ["pytest printed nothing"]
-    return {"tool": tool, "tests": last[0], "seconds": round(seconds, 1), **found}
+        lines = (folder / "printed").read_text(errors="replace").strip().splitlines()
+        logs = [path.read_text(errors="replace") for path in folder.glob("log.*")]
+    tests = lines[-1] if lines else "pytest printed nothing"
+    if not finished:
+        tests = f"{sum(line.startswith('[gw') for line in lines)} done, then ended"
+    found = summarise(logs)
+    if not logs:
+        found |= {"errors": 1, "findings": ["no log", *lines[-_SHOWN:]]}
+    return {
+        "tool": tool,
+        "finished": finished,
+        "tests": tests,
+        "seconds": round(seconds, 1),
+        **found,
+    }
 
 
 @app.command(
@@ -87,6 +132,8 @@ def run_tool(tool: str, arguments: list[str]) -> dict:
 def main(
     context: typer.Context,
     tools: str = typer.Option(",".join(TOOLS), help="Comma-separated."),
+    workers: int = typer.Option(4, help="Processes with tests, for each tool."),
+    minutes: float = typer.Option(60.0, help="A tool that takes longer is ended."),
     name: str = typer.Option("sanitize", help="Stem of the result."),
 ) -> None:
     """Runs tests of the CUDA kernels under compute-sanitizer."""
@@ -98,14 +145,16 @@ def main(
     arguments = context.args or list(TESTS)
     results = []
     with ThreadPoolExecutor(len(chosen)) as pool:
-        runs = [pool.submit(run_tool, tool, arguments) for tool in chosen]
+        runs = [
+            pool.submit(run_tool, tool, arguments, workers, minutes) for tool in chosen
+        ]
         for run in as_completed(runs):
             results.append(run.result())
             print(results[-1], flush=True)
             content = {"arguments": arguments, "results": results}
             path = report.save(name, content)
     print(f"written to {path}")
-    raise SystemExit(any(r["errors"] for r in results))
+    raise SystemExit(any(r["errors"] or not r["finished"] for r in results))
 
 
 if __name__ == "__main__":

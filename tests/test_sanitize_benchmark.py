@@ -10,22 +10,33 @@ from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Prints what pytest would, and writes a log as the tool does.
+# Prints what pytest would, and writes the logs of two processes as the tool does.
 STAND_IN = """#!/bin/sh
 for argument; do
   case "$argument" in
     --tool=*) tool="${argument#--tool=}" ;;
-    --log-file=*) log="${argument#--log-file=}" ;;
+    --log-file=*%p) log="${argument#--log-file=}"; log="${log%??}" ;;
   esac
 done
-echo "5 passed in 1.00s"
-echo "========= COMPUTE-SANITIZER" > "$log"
+echo "[gw1] [ 50%] PASSED tests/test_one.py::test_one"
+echo "[gw0] [100%] PASSED tests/test_one.py::test_another"
+for process in 1 2; do
+  echo "========= COMPUTE-SANITIZER" > "$log$process"
+  case "$tool" in
+    memcheck) echo "========= ERROR SUMMARY: 0 errors" ;;
+    racecheck)
+      echo "========= Race reported"
+      echo "========= RACECHECK SUMMARY: 3 hazards displayed (1 error, 2 warnings)" ;;
+    initcheck)
+      echo "========= Uninitialized read"
+      echo "=========     at a kernel" ;;
+  esac >> "$log$process"
+done
 case "$tool" in
-  memcheck) echo "========= ERROR SUMMARY: 0 errors" ;;
-  racecheck)
-    echo "========= Race reported"
-    echo "========= RACECHECK SUMMARY: 3 hazards displayed (1 error, 2 warnings)" ;;
-esac >> "$log"
+  initcheck) sleep 100 ;;
+  synccheck) rm "$log"* ;;
+esac
+echo "2 passed in 1.00s"
 """
 
 
@@ -40,9 +51,10 @@ def sanitize(monkeypatch, tmp_path):
     return importlib.import_module("sanitize")
 
 
-def run(sanitize, tmp_path, tools):
+def run(sanitize, tmp_path, tools, *options):
     name = str(tmp_path / "sanitize")
-    done = CliRunner().invoke(sanitize.app, ["--tools", tools, "--name", name])
+    options = ["--tools", tools, "--name", name, *options]
+    done = CliRunner().invoke(sanitize.app, options)
     (path,) = tmp_path.glob("sanitize-*.json")
     return done.exit_code, json.loads(path.read_text())["results"]
 
@@ -51,15 +63,34 @@ def test_no_errors(sanitize, tmp_path):
     code, (result,) = run(sanitize, tmp_path, "memcheck")
     assert code == 0
     assert (result["errors"], result["findings"]) == (0, [])
-    assert result["tests"] == "5 passed in 1.00s"
+    assert result["tests"] == "2 passed in 1.00s"
+    assert result["finished"]
 
 
 def test_errors(sanitize, tmp_path):
     code, results = run(sanitize, tmp_path, "memcheck,racecheck")
     assert code == 1
-    assert [r["errors"] for r in results] == [0, 1]
-    assert results[1]["warnings"] == 2
-    assert results[1]["findings"] == ["Race reported"]
+    memory, races = sorted(results, key=lambda r: r["tool"])
+    assert (memory["errors"], races["errors"]) == (0, 2)
+    assert races["warnings"] == 4
+    assert races["findings"] == ["Race reported", "Race reported"]
+
+
+def test_ended(sanitize, tmp_path):
+    """What a tool found until then counts; what others found is there as well."""
+    code, results = run(sanitize, tmp_path, "memcheck,initcheck", "--minutes", "0.05")
+    assert code == 1
+    ended, memory = sorted(results, key=lambda r: r["tool"])
+    assert memory["finished"]
+    assert not ended["finished"]
+    assert ended["tests"] == "2 done, then ended"
+    assert ended["errors"] == 2
+
+
+def test_no_log(sanitize, tmp_path):
+    code, (result,) = run(sanitize, tmp_path, "synccheck")
+    assert code == 1
+    assert result["findings"][::3] == ["no log", "2 passed in 1.00s"]
 
 
 def test_unknown_tool(sanitize):
