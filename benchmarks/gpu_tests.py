@@ -3,7 +3,7 @@
     python benchmarks/gpu_tests.py [pytest arguments]
 
 Writes `benchmarks/results/gpu-tests-DEVICE.json`: counts by outcome and by test file,
-what failed, and the time.
+what failed, the cases of the fuzz tests, and the time.
 """
 
 import collections
@@ -46,6 +46,12 @@ def main() -> None:
             for case in cases
             if outcome(case) in ("failed", "errors")
         ],
+        # Of the fuzz tests, each of which is one test above.
+        "fuzz_cases": sum(
+            int(noted.get("value"))
+            for noted in suite.iter("property")
+            if noted.get("name") == "cases"
+        ),
         "files": {name: dict(counts) for name, counts in sorted(files.items())},
     }
     print(f"written to {report.save('gpu-tests', content)}")

@@ -5,6 +5,7 @@ for the other tests as well, leaves the choice to JAX, which prefers a GPU.
 """
 
 import gc
+import itertools
 import os
 import re
 
@@ -13,7 +14,7 @@ import pytest
 
 # Cases for each of the fuzz tests (tests/fuzz), chosen by --hypothesis-profile. The
 # default draws the same ones every time; the others go on where luck takes them.
-_PROFILES = {"default": 160, "nightly": 17_000, "gpu": 2_500}
+_PROFILES = {"default": 160, "nightly": 17_000, "gpu": 2_080}
 
 for _name, _cases in _PROFILES.items():
     hypothesis.settings.register_profile(
@@ -84,6 +85,17 @@ def pytest_report_header() -> str:
         f"jax {jax.__version__}: {len(devices)} x {devices[0].device_kind}; "
         f"CUDA: {fj.cuda_unavailable_reason() or 'available'}"
     )
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    reports = itertools.chain(*terminalreporter.stats.values())
+    cases = sum(
+        dict(report.user_properties).get("cases", 0)
+        for report in reports
+        if getattr(report, "when", None) == "call"
+    )
+    if cases:
+        terminalreporter.write_line(f"fuzz tests: {cases} cases")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -5,13 +5,16 @@ matrices is drawn anew for every case.
 """
 
 import dataclasses
+import functools
 import itertools
 import random
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import op_cases
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 
@@ -37,10 +40,37 @@ SHAPES = [
     (1031, 97),
 ]
 ROWS = [0, 1, 2, 3, 7, 8, 9, 17, 40, 129]
+# Beside them where there are thousands of cases.
+PRIMES = [p for p in range(2, 2100) if all(p % d for d in range(2, int(p**0.5) + 1))]
+MORE_ROWS = [5, 33, 64, 257, 1031]
 FLOATS = (*op_cases.HALVES, "float32")
 # No sum of products overflows; the last makes subnormals in float16.
 SCALES = [1.0, 2.0**5, 2.0**-9, 2.0**-20]
 SPECIALS = [np.nan, np.inf, -np.inf]
+
+# Thousands of cases come in parts, which processes take side by side. Each has calls of
+# its own, so that none is compiled in two of them.
+CASES = settings.default.max_examples
+PARTS = 8 if CASES > 1000 else 1
+in_parts = pytest.mark.parametrize("part", range(PARTS))
+of_a_part = settings(max_examples=CASES // PARTS)
+
+
+def given(*strategies):
+    """hypothesis.given, which counts: `given.cases` is how many were tested."""
+
+    def decorate(test):
+        @functools.wraps(test)
+        def counted(*arguments, **named):
+            given.cases += 1
+            test(*arguments, **named)
+
+        return hypothesis.given(*strategies)(counted)
+
+    return decorate
+
+
+given.cases = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,16 +84,27 @@ class Signature:
     has_bias: bool
 
 
-def signatures() -> st.SearchStrategy[Signature]:
-    """Few of them in the default profile, all in the nightly one."""
+def _shapes_and_rows():
+    if PARTS == 1:
+        return SHAPES, ROWS
+    rng = random.Random(1)
+    more = [
+        (rng.choice(PRIMES), rng.choice(PRIMES[:100])) for _ in range(3 * len(SHAPES))
+    ]
+    return SHAPES + more, ROWS + MORE_ROWS
+
+
+@functools.cache
+def signatures(part: int) -> st.SearchStrategy[Signature]:
+    """A part's: in all one for every six cases of a test."""
     every = [
         Signature(*values)
         for values in itertools.product(
-            SHAPES, ROWS, op_cases.HALVES, FLOATS, (False, True)
+            *_shapes_and_rows(), op_cases.HALVES, FLOATS, (False, True)
         )
     ]
     random.Random(0).shuffle(every)
-    return st.sampled_from(every[: settings.default.max_examples // 6])
+    return st.sampled_from(every[: CASES // 6][part::PARTS])
 
 
 def _uniform(k, m, rng):

@@ -5,7 +5,7 @@ import op_cases
 import pytest
 from emulation import emulator
 from fuzz import cases
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from flashjax import _native
@@ -23,7 +23,7 @@ def device():
 
 
 @few
-@given(SHAPES, cases.patterns, st.integers(1, 80), KERNELS, cases.seeds)
+@cases.given(SHAPES, cases.patterns, st.integers(1, 80), KERNELS, cases.seeds)
 @pytest.mark.parametrize("dtype", op_cases.HALVES)
 def test_product(dtype, shape, pattern, rows, kernel, seed):
     dense = cases.matrix(pattern, shape, dtype, 1.0, seed)
@@ -35,7 +35,7 @@ def test_product(dtype, shape, pattern, rows, kernel, seed):
 
 
 @few
-@given(SHAPES, cases.patterns, st.booleans(), cases.seeds)
+@cases.given(SHAPES, cases.patterns, st.booleans(), cases.seeds)
 def test_packs_like_the_host_and_unpacks(shape, pattern, transposed, seed):
     dense = cases.matrix(pattern, shape, "float16", 1.0, seed)
     dense = cases.put_specials(dense, 3, seed).view(np.uint16)

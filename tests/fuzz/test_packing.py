@@ -2,7 +2,6 @@
 
 import numpy as np
 from fuzz import cases
-from hypothesis import given
 from hypothesis import strategies as st
 
 from flashjax import _native
@@ -37,7 +36,7 @@ shapes = st.tuples(st.integers(0, 600), st.integers(0, 90)) | st.sampled_from(
 )
 
 
-@given(shapes, cases.patterns, st.integers(1, 3), cases.seeds)
+@cases.given(shapes, cases.patterns, st.integers(1, 3), cases.seeds)
 def test_round_trip(shape, pattern, threads, seed):
     dense = any_bits(pattern, *shape, seed)
     wanted = np.where(dense == 0x8000, 0, dense)

@@ -1,7 +1,8 @@
 """The product under many patterns, shapes, dtypes and memory orders.
 
 `pytest tests/fuzz` has about a thousand cases, with `--hypothesis-profile=nightly` a
-hundred thousand; `-m gpu --hypothesis-profile=gpu` has ten thousand on a GPU.
+hundred thousand; `-m gpu --hypothesis-profile=gpu` has ten thousand on a GPU, in parts
+for as many processes as there are cores (`-n auto`).
 """
 
 import functools
@@ -11,13 +12,16 @@ import numpy as np
 import op_cases
 import pytest
 from fuzz import cases
-from hypothesis import given
 from hypothesis import strategies as st
 
 import flashjax as fj
 
-kernels = pytest.mark.parametrize("kernel", op_cases.KERNELS)
 scales = st.sampled_from(cases.SCALES)
+
+
+def kernels(test):
+    """For each implementation, in parts."""
+    return pytest.mark.parametrize("kernel", op_cases.KERNELS)(cases.in_parts(test))
 
 
 def multiply(kernel, x, w, bias=None):
@@ -27,8 +31,11 @@ def multiply(kernel, x, w, bias=None):
 
 
 @kernels
-def test_product(kernel):
-    @given(cases.signatures(), cases.patterns, scales, cases.orders, cases.seeds)
+def test_product(kernel, part):
+    @cases.of_a_part
+    @cases.given(
+        cases.signatures(part), cases.patterns, scales, cases.orders, cases.seeds
+    )
     def check(call, pattern, scale, order, seed):
         dense = cases.matrix(pattern, call.shape, call.w_dtype, scale, seed)
         x, bias = cases.operands(call, scale, seed)
@@ -39,10 +46,11 @@ def test_product(kernel):
 
 
 @kernels
-def test_nan_and_infinity(kernel):
+def test_nan_and_infinity(kernel, part):
     """Each meets the zeros of the other operand as in a dense product."""
 
-    @given(cases.signatures(), cases.patterns, st.integers(0, 3), cases.seeds)
+    @cases.of_a_part
+    @cases.given(cases.signatures(part), cases.patterns, st.integers(0, 3), cases.seeds)
     def check(call, pattern, count, seed):
         dense = cases.matrix(pattern, call.shape, call.w_dtype, 1.0, seed)
         x, bias = cases.operands(call, 1.0, seed)
@@ -57,6 +65,31 @@ def test_nan_and_infinity(kernel):
     check()
 
 
+@kernels
+def test_calls_under_way(kernel, part):
+    """Several at once, one after the other and back: none sees what another left."""
+    calls = st.tuples(cases.signatures(part), cases.patterns, cases.seeds)
+
+    @cases.of_a_part
+    @cases.given(st.lists(calls, min_size=2, max_size=4))
+    def check(stream):
+        denses, operands = [], []
+        for call, pattern, seed in stream:
+            denses.append(cases.matrix(pattern, call.shape, call.w_dtype, 1.0, seed))
+            x, bias = cases.operands(call, 1.0, seed)
+            w = cases.packed(denses[-1])
+            operands.append((cases.in_every_order(x)["device"], w, bias))
+        there = [multiply(kernel, *o) for o in operands]
+        back = [multiply(kernel, *o) for o in reversed(operands)]
+        for y, again, dense, (x, _, bias) in zip(
+            there, reversed(back), denses, operands, strict=True
+        ):
+            assert np.asarray(y).tobytes() == np.asarray(again).tobytes()
+            op_cases.check_product(y, x, dense, bias)
+
+    check()
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _cotangent(implementation, x, w, dy):
     def product(x):
@@ -66,10 +99,11 @@ def _cotangent(implementation, x, w, dy):
 
 
 @kernels
-def test_cotangent(kernel):
+def test_cotangent(kernel, part):
     implementation, platform = kernel
 
-    @given(cases.signatures(), cases.patterns, scales, cases.seeds)
+    @cases.of_a_part
+    @cases.given(cases.signatures(part), cases.patterns, scales, cases.seeds)
     def check(call, pattern, scale, seed):
         dense = cases.matrix(pattern, call.shape, call.w_dtype, scale, seed)
         x, _ = cases.operands(call, scale, seed)
@@ -89,12 +123,13 @@ def _in_place(implementation, x, w):
 
 
 @kernels
-def test_donated_and_reused_buffers(kernel):
+def test_donated_and_reused_buffers(kernel, part):
     """x gives its memory to y, over and over; the weights stay as they are."""
     implementation, platform = kernel
     sizes = st.sampled_from([1, 16, 97, 256])
 
-    @given(sizes, st.sampled_from([1, 8, 9]), cases.patterns, cases.seeds)
+    @cases.of_a_part
+    @cases.given(sizes, st.sampled_from([1, 8, 9]), cases.patterns, cases.seeds)
     def check(size, rows, pattern, seed):
         dense = cases.matrix(pattern, (size, size), "float16", size**-0.5, seed)
         w = cases.packed(dense)
