@@ -9,6 +9,13 @@ from cli_support import assert_error
 ARGS = ("--layers", 1, "--prompt", 4, "--new", 4, "--repetitions", 1)
 
 
+@pytest.fixture(autouse=True)
+def small_reads(monkeypatch):
+    from flashjax.cli import bench_generate
+
+    monkeypatch.setattr(bench_generate, "_BANDWIDTH_BYTES", {"cpu": 1 << 24})
+
+
 def test_generate(cli, sparse_folder, tmp_path):
     out = tmp_path / "results"
     args = ("--model", sparse_folder, "--sparsity", "0,0.8", "--batch", "1,3")

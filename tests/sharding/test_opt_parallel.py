@@ -1,5 +1,6 @@
 """OPT split over devices computes what it computes on one."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -17,13 +18,25 @@ from flashjax.nn import SparseDense
 DATA = Path(__file__).parents[1] / "models/opt/data"
 VARIANTS = sorted(path.parent.name for path in DATA.glob("*/config.json"))
 DEMO = Path(__file__).parents[2] / "examples/demo-opt"
+PROMPT = np.array([[2, 5, 9, 11, 4]], np.int32)
 
 
-def pair(folder, count=2, **kwargs):
+def load(folder, count=2, **kwargs):
+    """A model split over so many devices."""
     mesh = make_mesh((count,), kind=jax.sharding.AxisType.Explicit)  # JAX's default
-    one, _ = opt.from_pretrained(folder, **kwargs)
-    split, _ = opt.from_pretrained(folder, mesh=mesh, **kwargs)
-    return one, split
+    return opt.from_pretrained(folder, mesh=mesh, **kwargs)[0]
+
+
+def pair(folder, **kwargs):
+    """The same on one device, and split over two."""
+    return opt.from_pretrained(folder, **kwargs)[0], load(folder, **kwargs)
+
+
+@functools.cache
+def tokens_of_one(**kwargs):
+    """Tokens that the demo model generates on one device."""
+    one, _ = opt.from_pretrained(DEMO, **kwargs)
+    return np.asarray(opt.generate(one, PROMPT, max_new_tokens=12))
 
 
 def decode_step(model):
@@ -47,7 +60,7 @@ def variants():
 
 @pytest.mark.parametrize("name", list(variants()))
 def test_every_variant_generates_the_same(name):
-    _, split = pair(DATA / name, dtype=jnp.float32)
+    split = load(DATA / name, dtype=jnp.float32)
     with np.load(DATA / f"{name}.npz") as reference:
         tokens, mask = reference["tokens"], reference["mask_left"]
         expected = reference["generated_left"]
@@ -80,9 +93,8 @@ def test_half_precision(name, dtype, sparse, fuse_qkv):
 @pytest.mark.parametrize("count", [4, 8])
 def test_two_collectives_a_layer(count, sparse, fuse_qkv):
     """For the vocabulary: an all-reduce of the embedding, a gather of the logits."""
-    one, split = pair(
-        DEMO, count=count, dtype=jnp.float16, sparse=sparse, fuse_qkv=fuse_qkv
-    )
+    options = {"dtype": jnp.float16, "sparse": sparse, "fuse_qkv": fuse_qkv}
+    split = load(DEMO, count, **options)
     compiled, cache = decode_step(split)
     found = collectives(compiled)
     assert found.count("all-reduce") == 2 * len(split.layers) + 1
@@ -94,19 +106,15 @@ def test_two_collectives_a_layer(count, sparse, fuse_qkv):
     assert np.prod(sizes) == split.config.vocab_size  # the logits, not the table
     heads = split.config.num_heads
     assert cache.keys[0].addressable_shards[0].data.shape[1] == heads // count
-    prompt = np.array([[2, 5, 9, 11, 4]], np.int32)
     np.testing.assert_array_equal(
-        opt.generate(split, prompt, max_new_tokens=12),
-        opt.generate(one, prompt, max_new_tokens=12),
+        opt.generate(split, PROMPT, max_new_tokens=12), tokens_of_one(**options)
     )
 
 
 @pytest.mark.parametrize("fuse_qkv", [True, False])
 @pytest.mark.parametrize("sparse", [True, False])
 def test_devices_hold_their_parts(sparse, fuse_qkv):
-    _, split = pair(
-        DATA / "pre_norm", dtype=jnp.float16, sparse=sparse, fuse_qkv=fuse_qkv
-    )
+    split = load(DATA / "pre_norm", dtype=jnp.float16, sparse=sparse, fuse_qkv=fuse_qkv)
     layer = split.layers[0]
     attention = layer.self_attn
     queries = attention.qkv_proj if fuse_qkv else attention.q_proj
@@ -122,7 +130,7 @@ def test_devices_hold_their_parts(sparse, fuse_qkv):
 @pytest.mark.parametrize("sparse", [True, False])
 def test_a_device_holds_queries_keys_and_values_of_its_heads(sparse):
     fused, apart = (
-        pair(DEMO, count=8, dtype=jnp.float16, sparse=sparse, fuse_qkv=fuse_qkv)[1]
+        load(DEMO, count=8, dtype=jnp.float16, sparse=sparse, fuse_qkv=fuse_qkv)
         for fuse_qkv in (True, False)
     )
 
