@@ -13,6 +13,6 @@ if(FLASHJAX_SANITIZE)
   set(FLASHJAX_STRIP NOSTRIP)
   set(FLASHJAX_OPTIMIZE -O1)  # -O3 takes minutes to compile with the checks
   add_compile_options(-fsanitize=${FLASHJAX_SANITIZE} -fno-sanitize-recover=all
-                      -fno-omit-frame-pointer -g1)
+                      -fno-omit-frame-pointer -g1 ${FLASHJAX_OPTIMIZE})
   add_link_options(-fsanitize=${FLASHJAX_SANITIZE})
 endif()

@@ -22,7 +22,7 @@ uint8_t* shared_memory = nullptr;
 
 namespace {
 
-constexpr size_t kStackBytes = 128 << 10;
+constexpr size_t kStackBytes = 32 << 10;  // AddressSanitizer clears it at every switch
 constexpr uint8_t kGarbage = 0xcb;
 constexpr unsigned kMaxCluster = 8;
 

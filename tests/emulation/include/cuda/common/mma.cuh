@@ -30,26 +30,36 @@ inline const float* Floats(__nv_bfloat16) {
   return FloatTable<__nv_bfloat16>([](uint16_t bits) { return __bfloat162float({bits}); });
 }
 
-// Brings a warp's fragments A (a[4]) and, if any, B (b[2]) together: [row][k] and [n][k].
+// What a lane multiplies, of a warp's fragments A and, if any, B: rows lane / 4 and lane / 4 + 8
+// of A, columns 2 (lane % 4) and the next of B.
 struct Fragments {
-  float a[16][16], b[8][16];
+  float a[2][16], b[2][16];
 };
 
-// Register i of A holds row lane / 4 + 8 (i % 2), columns 2 (lane % 4) + 8 (i / 2) and the next;
-// register i of B holds column n = lane / 4, rows 2 (lane % 4) + 8 i and the next.
+// Brings a warp's a[4] and, if any, b[2] together. Register i of A holds row lane / 4 + 8 (i % 2),
+// columns 2 (lane % 4) + 8 (i / 2) and the next; register i of B holds column n = lane / 4, rows
+// 2 (lane % 4) + 8 i and the next.
 template <typename T>
 Fragments ExchangeFragments(const char* what, const uint32_t* a, const uint32_t* b) {
-  uint32_t mine[6] = {a[0], a[1], a[2], a[3], b == nullptr ? 0 : b[0], b == nullptr ? 0 : b[1]};
-  const uint8_t* all = simt::Exchange(what, mine, sizeof mine);
   const float* floats = Floats(T{});
+  float mine[12] = {};
+  for (int i = 0; i < (b == nullptr ? 8 : 12); ++i) {
+    const uint32_t word = i < 8 ? a[i / 2] : b[i / 2 - 4];
+    mine[i] = floats[i % 2 == 0 ? word & 0xffff : word >> 16];
+  }
+  const uint8_t* all = simt::Exchange(what, mine, sizeof mine);
+  const auto of = [all](int lane, int i) {
+    float value;
+    std::memcpy(&value, all + lane * simt::kLaneBytes + i * sizeof value, sizeof value);
+    return value;
+  };
+  const int lane = simt::Lane();
   Fragments f;
-  for (int lane = 0; lane < simt::kWarpSize; ++lane) {
-    uint16_t halves[12];
-    std::memcpy(halves, all + lane * simt::kLaneBytes, sizeof halves);
-    for (int i = 0; i < 12; ++i) {
-      const int k = 2 * (lane % 4) + i % 2 + 8 * (i < 8 ? i / 4 : i / 2 % 2);
-      float& element = i < 8 ? f.a[lane / 4 + 8 * (i / 2 % 2)][k] : f.b[lane / 4][k];
-      element = floats[halves[i]];
+  for (int i = 0; i < 2; ++i) {
+    for (int k = 0; k < 16; ++k) {
+      const int source = k % 8 / 2, half = k % 2;
+      f.a[i][k] = of(lane / 4 * 4 + source, 2 * (i + k / 8 * 2) + half);
+      f.b[i][k] = of((lane % 4 * 2 + i) * 4 + source, 8 + 2 * (k / 8) + half);
     }
   }
   return f;
@@ -58,10 +68,8 @@ Fragments ExchangeFragments(const char* what, const uint32_t* a, const uint32_t*
 template <typename T>
 void Mma(T, float* c, const uint32_t* a, const uint32_t* b) {
   const Fragments f = ExchangeFragments<T>("mma", a, b);
-  const int lane = simt::Lane();
   for (int i = 0; i < 4; ++i) {
-    const int row = lane / 4 + i / 2 * 8, n = lane % 4 * 2 + i % 2;
-    for (int k = 0; k < 16; ++k) c[i] += f.a[row][k] * f.b[n][k];
+    for (int k = 0; k < 16; ++k) c[i] += f.a[i / 2][k] * f.b[i % 2][k];
   }
 }
 

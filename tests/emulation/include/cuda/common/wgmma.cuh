@@ -41,8 +41,8 @@ void Wgmma(Tile<T, N>, float* d, const uint32_t* a, uint64_t b) {
       for (int k = 0; k < 16; ++k) {
         const float x =
             floats[LoadSharedU16(Swizzle128(tile + n / 8 * 1024 + n % 8 * 128 + k * 2))];
-        d[j / 2 * 4 + j % 2] += f.a[lane / 4][k] * x;
-        d[j / 2 * 4 + j % 2 + 2] += f.a[lane / 4 + 8][k] * x;
+        d[j / 2 * 4 + j % 2] += f.a[0][k] * x;
+        d[j / 2 * 4 + j % 2 + 2] += f.a[1][k] * x;
       }
     }
   });
