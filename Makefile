@@ -15,7 +15,8 @@ export FLASHJAX_SANITIZE
 PYTEST_ARGS ?=
 RUN ?=
 # Much of the time is compiling for XLA, which uses one core.
-PYTEST = $(PY) -m pytest -n auto --maxprocesses=4
+WORKERS = -n auto --maxprocesses=4 --dist worksteal
+PYTEST = $(PY) -m pytest $(WORKERS)
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
@@ -52,7 +53,7 @@ RUN_SANITIZED = env $(SANITIZE) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_
 sanitize: ## the tests of native code under AddressSanitizer and UBSan
 	@$(MAKE) --no-print-directory install VENV=.venv-sanitize FLASHJAX_CUDA=OFF $(SANITIZE) \
 	  RUN='$(RUN_SANITIZED)'
-	@$(RUN_SANITIZED) .venv-sanitize/bin/python -m pytest -n auto --maxprocesses=4 \
+	@$(RUN_SANITIZED) .venv-sanitize/bin/python -m pytest $(WORKERS) \
 	  $(SANITIZED) $(PYTEST_ARGS)
 
 install: $(VENV)/.installed ## set up and build only
