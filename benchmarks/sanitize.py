@@ -32,7 +32,12 @@ import typer
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Small shapes, every kernel by name; the sanitizers are hundreds of times slower.
-TESTS = ("tests/test_cuda_kernels.py", "-k", "not test_shares_of_blocks")
+TESTS = (
+    "tests/test_cuda_kernels.py",
+    "tests/test_gather.py",
+    "-k",
+    "not test_shares_of_blocks and not test_large",
+)
 KERNELS = "flashjax"  # in their names, which are in its namespace
 FAST_COMPILE = "--xla_gpu_autotune_level=0 --xla_backend_optimization_level=0"
 _SHOWN = 12  # lines of findings that are kept
