@@ -3,8 +3,6 @@
 import contextlib
 import enum
 import os
-import signal
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +10,7 @@ import typer
 
 from flashjax.cli.bench import bench
 from flashjax.cli.errors import reported
+from flashjax.cli.signals import ending_signals
 
 app = typer.Typer(
     name="flashjax",
@@ -449,6 +448,5 @@ def info(
 
 def main() -> None:
     """Runs the command line."""
-    # An ended process must clean up like an interrupted one.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    app(prog_name="flashjax")
+    with ending_signals():
+        app(prog_name="flashjax")
