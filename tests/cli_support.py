@@ -32,7 +32,7 @@ def run_process(*args, **kwargs) -> subprocess.CompletedProcess:
 def assert_error(result, *parts) -> None:
     """A command failed with one line on stderr."""
     assert result.code == 1, result
-    lines = [li for li in result.err.strip().splitlines() if "━" not in li]
+    lines = result.err.strip().splitlines()
     assert len(lines) == 1, result.err
     assert lines[0].startswith("flashjax: error: ")
     for part in parts:

@@ -237,7 +237,7 @@ def read_bandwidth() -> float:
 def _build(
     config: opt.OPTConfig, sparsity: float, dtype: str, cache_dtype: str | None
 ) -> opt.OPT:
-    with progress_bar(disable=not sys.stderr.isatty()) as advance:
+    with progress_bar(disable=False) as advance:
         return random_opt(
             config,
             sparsity,

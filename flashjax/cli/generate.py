@@ -120,8 +120,7 @@ def run_file(
     done = 0
     began = time.perf_counter()
     try:
-        # A bar that is piped would only say that it has ended.
-        with progress_bar(disable=quiet or not sys.stderr.isatty()) as advance:
+        with progress_bar(disable=quiet) as advance:
 
             def progress(count: int, total: int) -> None:
                 nonlocal done

@@ -18,7 +18,8 @@ from rich.progress import (
 def progress_bar(*, disable: bool) -> Iterator[Callable[[str, int, int], None]]:
     """Shows a bar with the time left from the first call of what it yields.
 
-    Not before, so that errors of the input come alone.
+    Not before, so that errors of the input come alone; and on a terminal alone, since
+    what is piped to a file would only say that the bar has come to its end.
 
     Args:
       disable: show nothing.
@@ -33,7 +34,9 @@ def progress_bar(*, disable: bool) -> Iterator[Callable[[str, int, int], None]]:
         TimeRemainingColumn(),
         TextColumn("{task.description}"),
     )
-    bar = Progress(*columns, console=Console(stderr=True), disable=disable)
+    console = Console(stderr=True)
+    disable = disable or not console.is_terminal
+    bar = Progress(*columns, console=console, disable=disable)
     task = bar.add_task("", start=False, total=None)
 
     def advance(what: str, done: int, total: int) -> None:
