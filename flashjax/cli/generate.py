@@ -114,7 +114,7 @@ def run_file(
 
     The other arguments are those of run().
     """
-    check_target(target, resume=resume, overwrite=overwrite)
+    check_target(source, target, resume=resume, overwrite=overwrite)
     folder, config = _read_config(name, options)
     model, tokenizer = load(folder, dtype, cache_dtype, dense, implementation)
     done = 0

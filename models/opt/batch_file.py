@@ -96,13 +96,14 @@ def generate_file(
 
     Raises:
       ValueError: a line does not fit (the first one is named), the output or a partial
-        one exists, or the run to resume had other input or options.
+        one exists or is the input or no file, or the run to resume had other input or
+        options.
     """
     config = config or GenerationConfig()
     if batch < 1:
         raise ValueError(f"expected a batch of at least 1, got {batch}")
     source, target = Path(source), Path(target)
-    check_target(target, resume=resume, overwrite=overwrite)
+    check_target(source, target, resume=resume, overwrite=overwrite)
     jobs = read_jobs(source, tokenizer, model, config)
     header = {
         "format": _FORMAT,
@@ -120,21 +121,25 @@ def generate_file(
     done = _read_partial(partial, header) if resume and partial.exists() else {}
     if not done:
         partial.write_text(json.dumps(header) + "\n", encoding="utf-8")
-    with open(partial, "a", encoding="utf-8") as journal:
-        for rows in _batches(jobs, batch):
-            # The whole batch again, so that a resumed run computes the same.
-            if any(job.index not in done for job in rows):
-                size = min(batch, len(jobs))
-                results = _run(model, tokenizer, config, rows, logprobs, size)
-                for job, result in results:
-                    if job.index not in done:
-                        done[job.index] = result
-                        line = {"index": job.index, "result": result}
-                        journal.write(json.dumps(line) + "\n")
-                journal.flush()
-                os.fsync(journal.fileno())
-            if progress is not None:
-                progress(len(done), len(jobs))
+    try:
+        with open(partial, "a", encoding="utf-8") as journal:
+            for rows in _batches(jobs, batch):
+                # The whole batch again, so that a resumed run computes the same.
+                if any(job.index not in done for job in rows):
+                    size = min(batch, len(jobs))
+                    results = _run(model, tokenizer, config, rows, logprobs, size)
+                    for job, result in results:
+                        if job.index not in done:
+                            done[job.index] = result
+                            line = {"index": job.index, "result": result}
+                            journal.write(json.dumps(line) + "\n")
+                    journal.flush()
+                    os.fsync(journal.fileno())
+                if progress is not None:
+                    progress(len(done), len(jobs))
+    finally:
+        if not done:  # nothing that could be resumed
+            partial.unlink()
     _write(target, [done[job.index] for job in jobs])
     partial.unlink()
     return len(jobs)
@@ -145,11 +150,17 @@ def partial_path(target: Path) -> Path:
     return target.with_name(target.name + ".partial")
 
 
-def check_target(target: Path, *, resume: bool, overwrite: bool) -> None:
+def check_target(source: Path, target: Path, *, resume: bool, overwrite: bool) -> None:
     """Raises ValueError if the output, or a part of it, is in the way."""
     partial = partial_path(target)
     if target.is_dir() or not target.parent.is_dir():
         raise ValueError(f"{target}: expected a file in an existing folder")
+    # It is replaced as a whole, so nothing may be there that is not an output.
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{target}: expected a file, got a device or pipe")
+    present = [path for path in (target, partial) if path.exists()]
+    if source.exists() and any(map(source.samefile, present)):
+        raise ValueError(f"{source}: expected an output other than the input")
     if target.exists() and not overwrite:
         raise ValueError(
             f"{target}: expected a new file, got one that exists (overwrite replaces "

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import sys
 from types import SimpleNamespace
@@ -241,11 +242,51 @@ class TestFiles:
         def interrupt(*unused):
             raise KeyboardInterrupt
 
+        run = batch_file._run
+
+        def run_once(*args):
+            monkeypatch.setattr(batch_file, "_run", interrupt)
+            return run(*args)
+
+        monkeypatch.setattr(batch_file, "_run", run_once)
+        result = generate(cli, sparse_folder, "-i", source, "-o", target, "-b", 1)
+        assert result.code == 130
+        assert "1 lines are done and kept in" in result.err
+        assert "Traceback" not in result.err
+        assert sorted(os.listdir(tmp_path)) == ["in", "out.partial"]
+
+    def test_interrupted_before_a_line_is_done(
+        self, cli, sparse_folder, tmp_path, monkeypatch
+    ):
+        source, target = tmp_path / "in", tmp_path / "out"
+        source.write_text('{"prompt": "x"}\n')
+
+        def interrupt(*unused):
+            raise KeyboardInterrupt
+
         monkeypatch.setattr(batch_file, "_run", interrupt)
         result = generate(cli, sparse_folder, "-i", source, "-o", target)
-        assert result.code == 130
-        assert "0 lines are done and kept in" in result.err
-        assert "Traceback" not in result.err
+        assert (result.code, result.err) == (130, "flashjax: interrupted\n")
+        assert os.listdir(tmp_path) == ["in"]
+
+    def test_the_input_is_never_replaced(self, cli, sparse_folder, tmp_path):
+        source = tmp_path / "in"
+        source.write_text('{"prompt": "x"}\n')
+        link = tmp_path / "link"
+        link.symlink_to(source)
+        for target in (source, link, tmp_path / "." / "in"):
+            files = ("-i", source, "-o", target, "--overwrite")
+            result = generate(cli, sparse_folder, *files)
+            assert_error(result, "expected an output other than the input")
+        assert source.read_text() == '{"prompt": "x"}\n'
+
+    def test_a_device_is_never_replaced(self, cli, sparse_folder, tmp_path):
+        source, target = tmp_path / "in", tmp_path / "out"
+        source.write_text('{"prompt": "x"}\n')
+        os.mkfifo(target)
+        files = ("-i", source, "-o", target, "--overwrite")
+        assert_error(generate(cli, sparse_folder, *files), "got a device or pipe")
+        assert target.is_fifo()
 
     @pytest.mark.parametrize(
         ("args", "message"),
