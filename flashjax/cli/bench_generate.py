@@ -13,6 +13,7 @@ so far (half of the new ones on average); the bandwidth for this bound is measur
 
 import dataclasses
 import json
+import os
 import statistics
 import sys
 import time
@@ -81,6 +82,7 @@ def run(
         for s in sparsities
         for b in batches
     }
+    _check_out(out)
     bandwidth = read_bandwidth()
     results: list[dict[str, Any]] = []
     content = {
@@ -124,6 +126,13 @@ def run(
         plot(path)
         written.append(str(path.with_suffix(".png")))
     typer.echo(f"written to {' and '.join(written)}", err=as_json)
+
+
+def _check_out(out: Path) -> None:
+    """Finds before anything is measured that results could not be written."""
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"--out: expected a folder that can be written to, got {out}")
 
 
 def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:

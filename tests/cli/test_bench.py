@@ -89,6 +89,18 @@ def test_memory_that_runs_out(cli, sparse_folder, tmp_path, monkeypatch):
     assert result.out.count("does not fit") == 2
 
 
+def test_a_folder_that_cannot_be_made(cli, sparse_folder, tmp_path, monkeypatch):
+    from flashjax.cli import bench_generate
+
+    monkeypatch.setattr(bench_generate, "read_bandwidth", None)  # not reached
+    out = tmp_path / "file"
+    out.write_text("text")
+    for folder in (out, out / "results"):
+        args = ("--model", sparse_folder, *ARGS, "--out", folder)
+        message = f"--out: expected a folder that can be written to, got {folder}"
+        assert_error(cli("bench", "generate", *args), message)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
