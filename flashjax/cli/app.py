@@ -62,10 +62,12 @@ class Format(enum.StrEnum):
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 # Of options whose value may also come from the model's generation_config.json.
-_FILE = "  [default: the model's, or "
+_FILE = "the model's, or "
 Cache = Annotated[
     CacheDtype | None,
-    typer.Option(help="Of keys and values, in half the memory.  [default: --dtype]"),
+    typer.Option(
+        help="Of keys and values, in half the memory.", show_default="--dtype"
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -148,14 +150,24 @@ def generate(
     ] = False,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option("--max-new-tokens", "-n", help=f"Tokens to generate.{_FILE}64]"),
+        typer.Option(
+            "--max-new-tokens",
+            "-n",
+            help="Tokens to generate.",
+            show_default=f"{_FILE}64",
+        ),
     ] = None,
     min_new_tokens: Annotated[
-        int | None, typer.Option(help=f"Tokens before which no text ends.{_FILE}0]")
+        int | None,
+        typer.Option(
+            help="Tokens before which no text ends.", show_default=f"{_FILE}0"
+        ),
     ] = None,
     temperature: Annotated[
         float | None,
-        typer.Option("--temperature", "-t", help=f"0 is greedy.{_FILE}0]"),
+        typer.Option(
+            "--temperature", "-t", help="0 is greedy.", show_default=f"{_FILE}0"
+        ),
     ] = None,
     top_k: Annotated[
         int | None, typer.Option(help="Draw from the k likeliest tokens only.")
@@ -166,7 +178,9 @@ def generate(
     ] = None,
     repetition_penalty: Annotated[
         float | None,
-        typer.Option(help=f"Above 1, tokens that were there get rarer.{_FILE}1]"),
+        typer.Option(
+            help="Above 1, tokens that were there get rarer.", show_default=f"{_FILE}1"
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws.")] = None,
     dtype: Annotated[
@@ -178,7 +192,7 @@ def generate(
     ] = False,
     implementation: Annotated[
         Implementation | None,
-        typer.Option(help="Of the sparse product.  [default: the best]"),
+        typer.Option(help="Of the sparse product.", show_default="the best"),
     ] = None,
     batch: Annotated[
         int, typer.Option("--batch", "-b", help="Prompts that are continued at once.")
@@ -249,7 +263,7 @@ def prune(
     sparsity: Annotated[
         float | None,
         typer.Option(
-            "--sparsity", "-s", help="Share of zeros, 0 to 1.  [default: 0.6]"
+            "--sparsity", "-s", help="Share of zeros, 0 to 1.", show_default="0.6"
         ),
     ] = None,
     method: Annotated[
@@ -268,18 +282,20 @@ def prune(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="Text file, or folder of txt, jsonl, parquet, arrow files.  "
-            "[default: comes with FlashJAX]"
+            help="Text file, or folder of txt, jsonl, parquet, arrow files.",
+            show_default="comes with FlashJAX",
         ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Windows of calibration text.")] = 128,
     length: Annotated[
         int | None,
-        typer.Option(help="Tokens of a window.  [default: the model's, at most 2048]"),
+        typer.Option(
+            help="Tokens of a window.", show_default="the model's, at most 2048"
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the choice of windows.")] = 0,
     damping: Annotated[
-        float | None, typer.Option(help="Of sparsegpt and alps.  [default: theirs]")
+        float | None, typer.Option(help="Of sparsegpt and alps.", show_default="theirs")
     ] = None,
     format: Annotated[
         Format, typer.Option(help="Sparse, or plain Hugging Face with zeros in place.")
@@ -289,7 +305,7 @@ def prune(
     ] = Dtype.FLOAT16,
     activations: Annotated[
         Dtype | None,
-        typer.Option(help="Dtype of computation, or float32.  [default: --dtype]"),
+        typer.Option(help="Dtype of computation, or float32.", show_default="--dtype"),
     ] = None,
     report: Annotated[
         Path | None,
@@ -348,11 +364,13 @@ def evaluate(
     ],
     window: Annotated[
         int | None,
-        typer.Option(help="Tokens of a window.  [default: the model's, at most 2048]"),
+        typer.Option(
+            help="Tokens of a window.", show_default="the model's, at most 2048"
+        ),
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(help="Tokens between windows' starts.  [default: the window]"),
+        typer.Option(help="Tokens between windows' starts.", show_default="the window"),
     ] = None,
     dtype: Annotated[
         Dtype, typer.Option(help="Dtype of the model; float32 expands it.")
@@ -400,11 +418,11 @@ def info(
     length: Annotated[
         int | None,
         typer.Option(
-            help="Tokens of a text, prompt and new ones.  [default: all positions]"
+            help="Tokens of a text, prompt and new ones.", show_default="all positions"
         ),
     ] = None,
     prompt: Annotated[
-        int | None, typer.Option(help="Tokens of a prompt.  [default: --length]")
+        int | None, typer.Option(help="Tokens of a prompt.", show_default="--length")
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of --config.")] = Dtype.FLOAT16,
     cache_dtype: Cache = None,
@@ -412,7 +430,7 @@ def info(
         int, typer.Option(help="Devices that share the model of --config.")
     ] = 1,
     memory: Annotated[
-        float | None, typer.Option(help="GB of a device.  [default: this one's]")
+        float | None, typer.Option(help="GB of a device.", show_default="this one's")
     ] = None,
     debug: Debug = False,
 ) -> None:

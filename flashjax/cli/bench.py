@@ -33,7 +33,7 @@ def generate(
     ] = "float16",
     cache_dtype: Annotated[
         str | None,
-        typer.Option(help="Of keys and values: float8_e4m3fn.  [default: --dtype]"),
+        typer.Option(help="Of keys and values: float8_e4m3fn.", show_default="--dtype"),
     ] = None,
     repetitions: Annotated[int, typer.Option(help="Of every timing.", min=1)] = 5,
     out: Annotated[

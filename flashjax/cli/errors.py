@@ -49,6 +49,8 @@ def describe(error: Exception) -> str:
     text = " ".join(lines)
     if isinstance(error, MemoryError):
         return f"out of memory: {text}" if text else "out of memory"
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
     if isinstance(error, KeyError) or not text:
         return f"{type(error).__name__}: {text} (--debug shows where)"
     expected = ValueError, OSError, TypeError, NotImplementedError, ImportError
