@@ -13,7 +13,9 @@ from flashjax.cli.progress import progress_bar
 from flashjax.cli.report import device_line
 from flashjax.models import opt
 from flashjax.models.opt.evaluation import perplexity
+from flashjax.models.opt.hf_folder import local_folder
 from flashjax.models.opt.text_files import read_documents
+from flashjax.models.opt.tokenizer import require_tokenizer
 
 
 def run(
@@ -28,13 +30,11 @@ def run(
 ) -> None:
     """Prints a model's perplexity on a text."""
     document = "\n\n".join(read_documents(text))
-    model, tokenizer = opt.from_pretrained(folder, dtype=dtype)
-    if tokenizer is None:
-        raise ValueError(
-            f"{folder}: expected a tokenizer.json, or vocab.json and merges.txt, got "
-            "neither"
-        )
-    ids = np.asarray(tokenizer.encode(document).ids, np.int32)
+    local = local_folder(folder)
+    opt.OPTConfig.from_hf(local)
+    # Before the weights are read, which may take minutes.
+    ids = np.asarray(require_tokenizer(local).encode(document).ids, np.int32)
+    model, _ = opt.from_pretrained(local, dtype=dtype)
     started = time.perf_counter()
     with progress_bar(disable=quiet) as advance:
         found = perplexity(

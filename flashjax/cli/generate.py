@@ -22,6 +22,7 @@ from flashjax.models.opt.batch_file import check_target, partial_path
 from flashjax.models.opt.generate import compile_request
 from flashjax.models.opt.generation_request import check_length, end_ids, make_request
 from flashjax.models.opt.hf_folder import local_folder
+from flashjax.models.opt.tokenizer import require_tokenizer
 
 
 @dataclasses.dataclass
@@ -70,10 +71,12 @@ def run(
     prompts = [*prompts, *read_prompts(file)]
     _check_prompts(prompts)
     folder, config = _read_config(name, options)
-    model, tokenizer = load(folder, dtype, cache_dtype, dense, implementation)
+    # Before the weights are read, which may take minutes.
+    model_config, tokenizer = opt.OPTConfig.from_hf(folder), require_tokenizer(folder)
     encoded = [tokenizer.encode(prompt).ids for prompt in prompts]
     for ids in encoded:
-        check_length(model.config, len(ids), config.max_new_tokens)
+        check_length(model_config, len(ids), config.max_new_tokens)
+    model = load(folder, dtype, cache_dtype, dense, implementation)
 
     console = Console(highlight=False, soft_wrap=True)
     speed = _Speed()
@@ -116,7 +119,8 @@ def run_file(
     """
     check_target(source, target, resume=resume, overwrite=overwrite)
     folder, config = _read_config(name, options)
-    model, tokenizer = load(folder, dtype, cache_dtype, dense, implementation)
+    tokenizer = require_tokenizer(folder)
+    model = load(folder, dtype, cache_dtype, dense, implementation)
     done = 0
     began = time.perf_counter()
     try:
@@ -159,20 +163,18 @@ def load(
     cache_dtype: str | None,
     dense: bool,
     implementation: str | None,
-) -> tuple[Any, Any]:
-    """Loads a model and its tokenizer as the options of the command say.
+) -> opt.OPT:
+    """Loads a model as the options of the command say.
 
     Raises:
-      ValueError: there is no tokenizer, or no layer for the implementation.
+      ValueError: there is no layer for the implementation.
     """
-    model, tokenizer = opt.from_pretrained(
+    model, _ = opt.from_pretrained(
         folder,
         dtype=jnp.dtype(dtype),
         sparse=False if dense else "auto",
         cache_dtype=cache_dtype,
     )
-    if tokenizer is None:
-        raise ValueError(f"{folder}: expected a tokenizer.json, got none")
     layers = [layer for _, layer in nn.sparse_layers(model)]
     if implementation is not None and not layers:
         raise ValueError(
@@ -181,7 +183,7 @@ def load(
         )
     for layer in layers:
         layer.implementation = implementation
-    return model, tokenizer
+    return model
 
 
 def _read_config(
@@ -199,7 +201,7 @@ def _read_config(
 
 def _check_prompts(prompts: list[str]) -> None:
     if not prompts:
-        raise ValueError("expected --prompt or --file, got neither")
+        raise ValueError("expected --prompt, --file or --input, got none")
     for number, prompt in enumerate(prompts, 1):
         if not prompt:
             raise ValueError(f"expected prompts with text, got an empty one: {number}")

@@ -79,6 +79,21 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
     return tokenizer
 
 
+def require_tokenizer(folder: Path) -> Tokenizer:
+    """Loads a folder's tokenizer, as load_tokenizer() does.
+
+    Raises:
+      CheckpointError: there is none, or the files are damaged.
+    """
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise CheckpointError(
+            f"{folder}: expected a tokenizer.json, or vocab.json and merges.txt, got "
+            "neither"
+        )
+    return tokenizer
+
+
 def save_tokenizer(tokenizer: Tokenizer, config: OPTConfig, folder: Path) -> None:
     """Writes tokenizer.json and the tokenizer_config.json that transformers needs."""
     # Not by its own save(), whose errors do not tell a full disk.

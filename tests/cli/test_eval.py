@@ -69,7 +69,8 @@ def test_errors(cli, sparse_folder, tmp_path, content, options, messages):
     assert_error(cli("eval", sparse_folder, "--text", path, *options), *messages)
 
 
-def test_no_tokenizer(cli, sparse_folder, text, tmp_path):
+def test_no_tokenizer(cli, sparse_folder, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(opt, "from_pretrained", None)  # not reached
     folder = shutil.copytree(sparse_folder, tmp_path / "model")
     (folder / "tokenizer.json").unlink()
     assert_error(cli("eval", folder, "--text", text), "expected a tokenizer.json")

@@ -132,7 +132,7 @@ def test_bad_folders(cli, bad_folder):
 @pytest.mark.parametrize(
     ("options", "messages"),
     [
-        ([], ["expected --prompt or --file, got neither"]),
+        ([], ["expected --prompt, --file or --input, got none"]),
         (["-p", ""], ["expected prompts with text, got an empty one"]),
         (["-p", "x", "-p", "\udcff"], ["expected UTF-8 text in prompt 2"]),
         (["-p", "x" * 70], ["64 positions", "71 tokens"]),
@@ -145,7 +145,7 @@ def test_bad_folders(cli, bad_folder):
         (["-p", "x", "--seed", "-1"], ["seed", "-1"]),
         (["-p", "x", "--batch", "0"], ["--batch: expected at least 1, got 0"]),
         (
-            ["-p", "x", "--dense", "--implementation", "cpu"],
+            ["-p", "x", "-n", "8", "--dense", "--implementation", "cpu"],
             ["sparse layers, got none"],
         ),
         (["-p", "x", "-n", "8", "--implementation", "cuda"], ["'cuda' cannot run"]),
@@ -175,11 +175,22 @@ def test_file_is_a_folder(cli, sparse_folder, tmp_path):
     assert_error(generate(cli, sparse_folder, "-f", tmp_path), "Is a directory")
 
 
+@pytest.fixture
+def no_weights_read(monkeypatch):
+    """Reading them takes minutes for a large model: errors of the input come first."""
+    monkeypatch.setattr(opt, "from_pretrained", None)
+
+
+@pytest.mark.usefixtures("no_weights_read")
 def test_no_tokenizer(cli, sparse_folder, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(sparse_folder, folder)
     (folder / "tokenizer.json").unlink()
-    assert_error(generate(cli, folder, "-p", "x"), "expected a tokenizer.json, got no")
+    (tmp_path / "in").write_text('{"prompt": "x"}')
+    files = ("-i", tmp_path / "in", "-o", tmp_path / "out")
+    for args in (("-p", "x"), files):
+        result = generate(cli, folder, *args)
+        assert_error(result, "expected a tokenizer.json, or vocab.json and merges.txt")
 
 
 def test_interrupted(cli, sparse_folder, monkeypatch):
@@ -209,6 +220,7 @@ def test_generation_config_file(cli, sparse_folder, tmp_path):
         assert "ignored, not supported: num_beams=4" in result.err
 
 
+@pytest.mark.usefixtures("no_weights_read")
 def test_a_late_prompt_that_is_too_long_is_found_first(cli, sparse_folder):
     args = [a for p in ("x", "y", "z" * 70) for a in ("--prompt", p)]
     result = generate(cli, sparse_folder, *args, "-q", "--batch", 1)
