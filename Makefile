@@ -65,6 +65,7 @@ lint: $(VENV)/.dev ## ruff, clang-format and mypy
 	@$(PY) -m ruff format --check .
 	@git ls-files '*.cc' '*.h' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 	@$(PY) -m mypy
+	@$(PY) -m mypy tests/users_program.py
 
 docs: $(VENV)/.docs ## the documentation as a site, in build/site
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict

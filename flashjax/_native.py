@@ -11,7 +11,7 @@ from types import ModuleType
 
 import jax
 import jax.ffi
-import jaxlib
+import jaxlib.version
 
 
 def _import_cpu() -> ModuleType:
@@ -64,10 +64,10 @@ def check_ffi_version(
         return
     raise ImportError(
         f"flashjax was built with the XLA FFI headers {built[0]}.{built[1]} of jaxlib "
-        f"{built_with}, but the installed jaxlib {jaxlib.__version__} has XLA FFI "
-        f"{runtime[0]}.{runtime[1]}, which cannot run it. Either rebuild flashjax for "
-        "this jaxlib (`pip install --force-reinstall --no-deps .` in its source tree) "
-        f"or install jaxlib {built_with} or newer."
+        f"{built_with}, but the installed jaxlib {jaxlib.version.__version__} has XLA "
+        f"FFI {runtime[0]}.{runtime[1]}, which cannot run it. Either rebuild flashjax "
+        "for this jaxlib (`pip install --force-reinstall --no-deps .` in its source "
+        f"tree) or install jaxlib {built_with} or newer."
     )
 
 

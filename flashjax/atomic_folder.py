@@ -21,7 +21,7 @@ class CheckpointError(ValueError):
 
 @contextlib.contextmanager
 def atomic_folder(
-    path: str | os.PathLike, *, overwrite: bool = False
+    path: str | os.PathLike[str], *, overwrite: bool = False
 ) -> Iterator[Path]:
     """Gives a temporary sibling folder that becomes ``path`` when the block succeeds.
 

@@ -53,7 +53,7 @@ def _serialize_static(static: Any) -> bytes:
     return json.dumps([shape, np.dtype(dtype).name, layout]).encode()
 
 
-def _deserialize_static(data: bytes | bytearray) -> tuple:
+def _deserialize_static(data: bytes | bytearray) -> tuple[Any, ...]:
     shape, dtype, layout = json.loads(bytes(data))
     return tuple(shape), np.dtype(dtype), layout
 

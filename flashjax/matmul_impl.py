@@ -8,6 +8,7 @@ follows; the dense matrix is a temporary of that call.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -62,7 +63,12 @@ def _compute_rows(call: Call, operands: Operands) -> jax.Array:
     return dispatch(call.implementation, functions, call, operands)
 
 
-def dispatch(implementation: str | None, functions: dict, call: Any, *operands: Any):
+def dispatch(
+    implementation: str | None,
+    functions: dict[str, Callable[..., Any]],
+    call: Any,
+    *operands: Any,
+):
     """Calls the function of an implementation, or of the platform it is lowered for."""
     branches = {
         name: functools.partial(function, call) for name, function in functions.items()

@@ -1,7 +1,7 @@
 """Layers with sparse weights, for Flax NNX and Linen."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.serialization
 import jax
@@ -19,6 +19,8 @@ from .trainable_matrix import SparsePositions, TrainableMatrix
 
 LINEN_COLLECTION = "sparse"
 
+Model = TypeVar("Model")
+
 _HALVES = (jnp.dtype(jnp.float16), jnp.dtype(jnp.bfloat16))
 _DEFAULT_SPARSITY = 0.8
 _KERNEL_INIT = nnx.initializers.lecun_normal()
@@ -34,7 +36,7 @@ flax.serialization.register_serialization_state(
 )
 
 
-class SparseWeight(nnx.Variable):
+class SparseWeight(nnx.Variable[Any]):
     """The variable that holds a SparseMatrix.
 
     It is no nnx.Param, because packed weights are integers: nnx.grad and optimizers
@@ -86,12 +88,12 @@ class SparseDense(nnx.Module):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike | None = None,
         sparsity: float = _DEFAULT_SPARSITY,
-        kernel_init: nnx.initializers.Initializer = _KERNEL_INIT,
-        bias_init: nnx.initializers.Initializer = _BIAS_INIT,
+        kernel_init: jax.nn.initializers.Initializer = _KERNEL_INIT,
+        bias_init: jax.nn.initializers.Initializer = _BIAS_INIT,
         preferred_element_type: DTypeLike | None = None,
         implementation: str | None = None,
         rngs: nnx.Rngs | None,
-        _packed: tuple[SparseMatrix, nnx.Param | None] | None = None,
+        _packed: tuple[SparseMatrix, nnx.Param[Any] | None] | None = None,
     ):
         # Only through __init__ does NNX set up an object, also for from_matrix().
         if _packed is not None:
@@ -120,7 +122,7 @@ class SparseDense(nnx.Module):
     def from_matrix(
         cls,
         matrix: SparseMatrix,
-        bias: ArrayLike | nnx.Variable | None = None,
+        bias: ArrayLike | nnx.Variable[Any] | None = None,
         *,
         dtype: DTypeLike | None = None,
         preferred_element_type: DTypeLike | None = None,
@@ -224,8 +226,8 @@ class LinenSparseDense(linen.Module):
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike | None = None
     sparsity: float = _DEFAULT_SPARSITY
-    kernel_init: nnx.initializers.Initializer = _KERNEL_INIT
-    bias_init: nnx.initializers.Initializer = _BIAS_INIT
+    kernel_init: jax.nn.initializers.Initializer = _KERNEL_INIT
+    bias_init: jax.nn.initializers.Initializer = _BIAS_INIT
     implementation: str | None = None
 
     @linen.compact
@@ -282,13 +284,13 @@ LinenSparseDense.__module__ = "flashjax.linen"
 
 
 def sparsify(
-    model: Any,
+    model: Model,
     predicate: Callable[[str, nnx.Linear], bool] | None = None,
     dtype: DTypeLike | None = None,
     *,
     tokens: int | None = None,
     implementation: str | None = None,
-) -> Any:
+) -> Model:
     """Swaps the dense layers of an NNX model for sparse ones, in place.
 
     Kernels are packed as they are: prune them first, for example with

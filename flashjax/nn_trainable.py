@@ -1,13 +1,12 @@
 """Sparse layers of Flax NNX whose nonzero weights are trained."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from .nn import SparseDense, SparseWeight
+from .nn import Model, SparseDense, SparseWeight
 from .nnx_tree import check_model, layers_of, replace_layers
 from .sparse_matrix import SparseMatrix
 from .trainable_matrix import SparsePositions, TrainableMatrix
@@ -55,10 +54,10 @@ class TrainableSparseDense(SparseDense):
 
 
 def trainable(
-    model: Any,
+    model: Model,
     predicate: Callable[[str, SparseDense], bool] | None = None,
     dtype: DTypeLike = jnp.float32,
-) -> Any:
+) -> Model:
     """Makes the nonzero weights of a model's sparse layers trainable, in place.
 
     Layers that are shared stay shared. The optimizer comes afterwards::
@@ -106,7 +105,7 @@ def _taken(model, predicate):
             yield id(layer), (path, layer)
 
 
-def freeze(model: Any) -> Any:
+def freeze(model: Model) -> Model:
     """Turns trainable() back, in place: values are rounded and packed.
 
     What was trained to 0 is no longer stored. Call it outside of jax.jit.

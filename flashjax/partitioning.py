@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 
-def over_rows(function: Callable, x: jax.Array, *others: Any) -> jax.Array:
+def over_rows(function: Callable[..., Any], x: jax.Array, *others: Any) -> jax.Array:
     """Calls the function on each device with its own rows of x.
 
     Args:
@@ -130,7 +130,7 @@ def vary_alike(operands):
     return _vary_over(frozenset().union(*axes), operands)
 
 
-def _vary_over(axes: frozenset, tree: Any) -> Any:
+def _vary_over(axes: frozenset[str], tree: Any) -> Any:
     def vary(leaf):
         missing = tuple(axes - _varying_axes(leaf))
         return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
@@ -138,5 +138,5 @@ def _vary_over(axes: frozenset, tree: Any) -> Any:
     return jax.tree.map(vary, tree)
 
 
-def _varying_axes(leaf) -> frozenset:
+def _varying_axes(leaf) -> frozenset[str]:
     return frozenset(jax.typeof(leaf).manual_axis_type.varying)

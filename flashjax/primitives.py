@@ -19,7 +19,7 @@ from jax.interpreters import ad, mlir
 from flashjax.matmul_impl import Call
 
 
-def define(primitive: Primitive, compute: Callable) -> None:
+def define(primitive: Primitive, compute: Callable[..., Any]) -> None:
     """Lowers a primitive to a function of its leaves; eager calls are compiled too."""
     lowering = mlir.lower_fun(compute, multiple_results=False)
     mlir.register_lowering(primitive, lowering)
@@ -51,7 +51,7 @@ def total(tangents: Sequence[Any], like: jax.Array) -> Any:
 
 
 def product_tangent(
-    multiply: Callable, call: Call, operands: Any, tangents: Any, y: jax.Array
+    multiply: Callable[..., Any], call: Call, operands: Any, tangents: Any, y: jax.Array
 ) -> Any:
     """What the tangents of x and the bias add to that of y, or None for nothing."""
     dx, dbias = given(tangents.x), given(tangents.bias)
@@ -94,7 +94,7 @@ def to_front(leaves: Sequence[Any], dims: Sequence[int | None]) -> list[Any]:
     ]
 
 
-def batch_rows(multiply: Callable, call: Call, operands: Any, batched: Any):
+def batch_rows(multiply: Callable[..., Any], call: Call, operands: Any, batched: Any):
     """One product for a batch of x, of the bias or of both, in their first dimension.
 
     A batch of x becomes rows; every batch element then gets a bias of its own.
@@ -110,7 +110,9 @@ def batch_rows(multiply: Callable, call: Call, operands: Any, batched: Any):
     return (y + bias).astype(call.out_dtype)
 
 
-def one_by_one(function: Callable, leaves: Sequence[Any], dims: Sequence[int | None]):
+def one_by_one(
+    function: Callable[..., Any], leaves: Sequence[Any], dims: Sequence[int | None]
+):
     """Calls a function with the leaves of one batch element after the other."""
     leaves = to_front(leaves, dims)
     mapped = [leaf for leaf, dim in zip(leaves, dims, strict=True) if dim is not None]

@@ -356,7 +356,7 @@ def _largest_of_all_processes(number: int, mesh: Mesh) -> int:
     return int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
-def _rows_spec(x, axis: str) -> tuple:
+def _rows_spec(x, axis: str) -> tuple[str | None, ...]:
     """How explicit axes split the rows of x; over `axis` every device has them all."""
     spec = [*jax.typeof(x).sharding.spec, *[None] * x.ndim][: x.ndim - 1]
     return tuple(None if axis in _axes_in([part]) else part for part in spec)

@@ -302,7 +302,7 @@ class SparseMatrix(PackedMatrix):
     def __copy__(self) -> "SparseMatrix":
         return dataclasses.replace(self)
 
-    def __deepcopy__(self, memo: dict) -> "SparseMatrix":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SparseMatrix":
         leaves = {name: copy.deepcopy(getattr(self, name), memo) for name in _LEAVES}
         leaves["transposed"] = copy.deepcopy(self.transposed, memo)
         return dataclasses.replace(self, **leaves)
@@ -343,7 +343,7 @@ def _check_dtype(op: str, dtype: Any) -> np.dtype:
     return native
 
 
-def _kind(w: SparseMatrix) -> tuple:
+def _kind(w: SparseMatrix) -> tuple[Any, ...]:
     return w.shape, w.dtype, w.layout, w.transposed and w.transposed.layout
 
 
@@ -372,7 +372,7 @@ def _check_transposed(w: SparseMatrix, op: str, stacked: bool) -> None:
     other.check_leaves(op, stacked)
 
 
-def _unpickle_with_transpose(arrays: dict) -> SparseMatrix:
+def _unpickle_with_transpose(arrays: dict[str, Any]) -> SparseMatrix:
     from flashjax import checkpoint
 
     return checkpoint.from_arrays(arrays).with_transpose()

@@ -7,7 +7,7 @@ held dense, neither there nor on the host.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +138,7 @@ def _fill(layer: nnx.Module, key: jax.Array, sparsity: float) -> None:
         set_node(layer, ".".join(map(str, path)), sparse)
 
 
-def _set(variable: nnx.Variable | None, make: Callable) -> None:
+def _set(variable: nnx.Variable[Any] | None, make: Callable[..., Any]) -> None:
     if variable is not None:
         variable.set_value(make(variable.shape, variable.dtype))
 

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from flashjax.atomic_folder import CheckpointError
 
@@ -20,7 +21,7 @@ def kind(value: object) -> str:
     )
 
 
-def parse_json(text: str, where: str) -> dict:
+def parse_json(text: str, where: str) -> dict[str, Any]:
     """Parses a JSON object in which no key occurs twice.
 
     Raises:
@@ -36,7 +37,7 @@ def parse_json(text: str, where: str) -> dict:
     return content
 
 
-def read_json(path: str | os.PathLike) -> dict:
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a file with a JSON object in which no key occurs twice.
 
     Raises:
@@ -53,8 +54,8 @@ def read_json(path: str | os.PathLike) -> dict:
     return parse_json(text, str(path))
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict:
-    content: dict = {}
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
     for name, value in pairs:
         if name in content:
             raise ValueError(f"the key {name!r:.80} twice")

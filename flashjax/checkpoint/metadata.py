@@ -102,7 +102,9 @@ def _what(source: str) -> str:
     return f"{source}: metadata {METADATA_KEY!r}"
 
 
-def _parse_content(metadata: Mapping[str, str] | None, source: str) -> dict | None:
+def _parse_content(
+    metadata: Mapping[str, str] | None, source: str
+) -> dict[str, Any] | None:
     if not metadata or METADATA_KEY not in metadata:
         return None
     what = _what(source)

@@ -51,7 +51,7 @@ class CheckpointReader:
       sparse: the sparse weights' entries by name.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike[str]):
         """Opens the folder and checks every header.
 
         Args:

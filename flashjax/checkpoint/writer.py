@@ -19,7 +19,7 @@ class CheckpointWriter:
     Use it inside atomic_folder(), and call close() once everything was added.
     """
 
-    def __init__(self, folder: str | os.PathLike, shard_bytes: int = 1 << 30):
+    def __init__(self, folder: str | os.PathLike[str], shard_bytes: int = 1 << 30):
         """Starts to write.
 
         Args:

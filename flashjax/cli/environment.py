@@ -56,7 +56,7 @@ def save_results(folder: Path, name: str, content: dict[str, Any]) -> Path:
     return path
 
 
-def _on_one_line(match: re.Match) -> str:
+def _on_one_line(match: re.Match[str]) -> str:
     line = re.sub(r"\s*\n\s*", " ", match.group(1))
     return "{" + line + "}" if len(line) < 480 else match.group(0)
 

@@ -127,7 +127,7 @@ class _Search(NamedTuple):
 def _search(target: jax.Array, gram: jax.Array, removed: Any) -> jax.Array:
     """Returns which weights ADMM removes, (K, M) bool."""
 
-    def step(_: int, state: tuple) -> tuple:
+    def step(_: int, state: tuple[Any, ...]) -> tuple[Any, ...]:
         sparse, dual, mask, lower, penalty = state
         step = cho_solve((lower, True), penalty * (sparse - dual - target))
         free = target + step + dual
@@ -191,7 +191,7 @@ def _least_squares(target: jax.Array, gram: jax.Array, support: jax.Array) -> ja
     def square(residual: jax.Array) -> jax.Array:
         return (residual * residual).sum(0)
 
-    def step(state: tuple) -> tuple:
+    def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
         values, residual, direction, norm, steps = state
         curved = product(direction)
         length = _ratio(norm, (direction * curved).sum(0))
@@ -201,7 +201,7 @@ def _least_squares(target: jax.Array, gram: jax.Array, support: jax.Array) -> ja
         direction = residual + _ratio(new_norm, norm)[None, :] * direction
         return values, residual, direction, new_norm, steps + 1
 
-    def goes_on(state: tuple) -> jax.Array:
+    def goes_on(state: tuple[Any, ...]) -> jax.Array:
         _, _, _, norm, steps = state
         return (norm > bound).any() & (steps < _MAX_GRADIENT_STEPS)
 

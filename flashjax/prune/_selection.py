@@ -1,5 +1,7 @@
 """Which elements go: exact counts, ties in order, without sorting."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -38,7 +40,7 @@ def smallest(keys: jax.Array, count: jax.Array | int, axis: int) -> jax.Array:
         return mask.sum(axis, keepdims=True, dtype=jnp.int32)
 
     # The threshold, bit by bit, from above: counting passes need no memory.
-    def halve_keys(_: int, bounds: tuple) -> tuple:
+    def halve_keys(_: int, bounds: tuple[Any, ...]) -> tuple[Any, ...]:
         low, high = bounds
         middle = low + (high - low) // 2
         enough = number(keys <= middle) >= count
@@ -52,7 +54,7 @@ def smallest(keys: jax.Array, count: jax.Array | int, axis: int) -> jax.Array:
     need = count - number(below)
     index = lax.broadcasted_iota(jnp.int32, keys.shape, axis)
 
-    def halve_indices(_: int, bounds: tuple) -> tuple:
+    def halve_indices(_: int, bounds: tuple[Any, ...]) -> tuple[Any, ...]:
         low, high = bounds
         middle = low + (high - low) // 2
         enough = number(ties & (index < middle)) >= need

@@ -181,12 +181,12 @@ def _prune_within(
     cost = jnp.where(dead, 0, 1 / diagonal)
     group = pattern.group if pattern else block
 
-    def prune_input(i: Any, state: tuple) -> tuple:
+    def prune_input(i: Any, state: tuple[Any, ...]) -> tuple[Any, ...]:
         weight, mask = state
         error = jnp.where(mask[i], weight[i], 0) / diagonal[i]
         return weight - inverse[i][:, None] * error[None, :], mask
 
-    def prune_group(index: Any, state: tuple) -> tuple:
+    def prune_group(index: Any, state: tuple[Any, ...]) -> tuple[Any, ...]:
         weight, mask = state
         start = index * group
         rows = lax.dynamic_slice_in_dim(weight, start, group)

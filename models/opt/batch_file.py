@@ -58,8 +58,8 @@ class Job:
 def generate_file(
     model: OPT,
     tokenizer: Any,
-    source: str | os.PathLike,
-    target: str | os.PathLike,
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
     *,
     config: GenerationConfig | None = None,
     batch: int = 8,
@@ -291,7 +291,7 @@ def _run(
         yield job, result
 
 
-def _read_partial(partial: Path, header: dict[str, Any]) -> dict[int, dict]:
+def _read_partial(partial: Path, header: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """Results by index; cuts off a line that was not written to its end."""
     data = partial.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
@@ -323,7 +323,7 @@ def _read_partial(partial: Path, header: dict[str, Any]) -> dict[int, dict]:
     return {line["index"]: line["result"] for line in lines}
 
 
-def _write(target: Path, results: list[dict]) -> None:
+def _write(target: Path, results: list[dict[str, Any]]) -> None:
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:

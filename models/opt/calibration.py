@@ -34,7 +34,7 @@ class CalibrationText:
       ValueError: samples or length is below 1, or seed is negative.
     """
 
-    path: str | os.PathLike | None = None
+    path: str | os.PathLike[str] | None = None
     samples: int = DEFAULT_SAMPLES
     length: int | None = None
     seed: int = 0

@@ -170,7 +170,7 @@ class OPTConfig:
         return self.do_layer_norm_before and not self.remove_final_layer_norm
 
     @classmethod
-    def from_hf(cls, source: str | os.PathLike | Mapping[str, Any]) -> "OPTConfig":
+    def from_hf(cls, source: str | os.PathLike[str] | Mapping[str, Any]) -> "OPTConfig":
         """Reads a Hugging Face configuration.
 
         Args:

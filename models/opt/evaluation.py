@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -163,8 +164,8 @@ def _batch(
 
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _nll(
-    graphdef: nnx.GraphDef,
-    state: nnx.State,
+    graphdef: nnx.GraphDef[Any],
+    state: nnx.State[Any, Any],
     tokens: jax.Array,
     mask: jax.Array,
     predicted: jax.Array,

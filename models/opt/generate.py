@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterator
-from typing import Literal, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -254,7 +254,7 @@ def compile_request(model: OPT, request: Request) -> None:
     jax.block_until_ready(state.tokens)
 
 
-def _platform(arrays: nnx.State | jax.Array) -> str:
+def _platform(arrays: nnx.State[Any, Any] | jax.Array) -> str:
     """The platform of arrays; JAX's default for numpy arrays."""
     leaf = jax.tree.leaves(arrays)[0]
     if isinstance(leaf, jax.Array):
@@ -266,8 +266,8 @@ def _platform(arrays: nnx.State | jax.Array) -> str:
 # outlive a model but hold none of its arrays.
 @functools.partial(jax.jit, static_argnames=("graphdef", "width", "logprobs", "on_cpu"))
 def _prefill(
-    graphdef: nnx.GraphDef,
-    params: nnx.State,
+    graphdef: nnx.GraphDef[Any],
+    params: nnx.State[Any, Any],
     settings: Settings,
     token_ids: jax.Array,
     mask: jax.Array,
@@ -314,8 +314,8 @@ def _prefill(
     jax.jit, static_argnames=("graphdef", "slots"), donate_argnames="state"
 )
 def _decode(
-    graphdef: nnx.GraphDef,
-    params: nnx.State,
+    graphdef: nnx.GraphDef[Any],
+    params: nnx.State[Any, Any],
     settings: Settings,
     state: _DecodeState,
     limit: jax.Array,

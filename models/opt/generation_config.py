@@ -161,7 +161,7 @@ class GenerationConfig:
         return dataclasses.replace(self, **options)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike) -> Self:
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
         """Reads the generation_config.json of a model folder.
 
         As in transformers, a file without ``do_sample`` is greedy, and one with it

@@ -115,7 +115,7 @@ class StoredOPT:
 
 @contextlib.contextmanager
 def open_opt(
-    folder_or_hub_name: str | os.PathLike, revision: str | None = None
+    folder_or_hub_name: str | os.PathLike[str], revision: str | None = None
 ) -> Iterator[StoredOPT]:
     """Opens a checkpoint and checks all of it but the values.
 
@@ -199,7 +199,7 @@ def opt_targets(config: OPTConfig) -> dict[str, Target]:
 
 
 def local_folder(
-    folder_or_hub_name: str | os.PathLike, revision: str | None = None
+    folder_or_hub_name: str | os.PathLike[str], revision: str | None = None
 ) -> Path:
     """The folder itself, or that of the hub's copy, downloaded where necessary.
 

@@ -48,7 +48,7 @@ _SHARD_BYTES = 1 << 30
 
 
 def from_pretrained(
-    folder_or_hub_name: str | os.PathLike,
+    folder_or_hub_name: str | os.PathLike[str],
     dtype: DTypeLike = jnp.float16,
     sparse: bool | Literal["auto"] = "auto",
     *,
@@ -119,7 +119,7 @@ def from_pretrained(
 def save_pretrained(
     model: OPT,
     tokenizer: Tokenizer | None,
-    folder: str | os.PathLike,
+    folder: str | os.PathLike[str],
     overwrite: bool = False,
     *,
     shard_bytes: int = _SHARD_BYTES,

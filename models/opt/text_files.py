@@ -10,7 +10,7 @@ from typing import Any
 _COLUMN = "text"
 
 
-def read_documents(path: str | os.PathLike) -> list[str]:
+def read_documents(path: str | os.PathLike[str]) -> list[str]:
     """Reads the documents of a file, or of all files of a folder in order of name.
 
     Args:

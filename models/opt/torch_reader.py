@@ -17,7 +17,7 @@ INDEX_NAME = "pytorch_model.bin.index.json"
 _MAX_RESIDENT_BYTES = 64 << 20
 
 
-def has_torch_weights(folder: str | os.PathLike) -> bool:
+def has_torch_weights(folder: str | os.PathLike[str]) -> bool:
     """Whether the folder holds weights in PyTorch's format."""
     return any((Path(folder) / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME))
 
@@ -29,7 +29,7 @@ class TorchReader:
     mapped into memory where their format allows it.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike[str]):
         """Reads the names, shapes and dtypes of all tensors.
 
         Args:

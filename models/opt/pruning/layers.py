@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from ..calibration import Calibration
 from ..config import OPTConfig
 from ..hf_folder import StoredOPT, convert
 from ..modeling import OPT, DecoderLayer, positions_from_mask
-from ..params import transpose as transpose
+from ..parallel import transpose as transpose
 
 # Matrices with the same inputs, in the order in which they are pruned.
 STAGES = (
@@ -196,14 +197,20 @@ class _Tap(nnx.Module):
 # At module level, so that another run of the same shapes compiles nothing.
 @jax.jit(static_argnames="graphdef")
 def _embed(
-    graphdef: nnx.GraphDef, state: nnx.State, ids: jax.Array, mask: jax.Array
+    graphdef: nnx.GraphDef[Any],
+    state: nnx.State[Any, Any],
+    ids: jax.Array,
+    mask: jax.Array,
 ) -> jax.Array:
     return nnx.merge(graphdef, state)._embed(ids, positions_from_mask(mask))
 
 
 @jax.jit(static_argnames="graphdef")
 def _forward(
-    graphdef: nnx.GraphDef, state: nnx.State, x: jax.Array, mask: jax.Array
+    graphdef: nnx.GraphDef[Any],
+    state: nnx.State[Any, Any],
+    x: jax.Array,
+    mask: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     y = _apply(nnx.merge(graphdef, state), x, mask)
     return y, _all_finite(y, mask)
@@ -211,8 +218,8 @@ def _forward(
 
 @jax.jit(static_argnames=("graphdef", "module"), donate_argnames="found")
 def _gather(
-    graphdef: nnx.GraphDef,
-    state: nnx.State,
+    graphdef: nnx.GraphDef[Any],
+    state: nnx.State[Any, Any],
     x: jax.Array,
     mask: jax.Array,
     found: tuple[InputStatistics, jax.Array],

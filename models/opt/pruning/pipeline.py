@@ -43,8 +43,8 @@ _HASHED_BYTES = 1 << 20
 
 
 def prune_pretrained(
-    folder_or_hub_name: str | os.PathLike,
-    out: str | os.PathLike,
+    folder_or_hub_name: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     *,
     sparsity: float | None = None,
     method: str = "magnitude",
