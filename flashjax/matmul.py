@@ -42,7 +42,8 @@ def sparse_matmul(
     NaN and infinities give what they give in the dense product: times a zero of x or of
     w, stored or not, they are NaN. But with weights packed for few tokens
     (`SparseMatrix.from_dense`) on a GPU, those of x reach the outputs alone whose
-    weight there is not zero, and some others.
+    weight there is not zero, and some others. The same call gives the same bits again;
+    what else does is in docs/how-it-works.md.
 
     Args:
       x: (..., K), float16, bfloat16 or float32.

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -53,7 +54,7 @@ class SparseRows:
         """The arrays of a `SparseMatrix`, (in, out), on the host."""
         return _native.cpu.pack_rows(*self._arguments(), threads=threads)
 
-    def _arguments(self) -> tuple:
+    def _arguments(self) -> tuple[Any, ...]:
         bits = [
             (
                 np.ascontiguousarray(bitmap),

@@ -187,6 +187,21 @@ def test_repeats_bit_for_bit(product, rows):
         np.testing.assert_array_equal(first, again)
 
 
+@pytest.mark.parametrize("dtype", op_cases.HALVES)
+@pytest.mark.parametrize("shape", [(1031, 97), (2048, 1040)])
+def test_a_row_depends_on_no_other_row(shape, dtype):
+    """On the CPU, as far as its kernel goes; see docs/how-it-works.md."""
+    most = matmul.KERNEL_ROWS["cpu"]
+    _, w, x = op_cases.packed_and_x(shape, 0.7, most, dtype)
+    with op_cases.multiplying("cpu", "cpu") as product:
+        whole = np.asarray(product(x, w, preferred_element_type="float32"))
+        for rows in (1, 2, 5, 8, 17, 33, 64, most):
+            y = product(x[:rows], w, preferred_element_type="float32")
+            np.testing.assert_array_equal(y, whole[:rows])
+        y = product(x[::-1], w, preferred_element_type="float32")
+        np.testing.assert_array_equal(y, whole[::-1])
+
+
 @by_default
 @pytest.mark.parametrize("rows", [0, 4, 300])
 @pytest.mark.parametrize("x_dtype", FLOATS)
