@@ -134,6 +134,11 @@ def open_opt(
     with open_weights(folder) as reader:
         names = _canonical_names(folder, reader)
         config = _settle_tying(config, reader, names)
+        if config.num_layers > 10 * len(names):  # to list them would take for ever
+            raise CheckpointError(
+                f"{folder}: expected the tensors of {config.num_layers} layers, as "
+                f"config.json says, got {len(names)} tensors"
+            )
         targets = opt_targets(config)
         _check(folder, reader, names, targets)
         canonical = {stored: name for name, stored in names.items()}

@@ -35,6 +35,12 @@ def test_many_tensors_are_not_all_listed(folder):
         opt.from_pretrained(folder)
 
 
+def test_far_too_many_layers(folder):
+    edit_config(folder, num_hidden_layers=10**12)
+    with pytest.raises(CheckpointError, match=r"tensors of 1000000000000 layers.*got"):
+        opt.from_pretrained(folder)
+
+
 def test_two_names_of_one_weight(folder):
     with edited(folder) as tensors:
         tensors[FC1.removeprefix("model.")] = tensors[FC1]
