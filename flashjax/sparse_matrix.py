@@ -143,7 +143,7 @@ class SparseMatrix(PackedMatrix):
           TypeError: the matrix is traced.
           ValueError: tokens is no positive number, or the matrix is a stack.
         """
-        self._check_concrete("SparseMatrix.repack")
+        self._check_concrete("SparseMatrix.repack", "repack()")
         check_tokens("SparseMatrix.repack", tokens)
         self.check_leaves("SparseMatrix.repack")
         new = SparseMatrix.from_dense(self.to_dense(), tokens=tokens)
@@ -188,12 +188,12 @@ class SparseMatrix(PackedMatrix):
         self._check_concrete("SparseMatrix.T")
         return SparseMatrix.from_dense(self.to_dense().T)
 
-    def _check_concrete(self, op: str) -> None:
+    def _check_concrete(self, op: str, call: str = "with_transpose()") -> None:
         if any(isinstance(leaf, jax.core.Tracer) for leaf in self.packed):
             raise TypeError(
                 f"{op}: expected a concrete matrix, got a traced one. The packed size "
-                "depends on the data: call it outside of jit, vmap and grad and pass "
-                "the matrix as an argument"
+                f"depends on the data: call {call} outside of jit, vmap and grad and "
+                "pass the matrix as an argument"
             )
 
     @staticmethod
@@ -227,9 +227,9 @@ class SparseMatrix(PackedMatrix):
             w.check_leaves("SparseMatrix.stack")
             if _kind(w) != _kind(matrices[0]):
                 raise ValueError(
-                    "SparseMatrix.stack: expected matrices of one shape, dtype and "
-                    "layout (repack() gives the default one), all or none with their "
-                    f"transposes, got {matrices[0]!r} and, at {i}, "
+                    "SparseMatrix.stack: expected matrices of one shape and dtype and "
+                    "of one layout (repack() gives the default one), all or none with "
+                    f"their transposes, got {matrices[0]!r} and, at {i}, "
                     f"{w!r}"
                 )
         return jax.tree.map(_stack_padded, *matrices)
