@@ -319,6 +319,11 @@ def _read_partial(partial: Path, header: dict[str, Any]) -> dict[int, dict[str, 
             f"{partial}: a run can only be resumed as it was, expected the same "
             + "; ".join(shown)
         )
+    for line in lines:
+        match line:
+            case {"index": int(), "result": {"id": _, "text": str()}}:
+                continue
+        raise ValueError(f"{partial}: expected what an interrupted run left")
     os.truncate(partial, len(whole))
     return {line["index"]: line["result"] for line in lines}
 

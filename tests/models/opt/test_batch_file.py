@@ -192,6 +192,24 @@ def test_what_is_no_partial_file(model, tokenizer, source, tmp_path):
             )
 
 
+@pytest.mark.parametrize(
+    "line", ['{"result": {}}', "[]", "5", '{"index": 0, "result": 1}']
+)
+def test_a_partial_file_with_a_damaged_line(
+    model, tokenizer, source, tmp_path, monkeypatch, line
+):
+    target = tmp_path / "out"
+    arguments = (model, tokenizer, source, target)
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_file, "_write", None)
+        with pytest.raises(TypeError):
+            opt.generate_file(*arguments, config=OPTIONS)
+    partial = batch_file.partial_path(target)
+    partial.write_text(partial.read_text() + line + "\n")
+    with pytest.raises(ValueError, match="what an interrupted run left"):
+        opt.generate_file(*arguments, config=OPTIONS, resume=True)
+
+
 def test_one_program_for_a_last_batch_that_is_small(model, tokenizer, tmp_path):
     shapes = set()
     source = write(tmp_path / "in", [{"prompt": "abc"}] * 5)
