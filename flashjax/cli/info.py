@@ -166,6 +166,21 @@ def show_folder(folder: Path, as_json: bool, every_tensor: bool) -> None:
     console = _console()
     console.print(f"{escape(str(folder))}: model type {escape(model_type)}")
     console.print(table)
+    if model_type == "opt":
+        _print_packed_when_loaded(console, tensors)
+
+
+def _print_packed_when_loaded(console: Console, tensors: list[TensorInfo]) -> None:
+    """Says what becomes of a pruned model that is stored as others store it."""
+    from flashjax.models.opt.params import AUTO_SPARSITY
+
+    dense = [t.sparsity for t in tensors if t.sparsity and not t.stored_sparse]
+    count = sum(sparsity >= AUTO_SPARSITY for sparsity in dense)
+    if count:
+        console.print(
+            f"{count} matrices are stored dense and have at least {AUTO_SPARSITY:.0%} "
+            "zeros: loaded in half precision they are packed"
+        )
 
 
 def read_tensors(folder: Path) -> list[TensorInfo]:

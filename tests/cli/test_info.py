@@ -58,6 +58,16 @@ def test_folder_json(cli, which, request):
     assert content["model_type"] == "opt"
 
 
+def test_what_is_packed_when_it_is_loaded(cli, dense_folder, sparse_folder, tmp_path):
+    folder = tmp_path / "zeros"
+    prune = ("prune", dense_folder, folder, "-s", 0.7, "--format", "hf")
+    assert cli(*prune).code == 0
+    said = "12 matrices are stored dense and have at least 50% zeros: loaded in half"
+    assert said in cli("info", folder).out
+    for other in (dense_folder, sparse_folder):
+        assert "packed" not in cli("info", other).out
+
+
 def test_every_tensor(cli, sparse_folder):
     result = cli("info", sparse_folder, "--tensors")
     assert "model.decoder.layers.1.self_attn.k_proj.weight" in result.out
