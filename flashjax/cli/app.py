@@ -317,6 +317,7 @@ def prune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run.")
     ] = False,
+    json: Json = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Print nothing.")
     ] = False,
@@ -350,6 +351,7 @@ def prune(
             "seed": seed,
         },
         report=report,
+        as_json=json,
         quiet=quiet,
     )
 

@@ -25,6 +25,7 @@ def run(
     budget: str,
     calibration: Mapping[str, Any],
     report: Path | None,
+    as_json: bool,
     quiet: bool,
 ) -> None:
     """Prunes a model folder and prints what came of it.
@@ -36,6 +37,7 @@ def run(
       budget: its name, or a JSON file.
       calibration: of CalibrationText.
       report: JSON file to write, or None.
+      as_json: print what would be in that file.
       quiet: print nothing.
     """
     if report is not None:
@@ -52,26 +54,32 @@ def run(
                 what.removeprefix("model.decoder."), done, total
             ),
         )
+    content: dict[str, Any] = {"model": folder, "out": str(out)}
+    content |= {"options": {**options, "budget": budget}, **dataclasses.asdict(result)}
+    content |= {"sparsity": result.sparsity, "matrices": content.pop("reports")}
     if report is not None:
-        _write_report(report, folder, out, {**options, "budget": budget}, result)
-    if not quiet:
+        _write_report(report, content)
+    if as_json:
+        print(json.dumps(content, indent=1))
+    elif not quiet:
         _print(out, options["dtype"], result)
 
 
 def _check_report(report: Path) -> None:
-    if report.is_dir() or not report.absolute().parent.is_dir():
+    # It is replaced as a whole, which a device must not be.
+    if report.exists() and not report.is_file():
+        raise ValueError(f"{report}: expected a file, got a folder, device or pipe")
+    if not report.absolute().parent.is_dir():
         raise ValueError(f"{report}: expected a file in an existing folder")
 
 
-def _write_report(
-    path: Path, folder: str, out: Path, options: Mapping[str, Any], result: PruneResult
-) -> None:
-    content = {"model": folder, "out": str(out), "options": dict(options)}
-    content |= dataclasses.asdict(result)
-    content["matrices"] = content.pop("reports")
+def _write_report(path: Path, content: Mapping[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _print(out: Path, dtype: str, result: PruneResult) -> None:

@@ -80,6 +80,24 @@ def test_methods(cli, dense_folder, tmp_path, method):
     assert sorted(os.listdir(tmp_path)) == ["out", "report.json"]
 
 
+def test_json(cli, dense_folder, tmp_path):
+    report = tmp_path / "report.json"
+    result = cli("prune", dense_folder, tmp_path / "out", "--json", "--report", report)
+    assert (result.code, result.err) == (0, "")
+    content = json.loads(result.out)
+    assert content == json.loads(report.read_text())
+    assert content["sparsity"] == pytest.approx(0.6, abs=1e-3)
+    assert content["options"]["budget"] == "uniform"
+
+
+def test_the_report_replaces_no_device(cli, dense_folder, tmp_path):
+    report = tmp_path / "report"
+    os.mkfifo(report)
+    result = cli("prune", dense_folder, tmp_path / "out", "--report", report)
+    assert_error(result, f"{report}: expected a file, got a folder, device or pipe")
+    assert os.listdir(tmp_path) == ["report"]
+
+
 def test_kill_and_resume(cli, dense_folder, tmp_path):
     args = [dense_folder, tmp_path / "out", "-s", 0.5, "--method", "sparsegpt"]
     args += ["--activations", "float32", *CALIBRATED]
