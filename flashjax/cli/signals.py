@@ -3,13 +3,13 @@
 Both become exceptions, so that a command cleans up. An exception that is raised in a
 callback from C++, such as JAX's at every garbage collection, is printed and dropped,
 and the command would run on. So one that is lost before it got out of the command is
-silent and raises its signal again.
+silent and comes again. A timer of the system brings it: a thread takes locks, and
+__del__ may run anywhere.
 """
 
 import contextlib
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
@@ -21,27 +21,25 @@ _AGAIN_SECONDS = 0.05
 class _Ending(BaseException):
     """What both exceptions have."""
 
-    number: signal.Signals
-    # Whether a command is running that has to end.
-    wanted: Callable[[], bool] = staticmethod(lambda: False)
+    def __init__(self, lost: Callable[[type["_Ending"]], None]) -> None:
+        self.lost: Callable[[type[_Ending]], None] | None = lost
 
     def __del__(self) -> None:
         self.raise_again()
 
     def raise_again(self) -> None:
-        if self.wanted():
-            again = threading.Timer(_AGAIN_SECONDS, signal.raise_signal, (self.number,))
-            again.daemon = True
-            again.start()
+        lost, self.lost = self.lost, None
+        if lost is not None:
+            lost(type(self))
 
 
 class _Interrupt(_Ending, KeyboardInterrupt):
-    number = signal.SIGINT
+    pass
 
 
 # No SystemExit: where C prints an exception, that one ends the process then and there.
 class _Terminate(_Ending):
-    number = signal.SIGTERM
+    pass
 
 
 @contextlib.contextmanager
@@ -54,14 +52,18 @@ def ending_signals() -> Iterator[None]:
       SystemExit: with the code 143, at SIGTERM.
     """
     running = True
+    lost: type[_Ending] = _Interrupt
 
-    def handler(kind: type[_Ending]) -> Callable[[int, Any], None]:
-        def end(number: int, frame: FrameType | None) -> None:
-            error = kind()
-            error.wanted = lambda: running
-            raise error
+    def raise_again(kind: type[_Ending]) -> None:
+        nonlocal lost
+        if running and not sys.is_finalizing():
+            lost = kind
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
 
-        return end
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        # No name here for it, which would keep it alive until a garbage collection.
+        raise kinds.get(number, lost)(raise_again)
 
     def show_unraisable(lost: Any) -> None:
         if not isinstance(lost.exc_value, _Ending):
@@ -75,22 +77,22 @@ def ending_signals() -> Iterator[None]:
         else:
             printed(kind, error, where)
 
-    handlers = {
-        signal.SIGINT: handler(_Interrupt),
-        signal.SIGTERM: handler(_Terminate),
-    }
-    before = {number: signal.getsignal(number) for number in handlers}
+    kinds: dict[int, type[_Ending]]
+    kinds = {signal.SIGINT: _Interrupt, signal.SIGTERM: _Terminate}
+    numbers = (*kinds, signal.SIGALRM)
+    before = {number: signal.getsignal(number) for number in numbers}
     unraisable, printed = sys.unraisablehook, sys.excepthook
     try:
         sys.unraisablehook, sys.excepthook = show_unraisable, show_printed
-        for number, end in handlers.items():
-            if before[number] != signal.SIG_IGN:
+        for number in numbers:
+            if before[number] != signal.SIG_IGN or number == signal.SIGALRM:
                 signal.signal(number, end)
         yield
     except _Terminate:
         sys.exit(128 + signal.SIGTERM)
     finally:
         running = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
         sys.unraisablehook, sys.excepthook = unraisable, printed
         for number, earlier in before.items():
             signal.signal(number, earlier)

@@ -73,6 +73,24 @@ def test_an_exception_that_c_prints(number, ending, capfd):
 
 
 @pytest.mark.parametrize(("number", "ending"), ENDINGS)
+def test_a_lost_exception_comes_again_once(number, ending, capfd):
+    """What is cleaned up after it came again is left alone."""
+    cleaned = []
+
+    def work():
+        code = f"import signal; signal.raise_signal({int(number)})"
+        ctypes.pythonapi.PyRun_SimpleStringFlags(code.encode(), None)
+        try:
+            time.sleep(20)
+        finally:
+            time.sleep(0.3)
+            cleaned.append(number)
+
+    assert isinstance(end_of(work), ending)
+    assert cleaned == [number]
+
+
+@pytest.mark.parametrize(("number", "ending"), ENDINGS)
 def test_an_exception_comes_once(number, ending):
     """What is cleaned up meanwhile is not interrupted by the same signal again."""
     cleaned = []
