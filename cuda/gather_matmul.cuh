@@ -16,6 +16,7 @@
 #include <cstdint>
 
 #include "cpu/gather_layout.h"
+#include "cuda/bias.cuh"
 #include "cuda/common/cluster.cuh"
 #include "cuda/common/ptx.cuh"
 #include "cuda/gather_weight.cuh"
@@ -157,14 +158,6 @@ __device__ __forceinline__ void LoadX(const GatherProduct& p, int begin, int end
   }
 }
 
-template <typename T>
-__device__ __forceinline__ float LoadBias(const GatherProduct& p, int layer, int64_t row) {
-  if (p.bias == nullptr) return 0.0f;
-  const int64_t at = int64_t{layer} * p.bias_stride + row;
-  return p.is_float_bias ? static_cast<const float*>(p.bias)[at]
-                         : ToFloat2<T>(static_cast<const uint16_t*>(p.bias)[at]).x;
-}
-
 // Units that the warps of a CTA share evenly, in order. There are at least as many units as warps
 // among which they are shared.
 struct Shares {
@@ -216,7 +209,10 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes, 1)
   const int own = panel + threadIdx.x / (2 * kLanes) * w.panels, half = threadIdx.x / kLanes % 2;
   const uint32_t row = own < strips ? w.entry(first_strip + own).row(lane) : p.m;
   const bool owns = row < static_cast<uint32_t>(p.m);
-  const float bias = owns ? LoadBias<T>(p, w.layer, row) : 0.0f;
+  float bias = 0;
+  if (owns && p.bias != nullptr) {
+    bias = LoadBias<T>(p.bias, p.is_float_bias, int64_t{w.layer} * p.bias_stride + row);
+  }
   LoadX(p, window.x, window.y, x_address);
   __syncthreads();
 

@@ -18,11 +18,9 @@
 #ifndef FLASHJAX_CUDA_LSCD_STREAM_K_CUH_
 #define FLASHJAX_CUDA_LSCD_STREAM_K_CUH_
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 
+#include "cuda/bias.cuh"
 #include "cuda/common/mma.cuh"
 #include "cuda/common/ptx.cuh"
 #include "cuda/lscd_decode.cuh"
@@ -113,15 +111,11 @@ struct Piece {
   __device__ int size() const { return group1 - group0; }
 };
 
-__device__ __forceinline__ float ToFloat(__half v) { return __half2float(v); }
-__device__ __forceinline__ float ToFloat(__nv_bfloat16 v) { return __bfloat162float(v); }
-
 template <typename T>
 __device__ __forceinline__ float Bias(const Output& out, const PackedWeight& w, int row) {
   if (out.bias == nullptr || row >= w.m) return 0.0f;
   const int64_t index = int64_t{w.layer} * out.bias_stride + row;
-  return out.is_float_bias ? static_cast<const float*>(out.bias)[index]
-                           : ToFloat(static_cast<const T*>(out.bias)[index]);
+  return LoadBias<T>(out.bias, out.is_float_bias, index);
 }
 
 // Writes a warp's 16 x kTileN accumulators, of columns from `column` on: of each 8 columns and half
