@@ -34,6 +34,8 @@
 
 #include <cstdint>
 
+#include "cpu/ceil_div.h"
+
 namespace flashjax::gather {
 
 inline constexpr int kLanes = 32;
@@ -49,8 +51,6 @@ inline constexpr int kPanelColumns = 10240;
 inline constexpr int kPanelTarget = 7168;
 inline constexpr int kMaxPanels = 8;  // CTAs of a portable cluster
 inline constexpr int kMaxColumns = 1 << 16;
-
-constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The sizes that follow from M and K alone.
 struct GatherShape {

@@ -48,6 +48,8 @@
 
 #include <cstdint>
 
+#include "cpu/ceil_div.h"
+
 namespace flashjax {
 
 inline constexpr int kStripRows = 16;
@@ -64,8 +66,6 @@ inline constexpr int kPrefetch = 1;
 inline constexpr int kEntrySteps = 16;
 inline constexpr int kEntryWords = 18;
 inline constexpr int kChainSteps = 2048;
-
-constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The sizes that follow from M and K alone.
 struct LscdShape {

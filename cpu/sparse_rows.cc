@@ -3,6 +3,8 @@
 #include <functional>
 #include <utility>
 
+#include "cpu/ceil_div.h"
+
 namespace flashjax {
 namespace {
 
@@ -10,7 +12,7 @@ constexpr int64_t kRowsAtATime = 64;
 
 void ForRows(int64_t rows, const ParallelFor& parallel_for,
              const std::function<void(int64_t row)>& body) {
-  parallel_for.run((rows + kRowsAtATime - 1) / kRowsAtATime, [&](int64_t i) {
+  parallel_for.run(CeilDiv(rows, kRowsAtATime), [&](int64_t i) {
     const int64_t end = std::min(rows, (i + 1) * kRowsAtATime);
     for (int64_t row = i * kRowsAtATime; row < end; ++row) body(row);
   });
