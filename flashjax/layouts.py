@@ -9,6 +9,7 @@
 """
 
 import math
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -60,12 +61,9 @@ def has_gather_kernel(device: jax.Device) -> bool:
     )
 
 
-def leaf_shapes(
-    layout: str, shape: tuple[int, int]
-) -> dict[str, tuple[int | None, ...]]:
-    """Shapes of the packed arrays of a (K, M) matrix; None where data decides."""
-    module = gather if layout == GATHER else reference
-    return module.leaf_shapes(shape)
+def plain(layout: str) -> ModuleType:
+    """The layout in plain JAX: a module with its `leaf_shapes` and `unpack`."""
+    return {DEFAULT: reference, GATHER: gather}[layout]
 
 
 def check(op: str, layout: str, allowed: tuple[str, ...] = LAYOUTS) -> None:

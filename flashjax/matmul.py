@@ -5,7 +5,6 @@
 * `matmul_impl.compute` picks the implementation when the computation is lowered.
 """
 
-import dataclasses
 from typing import Any, Literal
 
 import jax
@@ -94,11 +93,18 @@ def sparse_matmul(
     w.check_leaves("sparse_matmul", stacked=layer is not None)
     index = None if layer is None else check_layer(layer, w)
     layers = None if layer is None else w.bitmap.shape[0]
-    call = make_call(x, w, bias, implementation, preferred_element_type, layers)
     transposed, other = None, layouts.DEFAULT
     if w.transposed is not None:
         transposed, other = w.transposed.packed, w.transposed.layout
-    call = dataclasses.replace(call, layouts=(w.layout, other))
+    call = make_call(
+        x,
+        w,
+        bias,
+        implementation,
+        preferred_element_type,
+        layers,
+        layouts=(w.layout, other),
+    )
     return _jitted(call, x, w.packed, bias, transposed, index)
 
 

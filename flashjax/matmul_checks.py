@@ -21,6 +21,7 @@ def make_call(
     implementation,
     preferred_element_type,
     layers: int | None = None,
+    layouts: tuple[str, str] = Call.layouts,
 ) -> Call:
     """What is static in a product of checked operands; of a stack, with its `layers`.
 
@@ -38,6 +39,7 @@ def make_call(
         bias_dtype=None if bias is None else bias_dtype,
         out_dtype=result_dtype(x, w, preferred_element_type),
         implementation=implementation,
+        layouts=layouts,
     )
 
 

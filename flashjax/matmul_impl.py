@@ -98,20 +98,23 @@ def of_layer(biases: jax.Array, layer: jax.Array, axis: int = 0) -> jax.Array:
 
 
 def _xla(call, operands):
-    if _is_gather(call, operands):
-        return _expand_gather(call, operands, _after)
+    return _expand_plainly(call, operands, _after)
+
+
+def _expand_plainly(call, operands, after):
+    plain = layouts.plain(_layout(call, operands))
 
     def unpack(packed, shape, layer):
-        return reference.unpack(_take_layer(packed, layer), shape, call.dtype)
+        return plain.unpack(_take_layer(packed, layer), shape, call.dtype)
 
-    return _expand_and_multiply(call, operands, unpack, _after)
+    return _expand_and_multiply(call, operands, unpack, after)
 
 
 def _cpu(call, operands):
     x, bias, packed, transposed, layer = operands
     rows = math.prod(x.shape[:-1])
     if _is_gather(call, operands):
-        return _expand_gather(call, operands, _after_on_cpu)
+        return _expand_plainly(call, operands, _after_on_cpu)
     if _exceeds(rows, KERNEL_ROWS["cpu"]) or _is_empty(call, rows):
 
         def unpack(packed, shape, layer):
@@ -195,13 +198,6 @@ def _layout(call: Call, operands: Operands) -> str:
 
 def _is_gather(call: Call, operands: Operands) -> bool:
     return _layout(call, operands) == layouts.GATHER
-
-
-def _expand_gather(call, operands, after):
-    def unpack(packed, shape, layer):
-        return gather.unpack(_take_layer(packed, layer), shape, call.dtype)
-
-    return _expand_and_multiply(call, operands, unpack, after)
 
 
 def _take_layer(packed, layer):

@@ -140,10 +140,9 @@ def unpack(
     Can be called inside `jax.jit`; uses the native code of the platform it is lowered
     for and plain JAX on the others.
     """
-    module = gather_layout if layout == layouts.GATHER else reference
 
     def plain(packed):
-        return module.unpack(packed, shape, dtype)
+        return layouts.plain(layout).unpack(packed, shape, dtype)
 
     branches = {}
     if layout == layouts.DEFAULT:

@@ -256,7 +256,7 @@ class SparseMatrix(PackedMatrix):
 
     def check_leaves(self, op: str, stacked: bool = False) -> None:
         """Raises ValueError unless the arrays fit the static shape, or are a stack."""
-        expected = layouts.leaf_shapes(self.layout, self.shape)
+        expected = layouts.plain(self.layout).leaf_shapes(self.shape)
         for name, shape in expected.items():
             leaf = getattr(self, name)
             if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
