@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 from flashjax.checkpoint import CheckpointError, CheckpointWriter, atomic_folder
 from flashjax.nn import SparseDense
 from flashjax.nnx_tree import node_at, set_node
+from flashjax.packing import count_nonzeros
 from flashjax.sparse_matrix import SparseMatrix, check_tokens
 from flashjax.sparse_rows import SparseRows
 
@@ -349,6 +350,5 @@ def _goes_sparse(
         return True
     if module.split(".")[-1] not in DECODER_LINEARS:
         return False
-    # Shifting the sign out counts -0.0 as zero.
-    zeros = array.size - np.count_nonzero(array.view(np.uint16) << np.uint16(1))
-    return sparse is True or bool(zeros >= AUTO_SPARSITY * array.size)
+    zeros = array.size - count_nonzeros(array)
+    return sparse is True or zeros >= AUTO_SPARSITY * array.size
