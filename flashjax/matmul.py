@@ -54,9 +54,10 @@ def sparse_matmul(
       implementation: `None` takes the best for the platform the computation is lowered
         for, and never fails on supported operands. "cuda" and "cpu" are the kernels;
         "xla" is plain JAX, for any platform, and materializes the dense matrix for the
-        duration of the call. The kernels do so too above `KERNEL_ROWS` rows of x (8 for
-        weights packed for few tokens, which no CPU kernel takes); the CUDA one also
-        when the dtypes of x and w differ.
+        duration of the call. The kernels do so too above `KERNEL_ROWS` rows of x (the
+        CUDA one above twice as many if about 80% of the weight or more are zeros; both
+        above 8 for weights packed for few tokens, which no CPU kernel takes); the CUDA
+        one also when the dtypes of x and w differ.
       preferred_element_type: dtype of the result: float16, bfloat16 or float32.
         `None` takes the promoted dtype of x and w.
       layer: which matrix of a stack (`SparseMatrix.stack`) to multiply by: an integer,

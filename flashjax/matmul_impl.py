@@ -19,6 +19,9 @@ from flashjax import _native, gather, layouts, packing, partitioning, reference
 
 # Rows of x up to which the sparse kernel is used; above, expand and multiply.
 KERNEL_ROWS = {"cuda": 2048, "cpu": 128}
+# With many zeros the CUDA kernel takes as long as the other way up to twice as many
+# (docs/kernel-log.md, section 11), and needs no memory for a dense matrix.
+_MANY_ZEROS = 0.78  # stored explicit zeros count as values
 
 _CUDA_K_MULTIPLE = 8  # 16-byte rows of x
 
@@ -146,10 +149,9 @@ def _cuda(call, operands, kernel="auto"):
     x, bias, packed, _, layer = operands
     rows = math.prod(x.shape[:-1])
     is_gather = _is_gather(call, operands)
-    limit = gather.KERNEL_ROWS if is_gather else KERNEL_ROWS["cuda"]
     if (
         packed is None
-        or _exceeds(rows, limit)
+        or _exceeds(rows, gather.KERNEL_ROWS if is_gather else _cuda_rows(call, packed))
         # Its kernel takes no more, and how many a symbol stands for is not known.
         or (is_gather and not isinstance(rows, int))
         or x.dtype != call.dtype
@@ -189,6 +191,17 @@ def _cuda(call, operands, kernel="auto"):
             x_rows, *packed, bias, *index, kernel=_CUDA_KERNELS[kernel]
         )
     return y.reshape(*x.shape[:-1], m).astype(call.out_dtype)
+
+
+def cuda_kernel_rows(zeros: float) -> int:
+    """Rows of x up to which the CUDA kernel is used, by the weight's share of zeros."""
+    return KERNEL_ROWS["cuda"] * (2 if zeros >= _MANY_ZEROS else 1)
+
+
+def _cuda_rows(call, packed):
+    *_, values = packed
+    stored = 2 * math.prod(values.shape[-3:])  # without the layers of a stack
+    return cuda_kernel_rows(1 - stored / max(1, math.prod(call.shape)))
 
 
 def _layout(call: Call, operands: Operands) -> str:

@@ -67,6 +67,17 @@ def test_many_rows_expand_and_multiply(w):
     assert text.count("stablehlo.dot_general") == 1
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+def test_many_zeros_take_more_rows(stacked):
+    w = fj.SparseMatrix.from_dense(op_cases.random_dense(K, M, 0.8, "float16"))
+    layer = 1 if stacked else None
+    w = fj.SparseMatrix.stack([w, w]) if stacked else w
+    most = 2 * matmul.KERNEL_ROWS["cuda"]
+    for rows, target in ((most, "matmul"), (most + 1, "unpack")):
+        text = lower(lambda x, w: fj.sparse_matmul(x, w, layer=layer), x_of(rows), w)
+        assert targets(text) == [f"flashjax_lscd_{target}_cuda"]
+
+
 def test_unlike_dtypes_expand_and_multiply(w):
     text = lower(fj.sparse_matmul, x_of(4, "float32"), w)
     assert targets(text) == ["flashjax_lscd_unpack_cuda"]

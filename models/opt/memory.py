@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from flashjax.matmul_impl import cuda_kernel_rows
 from flashjax.packed_size import packed_bytes
 
 from .attention import check_cache_dtype
@@ -36,7 +37,8 @@ class MemoryPrediction:
       other_weights: embeddings, output layer, norms and biases.
       kv_cache: keys, values and their mask.
       prefill_temporaries: the largest set of activations of the prompts, with one
-        expanded kernel where the layers are sparse.
+        expanded kernel where the layers are sparse and the prompts have more tokens
+        than CUDA's kernel takes rows.
       decode_temporaries: the same of one step, with the kernel's workspace.
       device_bytes: of the device, None where unknown.
     """
@@ -197,7 +199,10 @@ def _activations(
     block = min(batch * config.num_heads * length * slots, 1 << 28)
     attention = block * (4 + 4 + itemsize) + 4 * rows * hidden * itemsize
     feed_forward = 2 * rows * ffn * itemsize
-    expanded = hidden * max(ffn, 3 * hidden) * itemsize if sparsity else 0
+    expanded = 0
+    # The layout stores about 6% more than the nonzeros.
+    if sparsity and rows > cuda_kernel_rows(1 - 1.06 * (1 - sparsity)):
+        expanded = hidden * max(ffn, 3 * hidden) * itemsize
     layer = max(attention, feed_forward) // devices + 2 * rows * hidden * itemsize
     logits = 4 * 4 * batch * config.vocab_size  # noise, sorted and filtered beside them
     return max(layer + expanded // devices, logits)

@@ -100,6 +100,22 @@ def test_published_sizes():
     assert predict(huge, 0.8, device_bytes=100_000_000_000).fits_by_default is False
 
 
+def test_an_expanded_kernel_counts_above_the_rows_that_cuda_takes():
+    def temporaries(batch, sparsity):
+        huge = opt.OPTConfig.opt_175b()
+        predicted = memory.predict(
+            huge, sparsity=sparsity, batch=batch, length=64, prompt=64
+        )
+        return predicted.prefill_temporaries
+
+    expanded = 12288 * 49152 * 2
+    for rows, sparsity in ((2048, 0.5), (4096, 0.8)):
+        batch = rows // 64
+        assert temporaries(batch, sparsity) == temporaries(batch, 0)
+        more = temporaries(batch + 1, sparsity) - temporaries(batch + 1, 0)
+        assert more == expanded
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
