@@ -44,8 +44,10 @@ def kernels(model: opt.OPT, ids: np.ndarray, new: int) -> list[dict]:
     return device_time.by_name(found, STEPS)
 
 
-def measure(config, sparsity: float, batch: int, prompt: int, new: int) -> dict:
-    model = random_opt(config, sparsity, dtype="float16")
+def measure(
+    config, sparsity: float, batch: int, prompt: int, new: int, cache_dtype: str | None
+) -> dict:
+    model = random_opt(config, sparsity, dtype="float16", cache_dtype=cache_dtype)
     ids = np.random.default_rng(0).integers(4, config.vocab_size, (batch, prompt))
     rows = kernels(model, ids, new)
     times, _ = time_requests(model, ids, new, repetitions=3)
@@ -68,6 +70,7 @@ def main(
     batch: Annotated[str, typer.Option(help="List.")] = "8",
     prompt: Annotated[int, typer.Option()] = 64,
     new: Annotated[int, typer.Option(help="Tokens to generate.")] = 256,
+    cache_dtype: Annotated[str | None, typer.Option(help="float8_e4m3fn.")] = None,
     name: Annotated[str, typer.Option(help="Stem of the result.")] = "step-profile",
 ) -> None:
     """Shows which kernels a decode step of OPT spends its time in."""
@@ -78,14 +81,15 @@ def main(
     results: list[dict] = []
     for s in map(float, sparsity.split(",")):
         for b in map(int, batch.split(",")):
-            result = measure(config, s, b, prompt, new)
+            result = measure(config, s, b, prompt, new, cache_dtype)
             results.append(result)
             jax.clear_caches()
             print({k: v for k, v in result.items() if k != "kernels"})
             for row in result["kernels"][:20]:
                 print(f"  {row['us']:9.2f} us {row['calls']:7.2f} x {row['kernel']}")
             content = {"model": model, "layers": config.num_layers, "prompt": prompt}
-            content |= {"new": new, "results": results}
+            content |= {"cache_dtype": cache_dtype or "float16", "new": new}
+            content["results"] = results
             path = report.save(name, content)
     print(f"written to {path}")
 

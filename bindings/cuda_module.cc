@@ -17,6 +17,7 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(FlashjaxLscdPackSizesCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(FlashjaxLscdPackCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(FlashjaxGatherMatmulCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(FlashjaxGatherUnpackCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(FlashjaxDecodeAttentionCuda);
 
 namespace {
 
@@ -33,6 +34,7 @@ nb::dict Registrations() {
   out["flashjax_lscd_pack_cuda"] = Capsule(FlashjaxLscdPackCuda);
   out["flashjax_gather_matmul_cuda"] = Capsule(FlashjaxGatherMatmulCuda);
   out["flashjax_gather_unpack_cuda"] = Capsule(FlashjaxGatherUnpackCuda);
+  out["flashjax_decode_attention_cuda"] = Capsule(FlashjaxDecodeAttentionCuda);
   return out;
 }
 

@@ -30,6 +30,10 @@ inline std::string DtypeName(::xla::ffi::DataType dtype) {
       return "float32";
     case DataType::F64:
       return "float64";
+    case DataType::F8E4M3FN:
+      return "float8_e4m3fn";
+    case DataType::PRED:
+      return "bool";
     case DataType::U8:
       return "uint8";
     case DataType::U16:

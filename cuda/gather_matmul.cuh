@@ -10,14 +10,12 @@
 #ifndef FLASHJAX_CUDA_GATHER_MATMUL_CUH_
 #define FLASHJAX_CUDA_GATHER_MATMUL_CUH_
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 
 #include "cpu/gather_layout.h"
 #include "cuda/bias.cuh"
 #include "cuda/common/cluster.cuh"
+#include "cuda/common/floats.cuh"
 #include "cuda/common/ptx.cuh"
 #include "cuda/gather_weight.cuh"
 
@@ -41,28 +39,6 @@ struct GatherProduct {
   int bias_stride;  // of a stack of biases, else 0
   bool is_float, is_float_bias;
 };
-
-template <typename T>
-__device__ __forceinline__ float2 ToFloat2(uint32_t pair);
-template <>
-__device__ __forceinline__ float2 ToFloat2<__half>(uint32_t pair) {
-  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-}
-template <>
-__device__ __forceinline__ float2 ToFloat2<__nv_bfloat16>(uint32_t pair) {
-  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
-}
-
-template <typename T>
-__device__ __forceinline__ T FromFloat(float v);
-template <>
-__device__ __forceinline__ __half FromFloat<__half>(float v) {
-  return __float2half_rn(v);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 FromFloat<__nv_bfloat16>(float v) {
-  return __float2bfloat16_rn(v);
-}
 
 // Adds a chunk's products to the sums; `column` is the address of the column of the value before.
 template <typename T>

@@ -52,6 +52,13 @@ __device__ __forceinline__ uint32_t Permute(uint32_t a, uint32_t b, uint32_t sel
   return v;
 }
 
+// e^v, within a few units in the last place; 0 for -infinity.
+__device__ __forceinline__ float FastExp(float v) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v * 1.4426950408889634f));
+  return result;
+}
+
 // Weights are read once: they must not push x out of L1.
 __device__ __forceinline__ uint4 LoadStreaming(const uint4* p) {
   uint4 v;

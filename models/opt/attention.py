@@ -9,6 +9,8 @@ import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
+from flashjax import decode_attention as decode_kernel
+
 # Largest number of attention scores held at once; longer prompts go in blocks.
 _MAX_SCORES = 1 << 28
 
@@ -78,6 +80,51 @@ def attention(
         for i in range(0, length, block)
     ]
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=2)
+
+
+def decode_attention(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    *,
+    mask: jax.Array,
+    slot: jax.Array,
+    slots: int,
+) -> jax.Array:
+    """`attention` of one token of every sequence to a whole cache.
+
+    Args:
+      queries: (batch, num_heads, 1, head_dim).
+      keys: (batch, num_heads, max_length, head_dim), the cache's dtype.
+      values: the same.
+      mask: (batch, max_length) bool, slots that may be attended to.
+      slot: () int32, that of the token.
+      slots: where no kernel knows how many are in use, so many are read.
+
+    Returns:
+      (batch, num_heads, 1, head_dim) in the queries' dtype.
+    """
+
+    def plain(queries, keys, values, mask, slot):
+        dtype = queries.dtype
+        return attention(
+            queries,
+            keys[:, :, :slots].astype(dtype),
+            values[:, :, :slots].astype(dtype),
+            mask=mask[:, :slots],
+            query_slots=slot[None],
+        )
+
+    def kernel(queries, keys, values, mask, slot):
+        one = decode_kernel.decode_attention(
+            queries[:, :, 0], keys, values, mask, slot + 1
+        )
+        return one[:, :, None]
+
+    branches = {"cuda": kernel} if decode_kernel.is_supported(queries, keys) else {}
+    return jax.lax.platform_dependent(
+        queries, keys, values, mask, slot, **branches, default=plain
+    )
 
 
 def _attention_block(queries, keys, values, mask, query_slots):

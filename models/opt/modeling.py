@@ -21,6 +21,7 @@ from .attention import (
     KVCache,
     attention,
     check_cache_dtype,
+    decode_attention,
     product_precision,
     row_major,
     to_cache,
@@ -334,6 +335,10 @@ class OPT(nnx.Module):
                 keys, values = row_major(keys), row_major(values)
             all_keys.append(keys)
             all_values.append(values)
+            if length == 1:
+                return decode_attention(
+                    queries, keys, values, mask=slot_mask, slot=start, slots=slots
+                )
             return attention(
                 queries,
                 keys[:, :, :slots].astype(queries.dtype),

@@ -192,6 +192,22 @@ def gather_unpack(packed, shape: tuple[int, int], transposed: bool, layer=None):
     return dense
 
 
+def decode_attention(queries, keys, values, mask, used: int) -> np.ndarray:
+    """One token's queries (batch, heads, head_dim) and a cache; as the queries."""
+    outputs = _garbage(queries.shape, queries.dtype)
+    _call(
+        "emulated_decode_attention",
+        *map(_aligned, (queries, keys, values)),
+        mask,
+        np.array(used, np.int32),
+        outputs,
+        *keys.shape,
+        queries.dtype != np.float16,
+        keys.dtype != queries.dtype,
+    )
+    return outputs
+
+
 def _aligned(array: np.ndarray) -> np.ndarray:
     """The same array at a multiple of 16 bytes, as on a GPU."""
     if array.ctypes.data % 16 == 0:

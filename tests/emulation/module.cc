@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "cuda/decode_attention_launch.h"
 #include "cuda/gather_matmul_launch.h"
 #include "cuda/gather_unpack_launch.h"
 #include "cuda/lscd_matmul_launch.h"
@@ -120,6 +121,16 @@ int emulated_gather_unpack(const uint32_t* bitmap, const uint32_t* entries, cons
                            int64_t k, bool transposed, uint16_t* dense) {
   const flashjax::gather::GatherPackedArgs packed{bitmap, entries, values, layer, layers, chunks};
   return flashjax::gather::LaunchGatherUnpack(packed, m, k, transposed, dense, nullptr);
+}
+
+int emulated_decode_attention(const void* queries, const void* keys, const void* values,
+                              const uint8_t* mask, const int32_t* used, void* outputs,
+                              int64_t batch, int64_t heads, int64_t slots, int64_t head_dim,
+                              bool is_bfloat16, bool is_float8_cache) {
+  const flashjax::DecodeAttentionArgs args{queries, keys,     values,      mask,
+                                           used,    outputs,  batch,       heads,
+                                           slots,   head_dim, is_bfloat16, is_float8_cache};
+  return flashjax::LaunchDecodeAttention(args, nullptr);
 }
 
 }  // extern "C"

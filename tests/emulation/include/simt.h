@@ -177,6 +177,15 @@ T __shfl_sync(uint32_t, T value, int source) {
   return result;
 }
 
+template <typename T>
+T __shfl_xor_sync(uint32_t, T value, int lanes) {
+  T result;
+  const uint8_t* all = simt::Exchange("__shfl_xor_sync", &value, sizeof(T));
+  const int source = simt::Lane() ^ lanes;
+  std::memcpy(&result, all + source * simt::kLaneBytes, sizeof(T));
+  return result;
+}
+
 inline bool __all_sync(uint32_t, bool value) {
   return simt::Reduce("__all_sync", value, [](bool a, bool b) { return a && b; });
 }

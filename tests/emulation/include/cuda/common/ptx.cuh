@@ -4,6 +4,7 @@
 
 #include <cuda.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -15,6 +16,8 @@ inline uint8_t* DynamicShared() { return simt::shared_memory; }
 inline uint32_t SharedAddress(const void* p) { return simt::SharedAddressOf(p); }
 
 inline int LaneId() { return simt::Lane(); }
+
+inline float FastExp(float v) { return std::exp(v); }
 
 inline uint32_t LoadSharedU16(uint32_t address) {
   uint16_t v;
