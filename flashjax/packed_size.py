@@ -13,7 +13,7 @@ import numpy as np
 from flashjax import reference
 
 # kRingSegments - kPrefetch: segments in the ring less those that are prefetched.
-_RING = 4
+_RING = 3
 _STREAMS = 2 * reference.LANES
 _SEGMENT_BYTES = 4 * reference.SEGMENT_WORDS * reference.LANES
 # Chains are alike: the mean of a few stands for all.
