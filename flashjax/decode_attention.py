@@ -10,19 +10,26 @@ import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from flashjax import packing
 
 HEAD_DIMS = (64, 128)  # that the kernel takes
 
 
-def is_supported(queries: jax.Array, keys: jax.Array) -> bool:
-    """Whether a computation of these arrays, lowered for CUDA, can call the kernel."""
+def is_supported(dtype: DTypeLike, keys: jax.Array) -> bool:
+    """Whether a computation that is lowered for CUDA can call the kernel.
+
+    Args:
+      dtype: of the queries.
+      keys: (batch, heads, slots, head_dim).
+    """
+    dtype = jnp.dtype(dtype)
     return (
         packing.can_lower_for_cuda()
         and keys.shape[-1] in HEAD_DIMS
-        and queries.dtype in (jnp.float16, jnp.bfloat16)
-        and keys.dtype in (queries.dtype, jnp.float8_e4m3fn)
+        and dtype in (jnp.float16, jnp.bfloat16)
+        and keys.dtype in (dtype, jnp.float8_e4m3fn)
         and 0 not in keys.shape
         # Explicitly sharded arrays would have to say how the result is.
         and AxisType.Explicit not in jax.typeof(keys).sharding.mesh.axis_types
@@ -68,7 +75,8 @@ def _partition(mesh, args, result):
     if mesh.empty:  # no array has a NamedSharding: every device computes all
         mesh = Mesh(list(result.sharding.device_set), ("all",))
     else:
-        batch, heads, *_ = (*result.sharding.spec, None, None)
+        spec = tuple(result.sharding.spec)
+        batch, heads = (*spec, *[None] * (2 - len(spec)))[:2]
 
     def place(*axes):
         return NamedSharding(mesh, P(*axes))

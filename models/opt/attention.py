@@ -121,10 +121,20 @@ def decode_attention(
         )
         return one[:, :, None]
 
-    branches = {"cuda": kernel} if decode_kernel.is_supported(queries, keys) else {}
+    supported = decode_kernel.is_supported(queries.dtype, keys)
+    branches = {"cuda": kernel} if supported else {}
     return jax.lax.platform_dependent(
         queries, keys, values, mask, slot, **branches, default=plain
     )
+
+
+def reads_slots_in_use(cache: KVCache, platform: str) -> bool:
+    """Whether `decode_attention` reads no more slots of a cache than are in use."""
+    keys = cache.keys[0]
+    # Queries of a float8 cache are nearly always of half precision.
+    is_float8 = keys.dtype == jnp.float8_e4m3fn
+    dtype = jnp.dtype(jnp.float16) if is_float8 else keys.dtype
+    return platform == "gpu" and decode_kernel.is_supported(dtype, keys)
 
 
 def _attention_block(queries, keys, values, mask, query_slots):

@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from .attention import KVCache
+from .attention import KVCache, reads_slots_in_use
 from .generation_config import GenerationConfig, GenerationOptions
 from .generation_request import Request, Settings, make_request, read_slots
 from .modeling import OPT, positions_from_mask
@@ -229,9 +229,10 @@ def _go_on(graphdef, params, request: Request, state, done: int, limit: int):
 def _loops(request: Request, state: _DecodeState, done: int, limit: int):
     """The loops from ``done`` to ``limit`` tokens: slots that are read, and ends."""
     length, capacity = request.padded.shape[1], state.cache.max_length
-    # One array and not all weights, because a stream asks for every token. A CPU would
-    # copy a part of the cache to read it.
-    everything = _platform(state.last) == "cpu"
+    # One array and not all weights, because a stream asks for every token.
+    platform = _platform(state.last)
+    # A CPU would copy a part of the cache to read it.
+    everything = platform == "cpu" or reads_slots_in_use(state.cache, platform)
     while done < limit:
         slots = capacity if everything else read_slots(length + done, capacity)
         done = min(limit, slots - length + 1)
