@@ -35,6 +35,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 TESTS = (
     "tests/test_cuda_kernels.py",
     "tests/test_gather.py",
+    "tests/test_decode_attention.py",
     "-k",
     "not test_shares_of_blocks and not test_large",
 )

@@ -25,7 +25,13 @@ from jax.typing import ArrayLike
 
 from .attention import KVCache, reads_slots_in_use
 from .generation_config import GenerationConfig, GenerationOptions
-from .generation_request import Request, Settings, make_request, read_slots
+from .generation_request import (
+    Request,
+    Settings,
+    make_request,
+    prefill_sequences,
+    read_slots,
+)
 from .modeling import OPT, positions_from_mask
 from .sampling import log_probabilities, make_key, penalize
 
@@ -283,15 +289,33 @@ def _prefill(
     counts = jnp.sum(mask, axis=1, dtype=jnp.int32)
     from_end = jnp.argmax(mask[:, ::-1], axis=1).astype(jnp.int32)
     output_table = model.float32_output_table() if on_cpu else None
-    logits, cache = model.step(
-        token_ids,
-        mask,
-        positions_from_mask(mask),
-        model.init_cache(batch, length + width),
-        0,
-        logits_index=length - 1 - from_end,
-        output_table=output_table,
-    )
+    prompts = (token_ids, mask, positions_from_mask(mask), length - 1 - from_end)
+
+    def step(prompts, cache, first=None):
+        *prompts, logits_index = prompts
+        return nnx.merge(graphdef, params).step(
+            *prompts,
+            cache,
+            0,
+            first_sequence=first,
+            logits_index=logits_index,
+            output_table=output_table,
+        )
+
+    def add_piece(index, carry):
+        logits, cache = carry
+        first = index * size
+        piece = [jax.lax.dynamic_slice_in_dim(a, first, size) for a in prompts]
+        new, cache = step(piece, cache, first)
+        return jax.lax.dynamic_update_slice_in_dim(logits, new, first, 0), cache
+
+    cache = model.init_cache(batch, length + width)
+    size = prefill_sequences(batch, length)
+    if size == batch:
+        logits, cache = step(prompts, cache)
+    else:
+        logits = jnp.zeros((batch, model.config.vocab_size), jnp.float32)
+        logits, cache = jax.lax.fori_loop(0, batch // size, add_piece, (logits, cache))
     seen = None
     if settings.repetition_penalty is not None:
         rows = jnp.arange(batch, dtype=jnp.int32)[:, None]

@@ -13,6 +13,7 @@ from .sampling import Sampler, as_int, key_data
 
 _BUCKET = 64
 _LEAST_READ = 128  # slots
+_MOST_PREFILLED = 2048  # tokens
 
 
 class Settings(NamedTuple):
@@ -141,6 +142,18 @@ def bucket(length: int) -> int:
     if length <= _BUCKET:
         return 1 << max(length - 1, 0).bit_length()
     return -(-length // _BUCKET) * _BUCKET
+
+
+def prefill_sequences(batch: int, length: int) -> int:
+    """How many sequences of padded prompts are prefilled at once.
+
+    What is computed on the way to the cache takes memory by their tokens, and no less
+    time a token for more than a few thousand.
+    """
+    pieces = (n for n in range(1, batch + 1) if batch % n == 0)
+    most = max((n for n in pieces if n * length <= _MOST_PREFILLED), default=batch)
+    # Few at once would be slow: their batch is hard to divide, or their prompts long.
+    return most if most * length >= _MOST_PREFILLED // 2 else batch
 
 
 def read_slots(used: int, capacity: int) -> int:

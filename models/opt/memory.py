@@ -15,7 +15,7 @@ from flashjax.packed_size import packed_bytes
 from .attention import check_cache_dtype
 from .config import OPTConfig
 from .fused_qkv import QKV
-from .generation_request import bucket
+from .generation_request import bucket, prefill_sequences
 from .hf_folder import opt_targets
 from .modeling import check_dtype
 from .parallel import DECODER_LINEARS
@@ -133,7 +133,13 @@ def predict(
         other_weights=other,
         kv_cache=kv // devices + batch * slots,
         prefill_temporaries=_activations(
-            config, sparsity, batch, bucket(prompt), bucket(prompt), size, devices
+            config,
+            sparsity,
+            prefill_sequences(batch, bucket(prompt)),
+            bucket(prompt),
+            bucket(prompt),
+            size,
+            devices,
         ),
         decode_temporaries=_activations(config, 0, batch, 1, slots, size, devices)
         + (_WORKSPACE if sparsity else 0),

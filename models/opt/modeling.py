@@ -280,6 +280,7 @@ class OPT(nnx.Module):
         start: ArrayLike,
         *,
         slots: int | None = None,
+        first_sequence: ArrayLike | None = None,
         last_only: bool = False,
         logits_index: jax.Array | None = None,
         output_table: jax.Array | None = None,
@@ -301,6 +302,8 @@ class OPT(nnx.Module):
             checked for a Python int only.
           slots: read only so many slots of the cache, from the first; they must hold
             ``start + length``. None reads all, but for a start that is a Python int.
+          first_sequence: int32 scalar: the batch is a part of the cache's, from this
+            sequence on. None: it is the whole.
           last_only: compute the logits of the last token alone.
           logits_index: (batch,) int32, compute the logits of that token alone.
           output_table: what ``float32_output_table`` returned, to be used instead of
@@ -313,19 +316,27 @@ class OPT(nnx.Module):
         Raises:
           ValueError: shapes that do not fit each other.
         """
-        _check_step(token_ids, mask, positions, cache, start, slots)
-        length = token_ids.shape[1]
+        _check_step(
+            token_ids, mask, positions, cache, start, slots, first_sequence is None
+        )
+        batch, length = token_ids.shape
         if slots is None:
             slots = start + length if isinstance(start, int) else cache.max_length
         start = jnp.asarray(start, jnp.int32)
         zero = jnp.zeros((), jnp.int32)
+        first = zero if first_sequence is None else jnp.int32(first_sequence)
         query_slots = start + jnp.arange(length, dtype=jnp.int32)
-        slot_mask = jax.lax.dynamic_update_slice(cache.mask, mask, (zero, start))
-        read_mask = slot_mask[:, :slots]
+        slot_mask = jax.lax.dynamic_update_slice(cache.mask, mask, (first, start))
         all_keys, all_values = [], []
 
+        def own(array):
+            """The batch's part of an array of the cache."""
+            if first_sequence is None:
+                return array
+            return jax.lax.dynamic_slice_in_dim(array, first, batch)
+
         def attend(queries, keys, values, *, layer):
-            at = (zero, zero, start, zero)
+            at = (first, zero, start, zero)
             keys, values = (to_cache(x, self.cache_dtype) for x in (keys, values))
             keys = jax.lax.dynamic_update_slice(cache.keys[layer], keys, at)
             values = jax.lax.dynamic_update_slice(cache.values[layer], values, at)
@@ -335,15 +346,15 @@ class OPT(nnx.Module):
                 keys, values = row_major(keys), row_major(values)
             all_keys.append(keys)
             all_values.append(values)
-            if length == 1:
+            if length == 1 and first_sequence is None:
                 return decode_attention(
                     queries, keys, values, mask=slot_mask, slot=start, slots=slots
                 )
             return attention(
                 queries,
-                keys[:, :, :slots].astype(queries.dtype),
-                values[:, :, :slots].astype(queries.dtype),
-                mask=read_mask,
+                own(keys[:, :, :slots]).astype(queries.dtype),
+                own(values[:, :, :slots]).astype(queries.dtype),
+                mask=own(slot_mask[:, :slots]),
                 query_slots=query_slots,
             )
 
@@ -495,14 +506,14 @@ def _range(array: np.ndarray | jax.Array) -> tuple[int, int]:
     return int(values.min()), int(values.max())
 
 
-def _check_step(token_ids, mask, positions, cache, start, slots):
+def _check_step(token_ids, mask, positions, cache, start, slots, is_whole):
     shape = token_ids.shape
     if mask.shape != shape or positions.shape != shape:
         raise ValueError(
             f"mask and positions must have the shape of token_ids, {shape}, "
             f"got {mask.shape} and {positions.shape}"
         )
-    if shape[0] != cache.batch:
+    if shape[0] != cache.batch if is_whole else shape[0] > cache.batch:
         raise ValueError(
             f"the cache is for a batch of {cache.batch}, token_ids have {shape[0]}"
         )

@@ -112,6 +112,38 @@ def test_compile_request_leaves_nothing_to_compile(model):
     assert not events
 
 
+@pytest.mark.parametrize(
+    ("batch", "length", "most"),
+    [(64, 64, 32), (8, 512, 4), (128, 64, 32), (60, 64, 30), (32, 64, 32)],
+)
+def test_prompts_that_are_prefilled_at_once(batch, length, most):
+    assert generation_request.prefill_sequences(batch, length) == most
+
+
+@pytest.mark.parametrize(("batch", "length"), [(61, 64), (1, 4096), (3, 1), (5, 2048)])
+def test_prompts_are_not_prefilled_by_the_few(batch, length):
+    most = generation_request.prefill_sequences(batch, length)
+    assert most * length >= min(1024, batch * length)
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "float8_e4m3fn"])
+def test_prefill_in_pieces_gives_the_same(cache_dtype, monkeypatch):
+    config = make_model().config
+    model = opt.OPT(
+        config, dtype=jnp.float32, cache_dtype=cache_dtype, rngs=nnx.Rngs(0)
+    )
+    ids, mask = batch([*PROMPTS, [3], [9, 9], [20, 21, 22, 23]])
+    options = {"max_new_tokens": NEW, "return_logprobs": True, "eos_token_id": -1}
+    whole = opt.generate(model, ids, mask, **options)
+    jax.clear_caches()
+    monkeypatch.setattr(generation_request, "_MOST_PREFILLED", 16)
+    assert generation_request.prefill_sequences(*ids.shape) == 2
+    pieces = opt.generate(model, ids, mask, **options)
+    jax.clear_caches()
+    np.testing.assert_array_equal(pieces[0], whole[0])
+    np.testing.assert_allclose(pieces[1], whole[1], rtol=1e-5)
+
+
 def test_equal_structures_share_the_compiled_step(model):
     ids, mask = batch()
     opt.generate(model, ids, mask, max_new_tokens=NEW)
