@@ -36,6 +36,7 @@ case "$tool" in
   initcheck) sleep 100 ;;
   synccheck) rm "$log"* ;;
 esac
+[ -z "$KILLED" ] || exit 137
 echo "2 passed in 1.00s"
 """
 
@@ -91,6 +92,16 @@ def test_no_log(sanitize, tmp_path):
     code, (result,) = run(sanitize, tmp_path, "synccheck")
     assert code == 1
     assert result["findings"][::3] == ["no log", "2 passed in 1.00s"]
+
+
+def test_tests_that_the_system_ends(sanitize, tmp_path, monkeypatch):
+    monkeypatch.setenv("KILLED", "1")
+    code, (result,) = run(sanitize, tmp_path, "memcheck")
+    assert code == 1
+    assert not result["finished"]
+    assert result["exit_status"] == 137
+    assert result["tests"] == "2 done, then ended"
+    assert "PASSED tests/test_one.py::test_another" in result["findings"][-1]
 
 
 def test_unknown_tool(sanitize):
