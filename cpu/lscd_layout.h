@@ -28,10 +28,13 @@
 // Streams drift apart, because their numbers of nonzeros differ. The kernels keep a ring of
 // kRingSegments segments a warp, so the packer stores explicit zeros in streams that fall behind:
 // before step t is decoded, every stream must have left the slot that the segment fetched kPrefetch
-// ahead will overwrite. With n(q) the number of values stored in stream q before step t, and c(q,
-// t) the nonzeros of step t (c(q, t + 1) = 0 at a chain's last step), it raises every n(q) + c(q,
-// t) below
-//     16 (ceil(max_q(n(q) + c(q, t) + c(q, t + 1)) / 16) - (kRingSegments - kPrefetch))
+// ahead will overwrite. Closer streams start a kernel sooner, because it begins with all segments
+// over which they are spread, but take more zeros: `spread` is less than the ring allows, but for
+// large matrices, to which a microsecond is little and a percent of memory much, and for small
+// ones, whose ends of chains take enough. With n(q) the number of values stored in stream q before
+// step t, and c(q, t) the nonzeros of step t (c(q, t + 1) = 0 at a chain's last step), it raises
+// every n(q) + c(q, t) below
+//     16 (ceil(max_q(n(q) + c(q, t) + c(q, t + 1)) / 16) - spread)
 // to that bound, by marking the lowest unmarked positions i of step t; the values stored there are
 // 0x0000, also where the dense weight is -0.0 (0x8000), which counts as zero. This always succeeds:
 // the bound grows by at most 16 a step. The cost is 4 to 8% more values on random patterns.
@@ -61,8 +64,10 @@ inline constexpr int kStreams = 2 * kLanes;
 inline constexpr int kStreamPositions = 16;  // positions of a stream in a step
 inline constexpr int kSegmentWords = 16;     // words of a lane in a segment
 inline constexpr int kSegmentBytes = kSegmentWords * kLanes * 4;
-inline constexpr int kRingSegments = 4;
+inline constexpr int kRingSegments = 5;
 inline constexpr int kPrefetch = 1;
+inline constexpr int kMaxSpread = kRingSegments - kPrefetch;
+inline constexpr int64_t kSmallElements = 1 << 22, kLargeElements = 400'000'000;
 inline constexpr int kEntrySteps = 16;
 inline constexpr int kEntryWords = 18;
 inline constexpr int kChainSteps = 2048;
@@ -78,6 +83,10 @@ struct LscdShape {
   constexpr int64_t chain_strips() const {
     const int64_t n = steps() > 0 ? CeilDiv(kChainSteps, steps()) : 1;
     return n < strips() ? n : (strips() > 0 ? strips() : 1);
+  }
+  // Segments that streams may be apart.
+  constexpr int spread() const {
+    return m * k < kSmallElements || m * k > kLargeElements ? kMaxSpread : kMaxSpread - 1;
   }
   constexpr int64_t chains() const { return CeilDiv(strips(), chain_strips()); }
 };

@@ -104,7 +104,7 @@ int64_t LscdPlan(const StripLoader& load, const LscdShape& shape, const Parallel
     const Chain chain = ChainStrips(shape, i);
     std::vector<uint16_t> masks(chain.strips * steps * kStreams);
     load(chain.first, chain.strips, nullptr, masks.data());
-    segments[i] = kernels.plan_chain(masks.data(), chain.strips * steps, steps,
+    segments[i] = kernels.plan_chain(masks.data(), chain.strips * steps, steps, shape.spread(),
                                      bitmap + chain.first * bitmap_words,
                                      entries + chain.first * entries_words, counts + chain.first);
   });

@@ -79,8 +79,8 @@ struct LscdKernels {
   void (*load_tile)(const uint16_t* dense, int64_t stride, uint16_t* tile, uint16_t* masks);
   // Marks a chain's explicit zeros in masks [total][64 q] and writes its bitmap, entries (the base
   // counted from the chain's start) and counts. Returns the number of segments.
-  int64_t (*plan_chain)(uint16_t* masks, int64_t total, int64_t strip_steps, uint32_t* bitmap,
-                        uint32_t* entries, uint32_t* counts);
+  int64_t (*plan_chain)(uint16_t* masks, int64_t total, int64_t strip_steps, int spread,
+                        uint32_t* bitmap, uint32_t* entries, uint32_t* counts);
   // Writes a chain's segments from its bitmap and its tiles [total].
   void (*fill_chain)(const uint16_t* tiles, int64_t total, const uint32_t* bitmap, int64_t segments,
                      uint32_t* values);

@@ -61,7 +61,7 @@ FLASHJAX_INLINE int CeilSegments(int64_t words) {
   return static_cast<int>((words + kSegmentWords - 1) / kSegmentWords);
 }
 
-FLASHJAX_TARGET int64_t PlanChain(uint16_t* masks, int64_t total, int64_t strip_steps,
+FLASHJAX_TARGET int64_t PlanChain(uint16_t* masks, int64_t total, int64_t strip_steps, int spread,
                                   uint32_t* bitmap, uint32_t* entries, uint32_t* counts) {
   const int64_t strip_entries = CeilDiv(strip_steps, kEntrySteps);
   int32_t n[kStreams] = {}, count[kStreams] = {}, next_count[kStreams] = {};
@@ -100,7 +100,7 @@ FLASHJAX_TARGET int64_t PlanChain(uint16_t* masks, int64_t total, int64_t strip_
       peak = std::max(peak, n[q] + next_count[q]);
     }
     counts[strip] += nonzeros;
-    const int32_t bound = kSegmentWords * (CeilSegments(peak) - (kRingSegments - kPrefetch));
+    const int32_t bound = kSegmentWords * (CeilSegments(peak) - spread);
     if (lowest < bound) {
       lowest = bound;
       for (int q = 0; q < kStreams; ++q) {

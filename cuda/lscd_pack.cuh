@@ -102,8 +102,7 @@ __global__ void __launch_bounds__(kLanes)
     const int c0 = __popc(mask & 0xffffu), c1 = __popc(mask >> 16);
     const int most = __reduce_max_sync(
         kAllLanes, max(n0 + c0 + __popc(mask_ahead & 0xffffu), n1 + c1 + __popc(mask_ahead >> 16)));
-    const int bound =
-        kSegmentWords * ((most + kSegmentWords - 1) / kSegmentWords - (kRingSegments - kPrefetch));
+    const int bound = kSegmentWords * ((most + kSegmentWords - 1) / kSegmentWords - shape.spread());
     uint32_t stored = mask;
     if (n0 + c0 < bound) stored = Pad(stored, 0, bound - n0);
     if (n1 + c1 < bound) stored = Pad(stored, 1, bound - n1);

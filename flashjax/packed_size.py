@@ -12,8 +12,9 @@ import numpy as np
 
 from flashjax import reference
 
-# kRingSegments - kPrefetch: segments in the ring less those that are prefetched.
-_RING = 3
+# kMaxSpread: segments that streams may be apart; one less if neither small nor large.
+_MAX_SPREAD = 4
+_SMALL_ELEMENTS, _LARGE_ELEMENTS = 1 << 22, 400_000_000
 _STREAMS = 2 * reference.LANES
 _SEGMENT_BYTES = 4 * reference.SEGMENT_WORDS * reference.LANES
 # Chains are alike: the mean of a few stands for all.
@@ -51,18 +52,23 @@ def _segments(shape: tuple[int, int], density: float) -> float:
     k, m = shape
     if not k or not m or not density:
         return 0.0
+    spread = _MAX_SPREAD - (_SMALL_ELEMENTS <= k * m <= _LARGE_ELEMENTS)
     chains = reference.chain_count(shape)
     strips = -(-m // reference.STRIP_ROWS)
     chain_strips = reference.chain_strips(shape)
     last = strips - (chains - 1) * chain_strips
-    total = _chain_segments(k, last, m - (strips - 1) * reference.STRIP_ROWS, density)
+    total = _chain_segments(
+        k, last, m - (strips - 1) * reference.STRIP_ROWS, density, spread
+    )
     if chains > 1:
-        whole = _chain_segments(k, chain_strips, reference.STRIP_ROWS, density)
+        whole = _chain_segments(k, chain_strips, reference.STRIP_ROWS, density, spread)
         total += (chains - 1) * whole
     return total
 
 
-def _chain_segments(k: int, strips: int, last_rows: int, density: float) -> float:
+def _chain_segments(
+    k: int, strips: int, last_rows: int, density: float, spread: int
+) -> float:
     """Expected segments of a chain whose last strip has `last_rows` rows."""
     rng = np.random.default_rng(0)
     capacity = np.tile(_capacity(k), (strips, 1))
@@ -78,7 +84,7 @@ def _chain_segments(k: int, strips: int, last_rows: int, density: float) -> floa
     for here, ahead in zip(nonzeros, following, strict=True):
         after = stored + here
         peak = np.max(after + ahead, axis=1, keepdims=True)
-        least = reference.SEGMENT_WORDS * (_ceil_segments(peak) - _RING)
+        least = reference.SEGMENT_WORDS * (_ceil_segments(peak) - spread)
         stored = np.maximum(after, least)
     return float(_ceil_segments(stored.max(axis=1)).mean())
 

@@ -7,7 +7,8 @@ import numpy as np
 
 STRIP_ROWS, STEP_K, GROUP_STEPS, LANES = 16, 64, 4, 32
 STREAMS, POSITIONS, SEGMENT_WORDS = 64, 16, 16
-RING_SEGMENTS, PREFETCH = 4, 1
+RING_SEGMENTS, PREFETCH = 5, 1
+SMALL_ELEMENTS, LARGE_ELEMENTS = 1 << 22, 400_000_000
 ENTRY_STEPS, ENTRY_WORDS, CHAIN_STEPS = 16, 18, 2048
 
 
@@ -95,8 +96,9 @@ def pack(dense: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
             peak = after
             if u + 1 < len(steps):
                 peak = after + nonzero[steps[u + 1]].sum(axis=1)
-            ring = RING_SEGMENTS - PREFETCH
-            bound = SEGMENT_WORDS * (-(-peak.max() // SEGMENT_WORDS) - ring)
+            spread = RING_SEGMENTS - PREFETCH
+            spread -= SMALL_ELEMENTS <= k * m <= LARGE_ELEMENTS
+            bound = SEGMENT_WORDS * (-(-peak.max() // SEGMENT_WORDS) - spread)
             for q in np.flatnonzero(after < bound):
                 unmarked = np.flatnonzero(~stored[strip, step, q])
                 stored[strip, step, q, unmarked[: bound - after[q]]] = True

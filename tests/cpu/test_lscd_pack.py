@@ -171,7 +171,7 @@ def test_pack_property(dense):
     np.testing.assert_array_equal(unpacked, without_negative_zeros(dense))
 
 
-def check_ring(packed, k, m):
+def check_ring(packed, k, m, chains=None):
     """Walks along every chain as a kernel does, with the ring of the layout.
 
     Before a step is decoded, the segments it needs and kPrefetch more are there and
@@ -184,7 +184,7 @@ def check_ring(packed, k, m):
     counts = np.concatenate([bits & 0xFFFF, bits >> 16], axis=2)
     counts = np.bitwise_count(counts).astype(np.int64)
     words, first = reference.SEGMENT_WORDS, 0
-    for chain in range(s["chains"]):
+    for chain in range(chains or s["chains"]):
         begin = chain * s["chain_strips"]
         end = min(begin + s["chain_strips"], s["strips"])
         n = np.zeros(reference.STREAMS, np.int64)
@@ -214,6 +214,29 @@ def check_ring(packed, k, m):
 @pytest.mark.parametrize("shape", [(2100, 70), (8200, 40), (70, 400)])
 def test_ring_never_overwrites(shape, pattern):
     check_ring(_native.cpu.pack(pattern(*shape)), *shape)
+
+
+@pytest.mark.parametrize(
+    ("columns", "share"),
+    [
+        (reference.SMALL_ELEMENTS // 2048 - 16, 1.0),
+        (reference.SMALL_ELEMENTS // 2048, 1.02),
+        (195_312, 1.02),
+        (195_328, 1.0),
+    ],
+)
+def test_streams_of_small_and_large_matrices_may_be_further_apart(columns, share):
+    """Matrices with values in the first chain alone, beside that chain alone."""
+    chain = random_bits(5, 2048, 1024, 0.8)
+    dense = np.zeros((2048, columns), np.uint16)
+    dense[:, :1024] = chain
+    packed = _native.cpu.pack(dense)
+    check_ring(packed, *dense.shape, chains=1)
+    small = _native.cpu.pack(chain)  # two million elements
+    assert len(packed[2]) / len(small[2]) == pytest.approx(share, abs=0.01)
+    unpacked = _native.cpu.unpack(*packed[:3], *dense.shape)
+    np.testing.assert_array_equal(unpacked[:, :1024], without_negative_zeros(chain))
+    assert not unpacked[:, 1024:].any()
 
 
 @pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.8, 0.95])
