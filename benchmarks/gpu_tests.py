@@ -2,8 +2,9 @@
 
     python benchmarks/gpu_tests.py [pytest arguments]
 
-Writes `benchmarks/results/gpu-tests-DEVICE.json`: counts by outcome and by test file,
-what failed, the cases of the fuzz tests, and the time.
+Writes `benchmarks/results/gpu-tests-DEVICE.json`, or `gpu-fuzz-DEVICE.json` if the fuzz
+tests are named: counts by outcome and by test file, what failed, the cases of the fuzz
+tests, and the time.
 """
 
 import collections
@@ -54,7 +55,9 @@ def main() -> None:
         ),
         "files": {name: dict(counts) for name, counts in sorted(files.items())},
     }
-    print(f"written to {report.save('gpu-tests', content)}")
+    is_fuzz = any("tests/fuzz" in argument for argument in sys.argv[1:])
+    path = report.save("gpu-fuzz" if is_fuzz else "gpu-tests", content)
+    print(f"written to {path}")
     raise SystemExit(status.returncode)
 
 

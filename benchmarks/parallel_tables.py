@@ -101,7 +101,7 @@ def load_kernels(paths: Iterable[pathlib.Path]) -> tuple[dict, list[dict]]:
 
     def listed(run: dict, r: dict) -> tuple[tuple, dict] | None:
         settings = run["settings"]
-        key = r["sparsity"], r["devices"], r["batch"]
+        key = r["sparsity"], r["devices"], r["layers"], r["batch"]
         whole = {"layers_of_the_model": settings["layers_of_the_model"]}
         return (key, r | whole) if "kernels" in r else None
 
@@ -122,18 +122,21 @@ def communication_table(facts: dict, results: list[dict]) -> str:
     first = results[0]
     text = (
         "Share of a decode step that a GPU spends in collectives, in which it may "
-        f"wait for the others: {first['layers']} of the {first['layers_of_the_model']} "
-        f"layers of OPT-175B, {first['length']} slots of cache, split over "
-        f"{facts['device']} of one host ({origin(facts)}). Empty: not measured."
+        "wait for the others: all or some of the "
+        f"{first['layers_of_the_model']} layers of OPT-175B, {first['length']} slots "
+        f"of cache, split over {facts['device']} of one host ({origin(facts)}). "
+        "Empty: not measured."
     )
     batches = sorted({r["batch"] for r in results})
-    cases = sorted({(r["sparsity"], r["devices"]) for r in results})
+    cases = sorted({(r["sparsity"], r["devices"], r["layers"]) for r in results})
     shares = {
-        (r["sparsity"], r["devices"], r["batch"]): f"{communication_share(r):.1%}"
+        (r["sparsity"], r["devices"], r["layers"], r["batch"]): communication_share(r)
         for r in results
     }
-    rows = [
-        [zeros(s), str(d), *(shares.get((s, d, b), "") for b in batches)]
-        for s, d in cases
-    ]
-    return captioned(text, ["zeros", "GPUs", *(f"batch {b}" for b in batches)], rows)
+    rows = []
+    for case in cases:
+        found = [shares.get((*case, b)) for b in batches]
+        cells = ["" if share is None else f"{share:.1%}" for share in found]
+        rows.append([zeros(case[0]), *map(str, case[1:]), *cells])
+    columns = ["zeros", "GPUs", "layers", *(f"batch {b}" for b in batches)]
+    return captioned(text, columns, rows)

@@ -31,8 +31,8 @@ PRUNING = ROOT / "docs" / "pruning.md"
 
 
 def main() -> None:
-    gpu = load(RESULTS / f"matmul-{H100}.json")
-    other_gpu = load(RESULTS / f"matmul-{H200}.json")
+    older_gpu = load(RESULTS / f"matmul-{H100}.json")
+    gpu = load(RESULTS / f"matmul-{H200}.json")
     few_tokens = load(RESULTS / f"matmul-tokens-8-{H200}.json")
     few_bfloat16 = load(RESULTS / f"matmul-tokens-8-bfloat16-{H200}.json")
     llama = load(RESULTS / f"matmul-llama-{H200}.json")
@@ -42,7 +42,7 @@ def main() -> None:
     ]
     large = load_steps(RESULTS.glob(f"opt-175b-*-{H200}.json"))
     cpu = load(RESULTS / "cpu_matmul-amd-epyc.json")
-    kernels = load_kernels(RESULTS.glob(f"opt-175b-kernels-*-{H200}.json"))
+    kernels = load_kernels(RESULTS.glob(f"opt-175b-*-{H200}.json"))
     models = [
         load_requests(RESULTS.glob(f"generate-opt-{size}-*{H200}.json"))
         for size in ("30b", "66b", "175b")
@@ -59,7 +59,7 @@ def main() -> None:
     replace(README, "model", whole_model(*large))
     replace(README, "demo", demo_figures(training))
     replace(WHEN_SPARSE_PAYS, "matmul", speed_table(*gpu))
-    replace(WHEN_SPARSE_PAYS, "matmul-h200", speed_table(*other_gpu))
+    replace(WHEN_SPARSE_PAYS, "matmul-h100", speed_table(*older_gpu))
     replace(WHEN_SPARSE_PAYS, "tokens", speed_table(*few_tokens))
     replace(WHEN_SPARSE_PAYS, "tokens-bfloat16", layer_table(*few_bfloat16))
     replace(WHEN_SPARSE_PAYS, "llama", layer_table(*llama))
