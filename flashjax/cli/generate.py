@@ -18,7 +18,7 @@ from flashjax import nn
 from flashjax.cli import report
 from flashjax.cli.progress import progress_bar
 from flashjax.models import opt
-from flashjax.models.opt.batch_file import check_target, partial_path
+from flashjax.models.opt.batch_file import check_target, partial_path, read_jobs
 from flashjax.models.opt.generate import compile_request
 from flashjax.models.opt.generation_request import check_length, end_ids, make_request
 from flashjax.models.opt.hf_folder import local_folder
@@ -117,9 +117,13 @@ def run_file(
 
     The other arguments are those of run().
     """
+    if batch < 1:
+        raise ValueError(f"--batch: expected at least 1, got {batch}")
     check_target(source, target, resume=resume, overwrite=overwrite)
     folder, config = _read_config(name, options)
+    # Before the weights are read, which may take minutes.
     tokenizer = require_tokenizer(folder)
+    read_jobs(source, tokenizer, opt.OPTConfig.from_hf(folder), config)
     model = load(folder, dtype, cache_dtype, dense, implementation)
     done = 0
     began = time.perf_counter()

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from .config import OPTConfig
 from .generate import run_request
 from .generation_config import GenerationConfig
 from .generation_request import (
@@ -104,7 +105,7 @@ def generate_file(
         raise ValueError(f"expected a batch of at least 1, got {batch}")
     source, target = Path(source), Path(target)
     check_target(source, target, resume=resume, overwrite=overwrite)
-    jobs = read_jobs(source, tokenizer, model, config)
+    jobs = read_jobs(source, tokenizer, model.config, config)
     header = {
         "format": _FORMAT,
         "input": hashlib.sha256(source.read_bytes()).hexdigest(),
@@ -174,7 +175,7 @@ def check_target(source: Path, target: Path, *, resume: bool, overwrite: bool) -
 
 
 def read_jobs(
-    source: Path, tokenizer: Any, model: OPT, config: GenerationConfig
+    source: Path, tokenizer: Any, model: OPTConfig, config: GenerationConfig
 ) -> list[Job]:
     """Reads and checks the whole input.
 
@@ -205,7 +206,7 @@ def _parse(
     number: int,
     index: int,
     tokenizer: Any,
-    model: OPT,
+    model: OPTConfig,
     config: GenerationConfig,
 ) -> Job:
     try:
@@ -229,7 +230,7 @@ def _parse(
     own = {k: content[k] for k in ("max_new_tokens", "seed") if k in content}
     options = config.with_options(**own)
     tokens = tokenizer.encode(prompt).ids
-    check_length(model.config, len(tokens), options.max_new_tokens)
+    check_length(model, len(tokens), options.max_new_tokens)
     return Job(
         index=index,
         id=content.get("id", number),

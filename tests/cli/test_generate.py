@@ -228,6 +228,24 @@ def test_a_late_prompt_that_is_too_long_is_found_first(cli, sparse_folder):
     assert result.out == ""
 
 
+@pytest.mark.usefixtures("no_weights_read")
+@pytest.mark.parametrize(
+    ("line", "options", "message"),
+    [
+        ('{"prompt": 3}', [], "line 2: expected a prompt with text, got 3"),
+        (json.dumps({"prompt": "z" * 70}), [], "64 positions"),
+        ('{"prompt": "y"}', ["--batch", 0], "batch"),
+    ],
+)
+def test_what_is_wrong_with_an_input_is_found_first(
+    cli, sparse_folder, tmp_path, line, options, message
+):
+    (tmp_path / "in").write_text('{"prompt": "x"}\n' + line)
+    files = ("-i", tmp_path / "in", "-o", tmp_path / "out")
+    assert_error(generate(cli, sparse_folder, *files, *options), message)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
 class TestFiles:
     """JSON lines in, JSON lines out."""
 
