@@ -93,7 +93,10 @@ def test_published_sizes():
     assert 90e9 < sparse.weights < 100e9
     assert predict(huge, 0.0, device_bytes=gpu, devices=4).fits
     halved = predict(huge, 0.8, devices=2)
-    assert halved.linear_weights == pytest.approx(sparse.linear_weights / 2, rel=0.01)
+    quartered = predict(huge, 0.8, devices=4).linear_weights
+    assert quartered == pytest.approx(halved.linear_weights / 2, rel=0.01)
+    # The layout stores more zeros in matrices that are not large (LscdShape::spread).
+    assert 1 < halved.linear_weights / (sparse.linear_weights / 2) < 1.015
     half_of_the_vocabulary = 50272 // 2 * 12288 * 2  # bytes
     assert sparse.other_weights - halved.other_weights == half_of_the_vocabulary
     assert halved.fits is halved.fits_by_default is None  # a CPU has no limit
