@@ -329,11 +329,15 @@ class OPT(nnx.Module):
         slot_mask = jax.lax.dynamic_update_slice(cache.mask, mask, (first, start))
         all_keys, all_values = [], []
 
-        def own(array):
-            """The batch's part of an array of the cache."""
+        def read(array, axis):
+            """The batch's part of an array, and of an axis the slots that are read."""
             if first_sequence is None:
-                return array
-            return jax.lax.dynamic_slice_in_dim(array, first, batch)
+                return jax.lax.slice_in_dim(array, 0, slots, axis=axis)
+            sizes = list(array.shape)
+            sizes[0], sizes[axis] = batch, slots
+            return jax.lax.dynamic_slice(
+                array, (first, *[zero] * (array.ndim - 1)), sizes
+            )
 
         def attend(queries, keys, values, *, layer):
             at = (first, zero, start, zero)
@@ -352,9 +356,9 @@ class OPT(nnx.Module):
                 )
             return attention(
                 queries,
-                own(keys[:, :, :slots]).astype(queries.dtype),
-                own(values[:, :, :slots]).astype(queries.dtype),
-                mask=own(slot_mask[:, :slots]),
+                read(keys, 2).astype(queries.dtype),
+                read(values, 2).astype(queries.dtype),
+                mask=read(slot_mask, 1),
                 query_slots=query_slots,
             )
 

@@ -2,13 +2,14 @@
 
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from flashjax.models import opt
-from flashjax.models.opt import memory
+from flashjax.models.opt import generation_request, memory
 from flashjax.models.opt.generation_request import make_request
 from flashjax.nn import parameter_bytes
 from flashjax.testing import random_opt
@@ -40,7 +41,10 @@ def test_weights_and_cache(sparsity, dtype, fuse_qkv):
     assert predicted.kv_cache == model.init_cache(3, 320).nbytes
 
 
-def test_programs():
+@pytest.mark.parametrize("most", [2048, 128])  # tokens prefilled at once; there are 256
+def test_programs(most, monkeypatch):
+    monkeypatch.setattr(generation_request, "_MOST_PREFILLED", most)
+    jax.clear_caches()
     # In float32, which CPUs do not convert to anything else.
     model = random_opt(CONFIG, 0, dtype=jnp.float32)
     batch, prompt, new = 4, 64, 256
