@@ -55,7 +55,7 @@ def main() -> None:
         ),
         "files": {name: dict(counts) for name, counts in sorted(files.items())},
     }
-    is_fuzz = any("tests/fuzz" in argument for argument in sys.argv[1:])
+    is_fuzz = any(argument.startswith("tests/fuzz") for argument in sys.argv[1:])
     path = report.save("gpu-fuzz" if is_fuzz else "gpu-tests", content)
     print(f"written to {path}")
     raise SystemExit(status.returncode)

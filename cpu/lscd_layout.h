@@ -29,8 +29,8 @@
 // kRingSegments segments a warp, so the packer stores explicit zeros in streams that fall behind:
 // before step t is decoded, every stream must have left the slot that the segment fetched kPrefetch
 // ahead will overwrite. Closer streams start a kernel sooner, because it begins with all segments
-// over which they are spread, but take more zeros: `spread` is less than the ring allows, but for
-// large matrices, to which a microsecond is little and a percent of memory much, and for small
+// over which they are spread, but take more zeros: `spread` is less than the ring allows, except
+// for large matrices, to which a microsecond is little and a percent of memory much, and for small
 // ones, whose ends of chains take enough. With n(q) the number of values stored in stream q before
 // step t, and c(q, t) the nonzeros of step t (c(q, t + 1) = 0 at a chain's last step), it raises
 // every n(q) + c(q, t) below

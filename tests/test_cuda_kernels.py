@@ -52,7 +52,7 @@ def test_rows(kernel, rows, dtype, m):
 
 
 # With 256 columns a tile: two and a rest of another width; several, the last not full.
-@pytest.mark.parametrize("rows", [520, 700, 2048])
+@pytest.mark.parametrize("rows", [520, 700, 2048, 4096])
 @pytest.mark.parametrize("dtype", op_cases.HALVES)
 def test_tiles_of_columns(kernel, rows, dtype):
     dense = op_cases.random_dense(1096, 3210, 0.7, dtype)

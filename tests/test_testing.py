@@ -93,7 +93,7 @@ def test_sparse_models_are_of_half_precision():
         random_opt(CONFIG, 0.5, dtype=jnp.float32)
 
 
-@pytest.mark.parametrize("shape", [(1000, 1500), (3072, 768)])
+@pytest.mark.parametrize("shape", [(1000, 1500), (3072, 768), (2048, 2304)])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.6, 0.8, 0.9])
 def test_packed_bytes(shape, sparsity):
     real = random_sparse_matrix(jax.random.key(3), shape, sparsity).nbytes

@@ -123,7 +123,8 @@ def run_file(
     folder, config = _read_config(name, options)
     # Before the weights are read, which may take minutes.
     tokenizer = require_tokenizer(folder)
-    read_jobs(source, tokenizer, opt.OPTConfig.from_hf(folder), config)
+    if source.is_file():  # a pipe can be read only once
+        read_jobs(source, tokenizer, opt.OPTConfig.from_hf(folder), config)
     model = load(folder, dtype, cache_dtype, dense, implementation)
     done = 0
     began = time.perf_counter()

@@ -121,20 +121,34 @@ def decode_attention(
         )
         return one[:, :, None]
 
-    supported = decode_kernel.is_supported(queries.dtype, keys)
-    branches = {"cuda": kernel} if supported else {}
-    return jax.lax.platform_dependent(
-        queries, keys, values, mask, slot, **branches, default=plain
-    )
+    operands = queries, keys, values, mask, slot
+    if not decode_kernel.is_supported(queries.dtype, keys):
+        return plain(*operands)
+
+    # The kernel has no rules: what differentiates or maps it gets plain JAX.
+    @jax.custom_batching.custom_vmap
+    def on_platform(*operands):
+        return jax.lax.platform_dependent(*operands, cuda=kernel, default=plain)
+
+    @on_platform.def_vmap
+    def _(size, is_mapped, *operands):
+        axes = [0 if mapped else None for mapped in is_mapped]
+        return jax.vmap(plain, axes, axis_size=size)(*operands), True
+
+    differentiable = jax.custom_jvp(on_platform)
+    differentiable.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
+    return differentiable(*operands)
 
 
-def reads_slots_in_use(cache: KVCache, platform: str) -> bool:
-    """Whether `decode_attention` reads no more slots of a cache than are in use."""
-    keys = cache.keys[0]
-    # Queries of a float8 cache are nearly always of half precision.
-    is_float8 = keys.dtype == jnp.float8_e4m3fn
-    dtype = jnp.dtype(jnp.float16) if is_float8 else keys.dtype
-    return platform == "gpu" and decode_kernel.is_supported(dtype, keys)
+def reads_slots_in_use(cache: KVCache, dtype: DTypeLike, platform: str) -> bool:
+    """Whether `decode_attention` reads no more slots of a cache than are in use.
+
+    Args:
+      cache: the cache.
+      dtype: the model's.
+      platform: where it runs.
+    """
+    return platform == "gpu" and decode_kernel.is_supported(dtype, cache.keys[0])
 
 
 def _attention_block(queries, keys, values, mask, query_slots):

@@ -7,8 +7,9 @@ the row's real tokens, so padding never shifts a row's positions.
 The shapes that are compiled for are rounded up (`bucket`), which pads prompts on the
 right; everything else that differs between calls is an argument of the compiled
 functions. `generate` and `generate_stream` share them: a loop runs up to a step that is
-an argument too, the last one or just the next. On GPUs there are several, one after the
-other, which read more and more slots of the cache.
+an argument too, the last one or just the next. On GPUs, where no kernel knows which
+slots of the cache are in use, there are several, one after the other, which read more
+and more of them.
 """
 
 import dataclasses
@@ -219,10 +220,11 @@ def _start(graphdef, params, request: Request, logprobs: bool = False) -> _Decod
 def _go_on(graphdef, params, request: Request, state, done: int, limit: int):
     """Runs steps from ``done`` to ``limit`` tokens, as `_decode` does.
 
-    A step reads the slots that are used so far, rounded up: a loop for each number.
+    Without a kernel that reads the slots in use alone, a step on a GPU reads them
+    rounded up: a loop for each number.
     """
     news = None
-    for slots, end in _loops(request, state, done, limit):
+    for slots, end in _loops(params, request, state, done, limit):
         if news is not None and bool(news[1]):
             break  # before a loop is compiled that nobody needs
         end = np.int32(end)
@@ -232,13 +234,15 @@ def _go_on(graphdef, params, request: Request, state, done: int, limit: int):
     return state, news
 
 
-def _loops(request: Request, state: _DecodeState, done: int, limit: int):
+def _loops(params, request: Request, state: _DecodeState, done: int, limit: int):
     """The loops from ``done`` to ``limit`` tokens: slots that are read, and ends."""
     length, capacity = request.padded.shape[1], state.cache.max_length
     # One array and not all weights, because a stream asks for every token.
     platform = _platform(state.last)
     # A CPU would copy a part of the cache to read it.
-    everything = platform == "cpu" or reads_slots_in_use(state.cache, platform)
+    everything = platform == "cpu" or reads_slots_in_use(
+        state.cache, params["embed_tokens"]["embedding"].dtype, platform
+    )
     while done < limit:
         slots = capacity if everything else read_slots(length + done, capacity)
         done = min(limit, slots - length + 1)
@@ -251,7 +255,7 @@ def compile_request(model: OPT, request: Request) -> None:
         return
     graphdef, params = nnx.split(model)
     state = _start(graphdef, params, request)
-    loops = _loops(request, state, 1, request.max_new_tokens)
+    loops = _loops(params, request, state, 1, request.max_new_tokens)
     for count, (slots, _) in enumerate(loops, start=2):
         # One step, because a GPU loads kernels and makes graphs when they first run.
         limit = np.int32(count)

@@ -95,11 +95,11 @@ def predict(
 ) -> MemoryPrediction:
     """Predicts what `generate` needs on a GPU, before anything is loaded.
 
-    Packed kernels are predicted by `flashjax.packed_size.packed_bytes`, for zeros that
-    are anywhere, with q, k and v of a layer in one matrix (three take a few percent
-    more in tiny models, and the same in others). With several devices, kernels, cache
-    and (where it divides) vocabulary are split evenly (tensor parallelism) and
-    everything else is counted on each.
+    Packed kernels are predicted by `flashjax.packed_size.packed_bytes`, in the default
+    layout and for zeros that are anywhere, with q, k and v of a layer in one matrix
+    (three take a few percent more in tiny models, and the same in others). With several
+    devices, kernels, cache and (where it divides) vocabulary are split evenly (tensor
+    parallelism) and everything else is counted on each.
 
     Args:
       config: the architecture.
@@ -141,7 +141,9 @@ def predict(
             size,
             devices,
         ),
-        decode_temporaries=_activations(config, 0, batch, 1, slots, size, devices)
+        decode_temporaries=_activations(
+            config, sparsity, batch, 1, slots, size, devices
+        )
         + (_WORKSPACE if sparsity else 0),
         device_bytes=device_bytes,
     )

@@ -302,8 +302,10 @@ class OPT(nnx.Module):
             checked for a Python int only.
           slots: read only so many slots of the cache, from the first; they must hold
             ``start + length``. None reads all, but for a start that is a Python int.
+            The kernel of one new token on GPUs reads those in use, whatever this says.
           first_sequence: int32 scalar: the batch is a part of the cache's, from this
-            sequence on. None: it is the whole.
+            sequence on. None: it is the whole. What does not fit is checked for a
+            Python int only.
           last_only: compute the logits of the last token alone.
           logits_index: (batch,) int32, compute the logits of that token alone.
           output_table: what ``float32_output_table`` returned, to be used instead of
@@ -316,9 +318,7 @@ class OPT(nnx.Module):
         Raises:
           ValueError: shapes that do not fit each other.
         """
-        _check_step(
-            token_ids, mask, positions, cache, start, slots, first_sequence is None
-        )
+        _check_step(token_ids, mask, positions, cache, start, slots, first_sequence)
         batch, length = token_ids.shape
         if slots is None:
             slots = start + length if isinstance(start, int) else cache.max_length
@@ -510,14 +510,14 @@ def _range(array: np.ndarray | jax.Array) -> tuple[int, int]:
     return int(values.min()), int(values.max())
 
 
-def _check_step(token_ids, mask, positions, cache, start, slots, is_whole):
+def _check_step(token_ids, mask, positions, cache, start, slots, sequence):
     shape = token_ids.shape
     if mask.shape != shape or positions.shape != shape:
         raise ValueError(
             f"mask and positions must have the shape of token_ids, {shape}, "
             f"got {mask.shape} and {positions.shape}"
         )
-    if shape[0] != cache.batch if is_whole else shape[0] > cache.batch:
+    if shape[0] != cache.batch if sequence is None else shape[0] > cache.batch:
         raise ValueError(
             f"the cache is for a batch of {cache.batch}, token_ids have {shape[0]}"
         )
@@ -526,6 +526,11 @@ def _check_step(token_ids, mask, positions, cache, start, slots, is_whole):
         raise ValueError(
             f"{shape[1]} tokens from slot {first} do not fit a cache of "
             f"{cache.max_length} slots"
+        )
+    if isinstance(sequence, int) and not 0 <= sequence <= cache.batch - shape[0]:
+        raise ValueError(
+            f"{shape[0]} sequences from number {sequence} do not fit a cache for "
+            f"{cache.batch}"
         )
     if slots is not None and not first + shape[1] <= slots <= cache.max_length:
         raise ValueError(

@@ -151,14 +151,14 @@ def test_a_device_holds_queries_keys_and_values_of_its_heads(sparse):
         np.testing.assert_array_equal(together, np.concatenate(qkv, axis=1))
 
 
-def test_prefill_in_pieces(monkeypatch):
+def test_prefill_in_pieces(monkeypatch, request):
+    request.addfinalizer(jax.clear_caches)
     one, split = pair(DATA / "pre_norm", dtype=jnp.float32)
     ids = np.random.default_rng(0).integers(4, one.config.vocab_size, (6, 8))
     expected = opt.generate(one, ids, max_new_tokens=8)
     monkeypatch.setattr(generation_request, "_MOST_PREFILLED", 16)
     jax.clear_caches()
     np.testing.assert_array_equal(opt.generate(split, ids, max_new_tokens=8), expected)
-    jax.clear_caches()
 
 
 @pytest.mark.parametrize("sparse", [True, False])

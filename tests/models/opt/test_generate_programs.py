@@ -126,8 +126,20 @@ def test_prompts_are_not_prefilled_by_the_few(batch, length):
     assert most * length >= min(1024, batch * length)
 
 
+@pytest.fixture
+def pieces(monkeypatch):
+    """Prefills 16 tokens at once; no program of either kind is left to another test."""
+
+    def begin():
+        jax.clear_caches()
+        monkeypatch.setattr(generation_request, "_MOST_PREFILLED", 16)
+
+    yield begin
+    jax.clear_caches()
+
+
 @pytest.mark.parametrize("cache_dtype", [None, "float8_e4m3fn"])
-def test_prefill_in_pieces_gives_the_same(cache_dtype, monkeypatch):
+def test_prefill_in_pieces_gives_the_same(cache_dtype, pieces):
     config = make_model().config
     model = opt.OPT(
         config, dtype=jnp.float32, cache_dtype=cache_dtype, rngs=nnx.Rngs(0)
@@ -135,13 +147,11 @@ def test_prefill_in_pieces_gives_the_same(cache_dtype, monkeypatch):
     ids, mask = batch([*PROMPTS, [3], [9, 9], [20, 21, 22, 23]])
     options = {"max_new_tokens": NEW, "return_logprobs": True, "eos_token_id": -1}
     whole = opt.generate(model, ids, mask, **options)
-    jax.clear_caches()
-    monkeypatch.setattr(generation_request, "_MOST_PREFILLED", 16)
+    pieces()
     assert generation_request.prefill_sequences(*ids.shape) == 2
-    pieces = opt.generate(model, ids, mask, **options)
-    jax.clear_caches()
-    np.testing.assert_array_equal(pieces[0], whole[0])
-    np.testing.assert_allclose(pieces[1], whole[1], rtol=1e-5)
+    found = opt.generate(model, ids, mask, **options)
+    np.testing.assert_array_equal(found[0], whole[0])
+    np.testing.assert_allclose(found[1], whole[1], rtol=1e-5)
 
 
 def test_equal_structures_share_the_compiled_step(model):
@@ -236,9 +246,10 @@ def test_sparse_models_generate_as_dense_ones(dtype, rows):
     # cuBLAS takes a workspace of 32 MiB, which the weights have to exceed by far.
     [("cpu", 128), pytest.param("cuda", 2048, marks=pytest.mark.gpu)],
 )
-def test_expanded_weights_do_not_stay(platform, hidden_size):
+def test_expanded_weights_do_not_stay(platform, hidden_size, monkeypatch):
     # More rows than the kernel takes: every layer expands its weights.
     rows = matmul.KERNEL_ROWS[platform] + 16
+    monkeypatch.setattr(generation_request, "_MOST_PREFILLED", rows)
     model = make_model(
         jnp.float16, num_layers=6, hidden_size=hidden_size, ffn_size=4 * hidden_size
     )
