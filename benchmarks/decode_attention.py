@@ -4,7 +4,7 @@
 
 One layer's cache of random numbers, so many copies of it that they do not fit into L2;
 the device's time for all of them by their number. `plain` reads as many slots as
-`opt.generate` does, the next power of two; the bound is the time to read the slots in
+`opt.generate` does without the kernel; the bound is the time to read the slots in
 use at the bandwidth that was measured.
 
 Prints a table and writes `benchmarks/results/decode-attention-DEVICE.json`.
@@ -21,20 +21,15 @@ import typer
 from flashjax.cli.bench_generate import read_bandwidth
 from flashjax.cli.predict import find_config
 from flashjax.decode_attention import decode_attention
-from flashjax.models.opt.attention import attention
+from flashjax.models.opt.attention import plain_decode_attention
+from flashjax.models.opt.generation_request import read_slots
 
 COLD_BYTES = 300_000_000
 
 
 def plain(queries, keys, values, mask, used, *, slots):
-    one = attention(
-        queries[:, :, None],
-        keys[:, :, :slots].astype(queries.dtype),
-        values[:, :, :slots].astype(queries.dtype),
-        mask=mask[:, :slots],
-        query_slots=used[None] - 1,
-    )
-    return one[:, :, 0]
+    one = queries[:, :, None]
+    return plain_decode_attention(one, keys, values, mask, used - 1, slots)[:, :, 0]
 
 
 def measure(shape, used: int, cache_dtype: str, bandwidth: float) -> dict:
@@ -53,7 +48,7 @@ def measure(shape, used: int, cache_dtype: str, bandwidth: float) -> dict:
         ]
         for i in range(copies)
     ]
-    read = min(slots, 1 << (used - 1).bit_length())
+    read = read_slots(used, slots)
 
     def program(attend):
         def run(caches, queries, mask, used):

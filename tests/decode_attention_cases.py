@@ -1,5 +1,7 @@
 """Random caches, and attention to them in float64."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -14,6 +16,16 @@ def random_case(shape, dtype, cache_dtype, seed=0):
     cache_dtype = cache_dtype or dtype
     keys, values = (array.astype(cache_dtype) for array in (keys, values))
     return queries.astype(dtype), keys, values, mask
+
+
+def in_plain_jax(queries, keys, values, mask, used):
+    """What the kernel computes."""
+    keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
+    scores = jnp.einsum("bhd,bhsd->bhs", queries.astype(jnp.float32), keys)
+    scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
+    in_use = (jnp.arange(keys.shape[2]) < used)[None, None]
+    weights = jax.nn.softmax(jnp.where(in_use, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhs,bhsd->bhd", weights, values).astype(queries.dtype)
 
 
 def check(outputs, case, used):

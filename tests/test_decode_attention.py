@@ -10,20 +10,10 @@ from jax.sharding import PartitionSpec as P
 from flashjax import decode_attention as module
 
 from . import cuda_stand_in
-from .decode_attention_cases import check, random_case
+from .decode_attention_cases import check, in_plain_jax, random_case
 from .mesh_support import collectives, make_mesh
 
 TARGET = "flashjax_decode_attention_cuda"
-
-
-def plain(queries, keys, values, mask, used):
-    """What the kernel computes, in plain JAX."""
-    keys, values = keys.astype(jnp.float32), values.astype(jnp.float32)
-    scores = jnp.einsum("bhd,bhsd->bhs", queries.astype(jnp.float32), keys)
-    scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
-    scores = jnp.where(jnp.arange(keys.shape[2]) < used, scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1)
-    return jnp.einsum("bhs,bhsd->bhd", weights, values).astype(queries.dtype)
 
 
 @pytest.mark.gpu
@@ -82,7 +72,7 @@ def test_what_the_kernel_does_not_take(shape, dtype, cache_dtype):
     "spec", [P("data"), P(None, "model"), P("data", "model"), P(("data", "model"))]
 )
 def test_every_device_computes_its_own(spec, monkeypatch):
-    monkeypatch.setattr(module, "_call", plain)
+    monkeypatch.setattr(module, "_call", in_plain_jax)
     case = random_case((8, 4, 40, 64), np.float16, None)
     mesh = make_mesh((2, 2), ("data", "model"))
     by_head, by_batch = NamedSharding(mesh, spec), NamedSharding(mesh, P(*spec[:1]))
@@ -95,7 +85,7 @@ def test_every_device_computes_its_own(spec, monkeypatch):
 
 
 def test_inside_a_manual_axis(monkeypatch):
-    monkeypatch.setattr(module, "_call", plain)
+    monkeypatch.setattr(module, "_call", in_plain_jax)
     case = random_case((4, 2, 40, 64), np.float16, None)
     mesh = make_mesh((2,), ("data",))
     attend = jax.shard_map(

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,25 @@ def attention(
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=2)
 
 
+def plain_decode_attention(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    mask: jax.Array,
+    slot: jax.Array,
+    slots: int,
+) -> jax.Array:
+    """`decode_attention` in plain JAX."""
+    dtype = queries.dtype
+    return attention(
+        queries,
+        keys[:, :, :slots].astype(dtype),
+        values[:, :, :slots].astype(dtype),
+        mask=mask[:, :slots],
+        query_slots=slot[None],
+    )
+
+
 def decode_attention(
     queries: jax.Array,
     keys: jax.Array,
@@ -104,16 +124,7 @@ def decode_attention(
     Returns:
       (batch, num_heads, 1, head_dim) in the queries' dtype.
     """
-
-    def plain(queries, keys, values, mask, slot):
-        dtype = queries.dtype
-        return attention(
-            queries,
-            keys[:, :, :slots].astype(dtype),
-            values[:, :, :slots].astype(dtype),
-            mask=mask[:, :slots],
-            query_slots=slot[None],
-        )
+    plain = functools.partial(plain_decode_attention, slots=slots)
 
     def kernel(queries, keys, values, mask, slot):
         one = decode_kernel.decode_attention(

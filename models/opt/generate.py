@@ -297,7 +297,7 @@ def _prefill(
 
     def step(prompts, cache, first=None):
         *prompts, logits_index = prompts
-        return nnx.merge(graphdef, params).step(
+        return model.step(
             *prompts,
             cache,
             0,
