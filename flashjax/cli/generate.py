@@ -18,7 +18,12 @@ from flashjax import nn
 from flashjax.cli import report
 from flashjax.cli.progress import progress_bar
 from flashjax.models import opt
-from flashjax.models.opt.batch_file import check_target, partial_path, read_jobs
+from flashjax.models.opt.batch_file import (
+    check_target,
+    continue_input,
+    partial_path,
+    read_input,
+)
 from flashjax.models.opt.generate import compile_request
 from flashjax.models.opt.generation_request import check_length, end_ids, make_request
 from flashjax.models.opt.hf_folder import local_folder
@@ -123,8 +128,7 @@ def run_file(
     folder, config = _read_config(name, options)
     # Before the weights are read, which may take minutes.
     tokenizer = require_tokenizer(folder)
-    if source.is_file():  # a pipe can be read only once
-        read_jobs(source, tokenizer, opt.OPTConfig.from_hf(folder), config)
+    read = read_input(source, tokenizer, opt.OPTConfig.from_hf(folder), config)
     model = load(folder, dtype, cache_dtype, dense, implementation)
     done = 0
     began = time.perf_counter()
@@ -136,10 +140,10 @@ def run_file(
                 done = count
                 advance("lines", count, total)
 
-            lines = opt.generate_file(
+            lines = continue_input(
                 model,
                 tokenizer,
-                source,
+                read,
                 target,
                 config=config,
                 batch=batch,

@@ -56,6 +56,21 @@ class Job:
     stream: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """A file that was read and checked.
+
+    Attributes:
+      path: the file, which may be a pipe: it is not read again.
+      jobs: its lines.
+      digest: SHA-256 of its bytes.
+    """
+
+    path: Path
+    jobs: list[Job]
+    digest: str
+
+
 def generate_file(
     model: OPT,
     tokenizer: Any,
@@ -105,10 +120,40 @@ def generate_file(
         raise ValueError(f"expected a batch of at least 1, got {batch}")
     source, target = Path(source), Path(target)
     check_target(source, target, resume=resume, overwrite=overwrite)
-    jobs = read_jobs(source, tokenizer, model.config, config)
+    return continue_input(
+        model,
+        tokenizer,
+        read_input(source, tokenizer, model.config, config),
+        target,
+        config=config,
+        batch=batch,
+        logprobs=logprobs,
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def continue_input(
+    model: OPT,
+    tokenizer: Any,
+    source: Input,
+    target: Path,
+    *,
+    config: GenerationConfig,
+    batch: int,
+    logprobs: bool,
+    resume: bool,
+    overwrite: bool,
+    progress: Callable[[int, int], None] | None,
+) -> int:
+    """`generate_file` of what was read before the model."""
+    # Again: loading a model may have taken minutes.
+    check_target(source.path, target, resume=resume, overwrite=overwrite)
+    jobs = source.jobs
     header = {
         "format": _FORMAT,
-        "input": hashlib.sha256(source.read_bytes()).hexdigest(),
+        "input": source.digest,
         "model": dataclasses.asdict(model.config),
         "weights": _fingerprint(model),
         "dtype": model.dtype.name,
@@ -174,22 +219,22 @@ def check_target(source: Path, target: Path, *, resume: bool, overwrite: bool) -
         )
 
 
-def read_jobs(
+def read_input(
     source: Path, tokenizer: Any, model: OPTConfig, config: GenerationConfig
-) -> list[Job]:
+) -> Input:
     """Reads and checks the whole input.
 
     Raises:
       ValueError: a line does not fit; the message names file and line.
     """
     try:
-        lines = source.read_bytes().split(b"\n")
+        content = source.read_bytes()
     except OSError as error:
         raise ValueError(
             f"{source}: expected a file of JSON lines, got: {error.strerror}"
         ) from error
     jobs: list[Job] = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         try:
@@ -198,7 +243,7 @@ def read_jobs(
             raise ValueError(f"{source}, line {number}: {error}") from error
     if not jobs:
         raise ValueError(f"{source}: expected JSON lines, got no line")
-    return jobs
+    return Input(source, jobs, hashlib.sha256(content).hexdigest())
 
 
 def _parse(

@@ -246,6 +246,21 @@ def test_what_is_wrong_with_an_input_is_found_first(
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+def test_an_input_that_is_a_pipe(cli, sparse_folder, tmp_path):
+    content = b'{"prompt": "hello"}'
+    reading, writing = os.pipe()
+    os.write(writing, content)
+    os.close(writing)
+    target = tmp_path / "out"
+    try:
+        files = ("-i", f"/dev/fd/{reading}", "-o", target)
+        result = generate(cli, sparse_folder, *files, "-n", 2)
+    finally:
+        os.close(reading)
+    assert result.code == 0
+    assert len(target.read_text().splitlines()) == 1
+
+
 class TestFiles:
     """JSON lines in, JSON lines out."""
 
