@@ -32,7 +32,6 @@ struct DecodeAttention {
 template <typename Cache, int kHeadDim>
 struct DecodeAttentionConfig {
   static constexpr int kMaxWarps = 16;
-  static constexpr int kWords = 4;                                    // of a lane for a slot
   static constexpr int kPart = 16 / static_cast<int>(sizeof(Cache));  // numbers of a lane
   static constexpr int kRowLanes = kHeadDim / kPart;                  // lanes of a slot
   static constexpr int kRows = 32 / kRowLanes;                        // slots of a warp's load
@@ -103,17 +102,10 @@ __global__ void __launch_bounds__(DecodeAttentionConfig<Cache, kHeadDim>::kMaxWa
     float most = sum.largest;
 #pragma unroll
     for (int u = 0; u < kLoads; ++u) {
-      const uint32_t words[Config::kWords] = {key[u].x, key[u].y, key[u].z, key[u].w};
-      float product = 0;
+      float k[kPart], product = 0;
+      ToFloats<Cache>(key[u], k);
 #pragma unroll
-      for (int w = 0; w < Config::kWords; ++w) {
-        float k[kPart / Config::kWords];
-        ToFloats<Cache>(words[w], k);
-#pragma unroll
-        for (int i = 0; i < kPart / Config::kWords; ++i) {
-          product = fmaf(query[w * (kPart / Config::kWords) + i], k[i], product);
-        }
-      }
+      for (int i = 0; i < kPart; ++i) product = fmaf(query[i], k[i], product);
 #pragma unroll
       for (int offset = kRowLanes / 2; offset > 0; offset /= 2) {
         product += __shfl_xor_sync(0xffffffffu, product, offset);
@@ -130,18 +122,11 @@ __global__ void __launch_bounds__(DecodeAttentionConfig<Cache, kHeadDim>::kMaxWa
 #pragma unroll
     for (int u = 0; u < kLoads; ++u) {
       const float weight = FastExp(score[u] - most);
-      const uint32_t words[Config::kWords] = {value[u].x, value[u].y, value[u].z, value[u].w};
       sum.weight += weight;
+      float v[kPart];
+      ToFloats<Cache>(value[u], v);
 #pragma unroll
-      for (int w = 0; w < Config::kWords; ++w) {
-        float v[kPart / Config::kWords];
-        ToFloats<Cache>(words[w], v);
-#pragma unroll
-        for (int i = 0; i < kPart / Config::kWords; ++i) {
-          float& to = sum.values[w * (kPart / Config::kWords) + i];
-          to = fmaf(weight, v[i], to);
-        }
-      }
+      for (int i = 0; i < kPart; ++i) sum.values[i] = fmaf(weight, v[i], sum.values[i]);
     }
   }
 

@@ -51,6 +51,16 @@ __device__ __forceinline__ void ToFloats(uint32_t word, float* values) {
   }
 }
 
+// Those of 16 bytes.
+template <typename T>
+__device__ __forceinline__ void ToFloats(const uint4& words, float* values) {
+  constexpr int kCount = 4 / sizeof(T);
+  ToFloats<T>(words.x, values);
+  ToFloats<T>(words.y, values + kCount);
+  ToFloats<T>(words.z, values + 2 * kCount);
+  ToFloats<T>(words.w, values + 3 * kCount);
+}
+
 template <typename T>
 __device__ __forceinline__ T FromFloat(float v);
 template <>
