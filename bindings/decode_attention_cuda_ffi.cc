@@ -1,6 +1,6 @@
 // flashjax_decode_attention_cuda: attention of one new token of every sequence to a cache.
+#include "bindings/cuda_status.h"
 #include "bindings/ffi_helpers.h"
-#include "bindings/lscd_cuda_ffi.h"
 #include "cuda/decode_attention_launch.h"
 
 namespace ffi = xla::ffi;
@@ -17,7 +17,7 @@ ffi::Error Attend(cudaStream_t stream, ffi::AnyBuffer queries, ffi::AnyBuffer ke
   FLASHJAX_RETURN_IF_ERROR(CheckDtype(kOp, "keys", keys, {queries.element_type(), ffi::F8E4M3FN}));
   FLASHJAX_RETURN_IF_ERROR(CheckDtype(kOp, "values", values, {keys.element_type()}));
   FLASHJAX_RETURN_IF_ERROR(CheckDtype(kOp, "mask", mask, {ffi::PRED}));
-  FLASHJAX_RETURN_IF_ERROR(CheckDtype(kOp, "used", used, {ffi::S32}));
+  FLASHJAX_RETURN_IF_ERROR(CheckInt32(kOp, "used", used));
   FLASHJAX_RETURN_IF_ERROR(CheckDtype(kOp, "outputs", *outputs, {queries.element_type()}));
   FLASHJAX_RETURN_IF_ERROR(CheckShape(kOp, "keys", keys, {-1, -1, -1, -1}));
   DecodeAttentionArgs args{};
@@ -34,7 +34,6 @@ ffi::Error Attend(cudaStream_t stream, ffi::AnyBuffer queries, ffi::AnyBuffer ke
   FLASHJAX_RETURN_IF_ERROR(
       CheckShape(kOp, "values", values, {args.batch, args.heads, args.slots, args.head_dim}));
   FLASHJAX_RETURN_IF_ERROR(CheckShape(kOp, "mask", mask, {args.batch, args.slots}));
-  FLASHJAX_RETURN_IF_ERROR(CheckShape(kOp, "used", used, {}));
   args.queries = queries.untyped_data();
   args.keys = keys.untyped_data();
   args.values = values.untyped_data();

@@ -96,6 +96,13 @@ template <typename Buffer>
   return Mismatch(op, operand, "shape " + ShapeText(expected), ShapeText(dimensions));
 }
 
+// An index or a count, which stands on the device.
+template <typename Buffer>
+::xla::ffi::Error CheckInt32(const char* op, const char* operand, const Buffer& buffer) {
+  FLASHJAX_RETURN_IF_ERROR(CheckDtype(op, operand, buffer, {::xla::ffi::DataType::S32}));
+  return CheckShape(op, operand, buffer, {});
+}
+
 }  // namespace flashjax
 
 #endif  // FLASHJAX_BINDINGS_FFI_HELPERS_H_

@@ -29,7 +29,7 @@ inline ::xla::ffi::Error PackedArgs(const char* op, const GatherShape& shape, co
   }
   const auto index = layer.get<ffi::AnyBuffer>(0);
   if (index.has_error()) return index.error();
-  FLASHJAX_RETURN_IF_ERROR(CheckLayer(op, index.value()));
+  FLASHJAX_RETURN_IF_ERROR(CheckInt32(op, "layer", index.value()));
   packed->layers = sizes.size() == 4 ? sizes[0] : -1;
   packed->chunks = sizes.size() == 4 ? sizes[1] : -1;
   FLASHJAX_RETURN_IF_ERROR(

@@ -1,11 +1,8 @@
-// What the CUDA handlers share: reading the packed operands and reporting launch errors.
+// What the CUDA handlers of packed weights share: reading their operands.
 #ifndef FLASHJAX_BINDINGS_LSCD_CUDA_FFI_H_
 #define FLASHJAX_BINDINGS_LSCD_CUDA_FFI_H_
 
-#include <cuda_runtime_api.h>
-
-#include <string>
-
+#include "bindings/cuda_status.h"
 #include "bindings/lscd_packed_ffi.h"
 #include "cuda/lscd_packed_args.h"
 
@@ -39,12 +36,6 @@ inline ::xla::ffi::Error CheckBias(const char* op, const ::xla::ffi::AnyBuffer& 
   if (layers > 0) return CheckShape(op, "bias", bias, {layers, m});
   if (bias.element_count() == 0) return ::xla::ffi::Error::Success();
   return CheckShape(op, "bias", bias, {m});
-}
-
-inline ::xla::ffi::Error CudaStatus(const char* op, cudaError_t error) {
-  if (error == cudaSuccess) return ::xla::ffi::Error::Success();
-  return ::xla::ffi::Error::Internal(std::string(op) + ": " + cudaGetErrorName(error) + ": " +
-                                     cudaGetErrorString(error));
 }
 
 }  // namespace flashjax

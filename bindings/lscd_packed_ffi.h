@@ -9,12 +9,6 @@ namespace flashjax {
 
 using Words = ::xla::ffi::AnyBuffer;
 
-// The index into a stack.
-inline ::xla::ffi::Error CheckLayer(const char* op, const ::xla::ffi::AnyBuffer& layer) {
-  FLASHJAX_RETURN_IF_ERROR(CheckDtype(op, "layer", layer, {::xla::ffi::DataType::S32}));
-  return CheckShape(op, "layer", layer, {});
-}
-
 inline ::xla::ffi::Error CheckPacked(const char* op, const LscdShape& shape, const Words& bitmap,
                                      const Words& entries, const Words& values) {
   using ::xla::ffi::DataType;
@@ -33,7 +27,7 @@ inline ::xla::ffi::Error CheckStack(const char* op, const LscdShape& shape, cons
                                     const Words& entries, const Words& values,
                                     const ::xla::ffi::AnyBuffer& layer) {
   using ::xla::ffi::DataType;
-  FLASHJAX_RETURN_IF_ERROR(CheckLayer(op, layer));
+  FLASHJAX_RETURN_IF_ERROR(CheckInt32(op, "layer", layer));
   for (const auto* words : {&bitmap, &entries, &values}) {
     FLASHJAX_RETURN_IF_ERROR(CheckDtype(op, "stack", *words, {DataType::U32}));
   }
