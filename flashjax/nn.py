@@ -1,5 +1,6 @@
 """Layers with sparse weights, for Flax NNX and Linen."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -23,6 +24,8 @@ Model = TypeVar("Model")
 
 _HALVES = (jnp.dtype(jnp.float16), jnp.dtype(jnp.bfloat16))
 _DEFAULT_SPARSITY = 0.8
+# Elements from which a packed kernel's size tells of zeros; smaller ones are padded.
+_LARGE_ELEMENTS = 1 << 16
 _KERNEL_INIT = nnx.initializers.lecun_normal()
 _BIAS_INIT = nnx.initializers.zeros_init()
 
@@ -298,6 +301,9 @@ def sparsify(
     swapped when the predicate takes any of its paths. Only layers whose type is exactly
     nnx.Linear are considered; subclasses may compute something else.
 
+    Warns (UserWarning) when layers take more memory packed than dense, as those do that
+    were not pruned.
+
     Args:
       model: an nnx.Module, or lists, tuples and dicts of them.
       predicate: called with a layer's path, such as "layers.3.fc1", and the layer; says
@@ -346,7 +352,31 @@ def sparsify(
             )
         return swapped[id(layer)]
 
-    return replace_layers(model, nnx.Linear, swap)
+    result = replace_layers(model, nnx.Linear, swap)
+    _warn_if_larger({taken[key][1]: layer for key, layer in swapped.items()})
+    return result
+
+
+def _warn_if_larger(layers: dict[str, SparseDense]) -> None:
+    """Warns about layers, by path, whose kernels take more memory than dense ones."""
+    matrices = {path: layer.kernel[...] for path, layer in layers.items()}
+    larger = [
+        path
+        for path, matrix in matrices.items()
+        if matrix.size >= _LARGE_ELEMENTS
+        and matrix.nbytes > matrix.size * matrix.dtype.itemsize
+    ]
+    if not larger:
+        return
+    first = matrices[larger[0]]
+    warnings.warn(
+        f"sparsify: expected pruned kernels, got {len(larger)} of {len(matrices)} that "
+        f"take more memory packed than dense, first {larger[0]}: {first.sparsity:.0%} "
+        f"zeros, {first.nbytes} bytes packed, "
+        f"{first.size * first.dtype.itemsize} dense. Prune them first, or leave them "
+        "out by the predicate",
+        stacklevel=3,
+    )
 
 
 def sparse_layers(model: Any) -> Iterator[tuple[str, SparseDense]]:

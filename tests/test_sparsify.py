@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen, nnx
 
+from flashjax import prune
 from flashjax.nn import SparseDense, parameter_bytes, sparse_layers, sparsify
 
 from .nn_support import assert_close
@@ -181,3 +182,20 @@ def test_sparsify_refuses_and_changes_nothing(value, dtype, message):
 def test_sparsify_in_jit():
     with pytest.raises(ValueError, match="expected a kernel with values"):
         nnx.jit(sparsify)(Model(nnx.Rngs(0)))
+
+
+def test_unpruned_layers_are_told():
+    model = nnx.List([nnx.Linear(256, 512, rngs=nnx.Rngs(i)) for i in range(2)])
+    with pytest.warns(
+        UserWarning,
+        match="2 of 2 that take more memory packed than dense, first 0: 0% zeros, "
+        r"\d+ bytes packed, 262144 dense",
+    ):
+        sparsify(model)
+
+
+def test_pruned_layers_are_not_told(recwarn):
+    layer = nnx.Linear(256, 512, rngs=nnx.Rngs(0))
+    layer.kernel[...] = prune.magnitude(layer.kernel[...], 0.5)
+    sparsify(nnx.List([layer]))
+    assert not recwarn.list
