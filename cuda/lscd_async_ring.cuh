@@ -10,6 +10,7 @@
 namespace flashjax {
 
 struct AsyncRing {
+  static constexpr int kSegments = kRingSegments, kAhead = kPrefetch;
   uint32_t data = 0;
   uint32_t slot_in = 0, slot_out = 0;  // slots of the next copy and the next wait
 
@@ -22,7 +23,7 @@ struct AsyncRing {
       if (slot_in == 0) {
 #pragma unroll
         for (int i = 0; i < kSegmentBytes; i += 512) {
-          CopyAsync16(dst + kRingBytes + i, source + i + lane * 16);
+          CopyAsync16(dst + kSegments * kSegmentBytes + i, source + i + lane * 16);
         }
       }
       slot_in = Next(slot_in);
@@ -30,14 +31,14 @@ struct AsyncRing {
     CopyAsyncCommit();  // also an empty group, so that Wait() can count
   }
   __device__ __forceinline__ void Wait() {
-    CopyAsyncWait<kPrefetch>();
+    CopyAsyncWait<kAhead>();
     __syncwarp();  // the other lanes' parts too
     slot_out = Next(slot_out);
   }
 
  private:
   static __device__ __forceinline__ uint32_t Next(uint32_t slot) {
-    return slot == kRingSegments - 1 ? 0 : slot + 1;
+    return slot == kSegments - 1 ? 0 : slot + 1;
   }
 };
 

@@ -71,9 +71,6 @@ inline PackedStack MakePackedStack(const LscdPackedArgs& packed, int64_t m, int6
 
 inline constexpr int kEntryGroups = kEntrySteps / kGroupSteps;
 inline constexpr int kWordBytes = kLanes * 4;  // one word of every lane
-inline constexpr int kRingBytes = kRingSegments * kSegmentBytes;
-// The first segment is mirrored behind the last one, so that a step never wraps in the middle.
-inline constexpr int kRingStride = kRingBytes + kSegmentBytes;
 
 // One 16x16 fragment of `word` (a lane's bitmap of a step): r[0..3] of mma.m16n8k16's A.
 // Selector nibbles 0, 1 are u0, nibbles 2, 3 its zero half: 0x3232 selects nothing, adding 0x43DE

@@ -138,51 +138,94 @@ __device__ __forceinline__ void StoreFloats(const float* acc, const float bias[2
   }
 }
 
-// The same, rounded. Rows are contiguous in y: transposed, a lane has two that are neighbours.
+// Of four neighbouring lanes with four words each, lane i gets word i of every lane, in order.
+__device__ __forceinline__ void TransposeWords(uint32_t v[4], int lane) {
+#pragma unroll
+  for (int distance = 1; distance <= 2; distance *= 2) {
+    const bool upper = (lane & distance) != 0;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      uint32_t& low = v[i * (3 - distance)];
+      uint32_t& high = v[i * (3 - distance) + distance];
+      const uint32_t other = __shfl_xor_sync(0xffffffffu, upper ? low : high, distance);
+      if (upper)
+        low = other;
+      else
+        high = other;
+    }
+  }
+}
+
+// The same, rounded. Rows are contiguous in y: transposed, a lane has two that are neighbours, and
+// of two parts of 8 columns eight: a warp writes 32 bytes of 16 columns at once.
 template <typename T, int kTileN>
 __device__ __forceinline__ void StoreHalves(const float* acc, const float bias[2],
                                             const Output& out, int m, int strip, int column,
                                             int lane) {
-  const int row = strip * kStripRows + 2 * (lane % 4), first = column + lane / 4;
-  uint16_t* y = static_cast<uint16_t*>(out.y) + int64_t{first} * m + row;
+  constexpr int kTogether = kTileN == 8 ? 1 : 2;  // parts of 8 columns
+  uint16_t* y = static_cast<uint16_t*>(out.y);
+  const bool aligned = m % 8 == 0 && reinterpret_cast<uintptr_t>(y) % 16 == 0;
 #pragma unroll
-  for (int j = 0; j < kTileN / 8; ++j, y += int64_t{8} * m) {
+  for (int j = 0; j < kTileN / 8; j += kTogether) {
+    uint32_t v[2 * kTogether];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float* two = acc + 4 * j + 2 * half;
-      const uint32_t v = TransposeMatrix(Round2(T{}, two[0] + bias[half], two[1] + bias[half]));
-      if (8 * j + first >= out.n || row + 8 * half >= m) continue;
+    for (int i = 0; i < 2 * kTogether; ++i) {
+      const float* two = acc + 4 * j + 2 * i;
+      v[i] = TransposeMatrix(Round2(T{}, two[0] + bias[i % 2], two[1] + bias[i % 2]));
+    }
+    if (kTogether == 2 && aligned) {
+      TransposeWords(v, lane);
+      const int n = column + 8 * (j + lane % 4 / 2) + lane / 4;
+      const int row = strip * kStripRows + 8 * (lane % 2);
+      if (n < out.n && row < m) {
+        *reinterpret_cast<uint4*>(y + int64_t{n} * m + row) = make_uint4(v[0], v[1], v[2], v[3]);
+      }
+      continue;
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * kTogether; ++i) {
+      const int n = column + 8 * (j + i / 2) + lane / 4;
+      const int row = strip * kStripRows + 8 * (i % 2) + 2 * (lane % 4);
+      if (n >= out.n || row >= m) continue;
+      uint16_t* to = y + int64_t{n} * m + row;
       if (m % 2 == 0) {  // then every pair is aligned, as y is
-        *reinterpret_cast<uint32_t*>(y + 8 * half) = v;
+        *reinterpret_cast<uint32_t*>(to) = v[i];
       } else {
-        y[8 * half] = static_cast<uint16_t>(v);
-        if (row + 8 * half + 1 < m) y[8 * half + 1] = static_cast<uint16_t>(v >> 16);
+        to[0] = static_cast<uint16_t>(v[i]);
+        if (row + 1 < m) to[1] = static_cast<uint16_t>(v[i] >> 16);
       }
     }
   }
 }
 
-// Called by every warp with its accumulators of a piece.
-template <typename T, int kWarps, int kTileN, typename Share>
-__device__ __forceinline__ void FinishPiece(float* acc, const Output& out, const PackedWeight& w,
-                                            const Share& share, const Piece& piece, int warp,
-                                            int lane) {
-  const int strip = share.Strip(piece.tile, warp);
-  if (strip >= w.strips) return;
-  constexpr int kParts = kTileN / 8;
-  float4* sums = reinterpret_cast<float4*>(acc);
-  auto slot = [&](int rank) {
-    return out.partials + (int64_t{rank} * kWarps + warp) * kParts * kLanes + lane;
-  };
-  if (piece.group0 > 0) {
-    float4* mine = slot(share.rank);
+// Where a rank's warp leaves its part of a tile: float4 [kTileN / 8][32 lanes].
+template <int kWarps, int kTileN>
+__device__ __forceinline__ float4* PartialSums(const Output& out, int rank, int warp) {
+  return out.partials + (int64_t{rank} * kWarps + warp) * (kTileN / 8) * kLanes;
+}
+
+// A warp leaves its part of a tile to the tile's owner. It counts when the flag is raised.
+template <int kWarps, int kTileN>
+__device__ __forceinline__ void LeavePart(const float* acc, const Output& out, int rank, int warp,
+                                          int lane) {
+  const float4* sums = reinterpret_cast<const float4*>(acc);
+  float4* mine = PartialSums<kWarps, kTileN>(out, rank, warp) + lane;
 #pragma unroll
-    for (int i = 0; i < kParts; ++i) __stcg(mine + i * kLanes, sums[i]);
-    __syncwarp();  // orders the other lanes' stores before the release
-    if (lane == 0) StoreRelease(out.flags + share.rank * kWarps + warp, out.ticket);
-    return;
-  }
-  const int tile_end = (piece.tile + 1) * share.plan.groups;
+  for (int i = 0; i < kTileN / 8; ++i) __stcg(mine + i * kLanes, sums[i]);
+}
+
+// By one thread, ordered after the warp's stores.
+template <int kWarps>
+__device__ __forceinline__ void RaiseFlag(const Output& out, int rank, int warp) {
+  StoreRelease(out.flags + rank * kWarps + warp, out.ticket);
+}
+
+// The owner of a tile adds what others have left.
+template <int kWarps, int kTileN, typename Share>
+__device__ __forceinline__ void AddParts(float* acc, const Output& out, const Share& share,
+                                         int tile, int warp, int lane) {
+  float4* sums = reinterpret_cast<float4*>(acc);
+  const int tile_end = (tile + 1) * share.plan.groups;
   int end = share.rank + 1;
   while (share.Begin(end) < tile_end) ++end;
   // A lane a flag, with a uniform branch: divergent control flow here would cost the main loop its
@@ -193,10 +236,11 @@ __device__ __forceinline__ void FinishPiece(float* acc, const Output& out, const
     }
     *flag = 0;
   }
+  constexpr int kParts = kTileN / 8;
   constexpr int kInFlight = kParts <= 2 ? 4 : kParts <= 8 ? 2 : 1;  // ranks whose loads overlap
 #pragma unroll kInFlight
   for (int rank = share.rank + 1; rank < end; ++rank) {
-    const float4* other = slot(rank);
+    const float4* other = PartialSums<kWarps, kTileN>(out, rank, warp) + lane;
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
       const float4 v = __ldcg(other + i * kLanes);
@@ -206,8 +250,16 @@ __device__ __forceinline__ void FinishPiece(float* acc, const Output& out, const
       sums[i].w += v.w;
     }
   }
-  const int row = strip * kStripRows + lane / 4;
-  const int column = share.ColumnTile(piece.tile) * kTileN;
+}
+
+// Writes a warp's sums of a tile.
+template <typename T, int kTileN, typename Share>
+__device__ __forceinline__ void StoreTile(const float* acc, const Output& out,
+                                          const PackedWeight& w, const Share& share, int tile,
+                                          int warp, int lane) {
+  const int strip = share.Strip(tile, warp);
+  if (strip >= w.strips) return;
+  const int row = strip * kStripRows + lane / 4, column = share.ColumnTile(tile) * kTileN;
   const float bias[2] = {Bias<T>(out, w, row), Bias<T>(out, w, row + 8)};
   if (out.is_float) {
     StoreFloats<kTileN>(acc, bias, out, w.m, strip, column, lane);

@@ -5,10 +5,11 @@
 // and nothing read twice. Only its first group costs that. (Streams are up to a ring of segments
 // apart: wherever a walk begins or ends it reads segments of which its neighbour needs a part.)
 //
-// `Ring` says how segments are copied (bulk copies on sm_90, cp.async on sm_80). It has `data` (the
-// shared memory of kRingStride bytes), slot() (the slot that the next Wait() is for), Copy(source,
-// any, is_first, lane) (the next slot; any = false past the end of the walk; is_first = true for
-// what the walk begins with, which its neighbour ends with) and Wait().
+// `Ring` says how segments are copied (bulk copies on sm_90, cp.async on sm_80). It has kSegments,
+// of which kAhead are fetched ahead, `data` (shared memory of RingBytes(kSegments)), slot() (the
+// slot that the next Wait() is for), Copy(source, any, is_first, lane) (the next slot; any = false
+// past the end of the walk; is_first = true for what the walk begins with, which its neighbour ends
+// with) and Wait().
 #ifndef FLASHJAX_CUDA_LSCD_STRIP_READER_CUH_
 #define FLASHJAX_CUDA_LSCD_STRIP_READER_CUH_
 
@@ -19,8 +20,12 @@
 
 namespace flashjax {
 
+// The first segment is mirrored behind the last one, so that a step never wraps in the middle.
+constexpr int RingBytes(int segments) { return (segments + 1) * kSegmentBytes; }
+
 template <typename Ring>
 struct StripReader {
+  static_assert(Ring::kSegments - Ring::kAhead >= kMaxSpread);
   const PackedWeight& w;
   const int lane;
   Ring ring;
@@ -60,12 +65,12 @@ struct StripReader {
   // what is under way (cp.async) can wait for the first segment before that if there are more.
   __device__ __forceinline__ void WaitForFirstStep() {
     uint32_t waited = 0;
-    if (waits_ > kPrefetch) {
+    if (waits_ > Ring::kAhead) {
       ring.Wait();
       waited = 1;
     }
 #pragma unroll
-    for (int i = 0; i < kPrefetch; ++i) Copy(true);
+    for (int i = 0; i < Ring::kAhead; ++i) Copy(true);
     for (; waited < waits_; ++waited) ring.Wait();
   }
 
@@ -114,7 +119,8 @@ struct StripReader {
     schedule_ = schedule_ahead_ >> (16 + kGroupSteps * (group_ % kEntryGroups));
   }
   __device__ __forceinline__ uint32_t Wrap(uint32_t address) const {
-    return address >= ring.data + kRingBytes ? address - kRingBytes : address;
+    constexpr uint32_t kBytes = Ring::kSegments * kSegmentBytes;
+    return address >= ring.data + kBytes ? address - kBytes : address;
   }
   __device__ __forceinline__ void Copy(bool is_first) {
     ring.Copy(w.values + int64_t{next_} * kSegmentBytes, next_ < last_, is_first, lane);

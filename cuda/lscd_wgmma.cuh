@@ -1,9 +1,10 @@
 // y = x W^T on Hopper (sm_90a): packed weights are expanded into tensor-core A registers.
 //
 // A CTA is 16 consumer warps (four warpgroups), each with a strip of 16 rows, and a warpgroup of
-// which one thread brings x (a whole one, because registers are given back by warpgroup). From 128
-// columns on it is 8 consumer warps: their accumulators leave room to decode further ahead, and
-// half as many rows a tile means half as long a chain of partial sums on small matrices.
+// which one thread brings x and one warp raises flags (a whole one, because registers are given
+// back by warpgroup). From 128 columns on it is 8 consumer warps: their accumulators leave room to
+// decode further ahead, and half as many rows a tile means half as long a chain of partial sums on
+// small matrices.
 //
 //   weights  values: 2 KB bulk copies into a ring a warp, completion on mbarriers;
 //            bitmap and schedule: plain loads up to one group (256 k) ahead
@@ -19,6 +20,7 @@
 #include <cuda.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/common/mma.cuh"
 #include "cuda/common/ptx.cuh"
@@ -27,6 +29,36 @@
 #include "cuda/lscd_strip_reader.cuh"
 
 namespace flashjax {
+
+// A warp's ring of value segments, filled by bulk copies that complete on one mbarrier a slot.
+template <int kRing, int kRingAhead>
+struct BulkRing {
+  static constexpr int kSegments = kRing, kAhead = kRingAhead;
+
+  uint32_t data, barriers;
+  uint32_t slot_in = 0, slot_out = 0;  // slots of the next copy and the next wait
+  uint32_t phase = 0;                  // of slot_out's barrier
+
+  __device__ __forceinline__ uint32_t slot() const { return slot_out; }
+  __device__ __forceinline__ void Copy(const uint8_t* source, bool any, bool is_first, int lane) {
+    if (!any) return;
+    if (lane == 0) {
+      const uint32_t barrier = barriers + slot_in * 8, dst = data + slot_in * kSegmentBytes;
+      const auto copy = is_first ? BulkCopy : BulkCopyOnce;
+      BarrierExpect(barrier, slot_in == 0 ? 2 * kSegmentBytes : kSegmentBytes);
+      copy(dst, source, kSegmentBytes, barrier);
+      if (slot_in == 0) copy(dst + kSegments * kSegmentBytes, source, kSegmentBytes, barrier);
+    }
+    slot_in = slot_in == kSegments - 1 ? 0 : slot_in + 1;
+  }
+  __device__ __forceinline__ void Wait() {
+    BarrierWait(barriers + slot_out * 8, phase);
+    if (++slot_out == kSegments) {
+      slot_out = 0;
+      phase ^= 1;
+    }
+  }
+};
 
 template <int kTileN>
 struct WgmmaConfig {
@@ -45,41 +77,17 @@ struct WgmmaConfig {
   static constexpr int kStageBytes = kStageK * kTileN * 2;
   static constexpr int kBoxBytes = kStepK * kTileN * 2;
   static constexpr int kStages = kTileN <= 8 ? 6 : 4;
-  // With 256 columns a batch of products takes as long as decoding one: the two warpgroups take
-  // turns, so that one decodes while the other one multiplies.
-  static constexpr bool kTakesTurns = kTileN == 256;
-  static constexpr int kTurns = kTakesTurns ? 2 : 0;
-  static constexpr int kBarriers = kWarps * kRingSegments + 2 * kStages + kTurns;
+  // Half as many warps have to have as many values under way; 256 columns leave no room for it.
+  using Ring =
+      std::conditional_t<kTileN == 128, BulkRing<8, 2>, BulkRing<kRingSegments, kPrefetch>>;
+  static constexpr int kRingStride = RingBytes(Ring::kSegments);
+  static constexpr int kBarriers = kWarps * Ring::kSegments + 2 * kStages + 1;
   static constexpr int kSharedBytes =
       1024 + kStages * kStageBytes + kWarps * kRingStride + kBarriers * 8;
 };
 
-// A warp's ring of value segments, filled by bulk copies that complete on one mbarrier a slot.
-struct BulkRing {
-  uint32_t data, barriers;
-  uint32_t slot_in = 0, slot_out = 0;  // slots of the next copy and the next wait
-  uint32_t phase = 0;                  // of slot_out's barrier
-
-  __device__ __forceinline__ uint32_t slot() const { return slot_out; }
-  __device__ __forceinline__ void Copy(const uint8_t* source, bool any, bool is_first, int lane) {
-    if (!any) return;
-    if (lane == 0) {
-      const uint32_t barrier = barriers + slot_in * 8, dst = data + slot_in * kSegmentBytes;
-      const auto copy = is_first ? BulkCopy : BulkCopyOnce;
-      BarrierExpect(barrier, slot_in == 0 ? 2 * kSegmentBytes : kSegmentBytes);
-      copy(dst, source, kSegmentBytes, barrier);
-      if (slot_in == 0) copy(dst + kRingBytes, source, kSegmentBytes, barrier);
-    }
-    slot_in = slot_in == kRingSegments - 1 ? 0 : slot_in + 1;
-  }
-  __device__ __forceinline__ void Wait() {
-    BarrierWait(barriers + slot_out * 8, phase);
-    if (++slot_out == kRingSegments) {
-      slot_out = 0;
-      phase ^= 1;
-    }
-  }
-};
+template <int kTileN>
+using WgmmaReader = StripReader<typename WgmmaConfig<kTileN>::Ring>;
 
 // The stages of x as the consumers see them.
 template <typename Config>
@@ -102,26 +110,12 @@ struct StageRing {
   }
 };
 
-// Whose turn it is to issue products: a barrier for each of two warpgroups.
-struct Turns {
-  uint32_t mine, other;
-  uint32_t phase = 0;
-
-  __device__ __forceinline__ void Wait() {
-    BarrierWait(mine, phase);
-    phase ^= 1;
-  }
-  __device__ __forceinline__ void Pass(int lane) const {
-    if (lane == 0) BarrierArrive(other);
-  }
-};
-
 // A warp's product of one piece, after which there may be `more`, by wgmma, with the other warps of
 // its warpgroup. acc is in mma.m16n8k16's layout.
 template <typename T, int kTileN>
-__device__ __forceinline__ void MultiplyWgmma(StripReader<BulkRing>& reader,
-                                              StageRing<WgmmaConfig<kTileN>>& x, Turns& turns,
-                                              int groups, bool more, float* acc, int lane) {
+__device__ __forceinline__ void MultiplyWgmma(WgmmaReader<kTileN>& reader,
+                                              StageRing<WgmmaConfig<kTileN>>& x, int groups,
+                                              bool more, float* acc, int lane) {
   using Config = WgmmaConfig<kTileN>;
   constexpr int kBatch = 4;    // fragments a batch of wgmma: a step
   constexpr int kBuffers = 2;  // batches of fragments in registers: one decoded, one multiplied
@@ -147,7 +141,6 @@ __device__ __forceinline__ void MultiplyWgmma(StripReader<BulkRing>& reader,
         x_low = stages_low + x.stage * (Config::kStageBytes >> 4);
         x.Advance();
       }
-      if constexpr (Config::kTakesTurns) turns.Wait();
       WgmmaFence();
 #pragma unroll
       for (int f = 0; f < kBatch; ++f) {
@@ -155,7 +148,6 @@ __device__ __forceinline__ void MultiplyWgmma(StripReader<BulkRing>& reader,
         Wgmma(Tile<T, kTileN>{}, acc, a[buffer][f], WgmmaDescriptor(x_low + offset));
       }
       WgmmaCommit();
-      if constexpr (Config::kTakesTurns) turns.Pass(lane);
       WgmmaWait<kBuffers - 1>();
       // The previous stage's last batch is done.
       if (in_stage == 0) {
@@ -171,7 +163,7 @@ __device__ __forceinline__ void MultiplyWgmma(StripReader<BulkRing>& reader,
 
 // The same by mma.sync: no warp waits for another one. A stage of x is a group.
 template <typename T, int kTileN>
-__device__ __forceinline__ void MultiplyMma(StripReader<BulkRing>& reader,
+__device__ __forceinline__ void MultiplyMma(WgmmaReader<kTileN>& reader,
                                             StageRing<WgmmaConfig<kTileN>>& x, int groups,
                                             bool more, float* acc, int lane) {
   using Config = WgmmaConfig<kTileN>;
@@ -215,31 +207,38 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
   const PackedWeight& w = Select(weight);
   using Config = WgmmaConfig<kTileN>;
   constexpr int kWarps = Config::kWarps, kStages = Config::kStages, kStageK = Config::kStageK;
+  constexpr int kSegments = Config::Ring::kSegments;
 
   const int lane = LaneId();
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   const uint32_t stages = (SharedAddress(DynamicShared()) + 1023) & ~1023u;
   const uint32_t rings = stages + kStages * Config::kStageBytes;
-  const uint32_t ring_barriers = rings + kWarps * kRingStride;
-  const uint32_t full = ring_barriers + kWarps * kRingSegments * 8, empty = full + kStages * 8;
-  const uint32_t turn = empty + kStages * 8;
+  const uint32_t ring_barriers = rings + kWarps * Config::kRingStride;
+  const uint32_t full = ring_barriers + kWarps * kSegments * 8, empty = full + kStages * 8;
+  const uint32_t left = empty + kStages * 8;
 
   const Share<kWarps, Config::kWalksOn> share(plan);
   int unit = share.Begin(share.rank);
   const int end = share.Begin(share.rank + 1);
 
   if (warp < kWarps) {
-    if (lane < kRingSegments) BarrierInit(ring_barriers + (warp * kRingSegments + lane) * 8, 1);
+    if (lane < kSegments) BarrierInit(ring_barriers + (warp * kSegments + lane) * 8, 1);
   } else if (warp == kWarps && lane < kStages) {
     BarrierInit(full + lane * 8, 1);
     BarrierInit(empty + lane * 8, kWarps);
-    if (lane < Config::kTurns) BarrierInit(turn + lane * 8, kWarps / 2);
+    if (lane == 0) BarrierInit(left, kWarps);
   }
   BarrierInitFence();
   __syncthreads();
 
   if (warp >= kWarps) {
     ReleaseRegisters<32>();
+    // The flags of the part that a share may begin with are raised here: a release waits for the
+    // stores before it, which the consumers need not.
+    if (warp == kWarps + 1 && unit > share.Tile(unit) * plan.groups) {
+      BarrierWait(left, 0);
+      if (lane < kWarps) RaiseFlag<kWarps>(out, share.rank, lane);
+    }
     if (warp == kWarps && lane == 0) {
       constexpr int kGroupStages = kGroupK / kStageK;
       const int count = (end - unit) * kGroupStages, period = plan.groups * kGroupStages;
@@ -267,18 +266,15 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
     return;
   }
 
-  StripReader<BulkRing> reader(w, lane);
-  reader.ring.data = rings + warp * kRingStride;
-  reader.ring.barriers = ring_barriers + warp * kRingSegments * 8;
+  WgmmaReader<kTileN> reader(w, lane);
+  reader.ring.data = rings + warp * Config::kRingStride;
+  reader.ring.barriers = ring_barriers + warp * kSegments * 8;
   if (Config::kWalksOn) share.BeginWalk(reader, warp, unit, end);
   __syncwarp();  // lane 0 may still be asking for copies
   ClaimRegisters<Config::kRegisters>();
   if (Config::kWalksOn) reader.WaitForFirstStep();
 
   StageRing<Config> x_stages{stages, full, empty};
-  const int second = warp / (kWarps / 2);  // warpgroup of two
-  Turns turns{turn + second * 8, turn + (1 - second) * 8};
-  if (Config::kTakesTurns && second) turns.Pass(lane);
   while (unit < end) {
     const Piece piece(share, unit, end);
     if constexpr (!Config::kWalksOn) {
@@ -293,9 +289,16 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
     if constexpr (Config::kUsesMma) {
       MultiplyMma<T, kTileN>(reader, x_stages, piece.size(), goes_on, acc, lane);
     } else {
-      MultiplyWgmma<T, kTileN>(reader, x_stages, turns, piece.size(), goes_on, acc, lane);
+      MultiplyWgmma<T, kTileN>(reader, x_stages, piece.size(), goes_on, acc, lane);
     }
-    FinishPiece<T, kWarps, kTileN>(acc, out, w, share, piece, warp, lane);
+    if (piece.group0 > 0) {
+      LeavePart<kWarps, kTileN>(acc, out, share.rank, warp, lane);
+      __syncwarp();
+      if (lane == 0) BarrierArrive(left);
+      continue;
+    }
+    AddParts<kWarps, kTileN>(acc, out, share, piece.tile, warp, lane);
+    StoreTile<T, kTileN>(acc, out, w, share, piece.tile, warp, lane);
   }
 #endif
 }

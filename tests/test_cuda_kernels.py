@@ -40,8 +40,8 @@ def kernel(request):
     return request.param
 
 
-# Even and odd numbers of outputs are stored in different ways.
-@pytest.mark.parametrize("m", [523, 522])
+# Odd and even numbers of outputs and multiples of 8 are stored in different ways.
+@pytest.mark.parametrize("m", [523, 522, 520])
 @pytest.mark.parametrize("dtype", op_cases.HALVES)
 @pytest.mark.parametrize("rows", [1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257])
 def test_rows(kernel, rows, dtype, m):

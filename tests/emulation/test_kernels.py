@@ -40,8 +40,10 @@ def check_matmul(kernel, x, dense, bias=None, float_output=False):
     return y
 
 
-# Even and odd numbers of outputs are stored in different ways.
-@pytest.mark.parametrize(("dtype", "m"), [("float16", 275), ("bfloat16", 274)])
+# Odd and even numbers of outputs and multiples of 8 are stored in different ways.
+@pytest.mark.parametrize(
+    ("dtype", "m"), [("float16", 275), ("bfloat16", 274), ("float16", 264)]
+)
 @pytest.mark.parametrize("float_output", [False, True])
 @pytest.mark.parametrize("rows", [1, 8, 16, 17, 33, 65, 129, 257])
 @pytest.mark.parametrize("kernel", KERNELS)
