@@ -86,8 +86,11 @@ def main(
     with tempfile.TemporaryDirectory() as temporary:
         stored = folder or pathlib.Path(temporary, "model")
         if not stored.exists():
+            began = time.perf_counter()
             made = random_opt(find_config(model), sparsity)
+            print(f"made in {time.perf_counter() - began:.1f} s")
             opt.save_pretrained(made, None, stored)
+            print(f"and stored in {time.perf_counter() - began:.1f} s")
             del made
         paths = sorted(stored.glob("*.safetensors"))
         size = sum(path.stat().st_size for path in paths)
