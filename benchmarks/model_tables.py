@@ -74,20 +74,23 @@ def request_bytes(r: dict) -> int | None:
 
 def prefill_table(runs: list[tuple[dict, list[dict]]]) -> str:
     """Prompts of several lengths, each with a run."""
-    facts, results = runs[0]
-    first = results[0]
+    first = runs[0][1][0]
+    commits = dict.fromkeys(facts["commit"] for facts, _ in runs)
+    facts = runs[-1][0] | {"commit": " and ".join(commits)}
     text = (
-        f"Milliseconds for the prompts alone: {first['layers']} layers of "
-        f"{first['model']} with synthetic weights, {first['dtype']}, on one "
-        f"{facts['device']} ({origin(facts)}). Empty: not measured."
+        f"Milliseconds for the prompts alone: some or all layers of {first['model']} "
+        f"with synthetic weights, {first['dtype']}, on one {facts['device']} "
+        f"({origin(facts)}). Empty: not measured."
     )
     sparsities = sorted({r["sparsity"] for _, results in runs for r in results})
     rows = []
     for _, results in runs:
         times = {r["sparsity"]: f"{r['prefill_ms']:.1f}" for r in results}
         prompts = f"{results[0]['batch']} x {results[0]['prompt']}"
-        rows.append([prompts, *(times.get(s, "") for s in sparsities)])
-    return captioned(text, ["prompts x tokens", *map(zeros, sparsities)], rows)
+        layers = str(results[0]["layers"])
+        rows.append([prompts, layers, *(times.get(s, "") for s in sparsities)])
+    columns = ["prompts x tokens", "layers", *map(zeros, sparsities)]
+    return captioned(text, columns, rows)
 
 
 def tokens_per_second(r: dict) -> float:

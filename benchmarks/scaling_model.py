@@ -211,6 +211,7 @@ def plot(results: dict[str, list[dict]], path: pathlib.Path, measured=()) -> Non
                     point = s["devices"], s["measured_ms"]
                     axis.plot(*point, "*", markersize=11, **style)
         axis.set(xlabel="GPUs", xscale="log", xlim=(0.9, 9), ylim=(0, None))
+        axis.set_ylim(top=1.05 * axis.get_ylim()[1])  # a star at the top is whole
         axis.set_title(model, fontsize="medium")
         axis.set_xticks(DEVICES, [str(n) for n in DEVICES])
         axis.minorticks_off()
