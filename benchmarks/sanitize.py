@@ -2,18 +2,21 @@
 
     python benchmarks/sanitize.py [--tools memcheck,racecheck] [pytest arguments]
 
-The tools run side by side, the tests of each in several processes. They look into the
-kernels of this project alone, and XLA compiles as fast as it can: its own kernels,
-hundreds of times slower, and tuning them would take most of the time.
+The tests of each tool are dealt out to several processes, and processes of all tools
+run side by side, each under a sanitizer of its own: one for many processes ended with
+them. They look into the kernels of this project alone, and XLA compiles as fast as it
+can: its own kernels, hundreds of times slower, and tuning them would take most of the
+time.
 
 Every read of memory that was not written is an error to initcheck, so the workspace's
 flags are cleared for it (cuda/lscd_stream_k.cuh says why they need not be).
 
-Writes `benchmarks/results/sanitize-DEVICE.json` when a tool ends: its errors, warnings,
-tests, and the first lines of what it found. A tool that takes longer than `--minutes`
-is ended, and recorded as not finished.
+Writes `benchmarks/results/sanitize-DEVICE.json` when all tests of a tool ended: its
+errors, warnings, tests, and the first lines of what it found. What takes longer than
+`--minutes` is ended, and the tool recorded as not finished.
 """
 
+import collections
 import contextlib
 import os
 import pathlib
@@ -41,6 +44,7 @@ TESTS = (
 )
 KERNELS = "flashjax"  # in their names, which are in its namespace
 FAST_COMPILE = "--xla_gpu_autotune_level=0 --xla_backend_optimization_level=0"
+OUTCOMES = ("PASSED", "FAILED", "ERROR", "SKIPPED")  # as pytest prints them
 _SHOWN = 12  # lines of findings that are kept
 
 app = typer.Typer(add_completion=False)
@@ -91,8 +95,20 @@ def run_within(seconds: float, command: list[str], **kwargs) -> int | None:
                 process.wait(10)
 
 
-def run_tool(tool: str, arguments: list[str], workers: int, minutes: float) -> dict:
-    """Runs pytest under one tool."""
+def collect(arguments: list[str]) -> list[str]:
+    """The tests that pytest would run."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q"]
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    tests = [line for line in done.stdout.splitlines() if "::" in line]
+    if done.returncode or not tests:
+        raise SystemExit(f"expected tests of pytest, got\n{done.stdout}{done.stderr}")
+    return tests
+
+
+def run_tests(tool: str, tests: list[str], deadline: float) -> dict:
+    """Runs some tests under one tool, in one process."""
     environment = dict(
         os.environ,
         PYTHONUNBUFFERED="1",
@@ -111,37 +127,49 @@ def run_tool(tool: str, arguments: list[str], workers: int, minutes: float) -> d
             # What kernels of XLA wrote was not seen: copying it is no error.
             command += ["--check-api-memory-access=no"]
         command += [sys.executable, "-m", "pytest", "-m", "gpu", "-v"]
-        command += ["-p", "no:benchmark", "-n", str(workers), *arguments]
-        began = time.perf_counter()
+        command += ["-p", "no:benchmark", "-p", "no:xdist", *tests]
         with open(folder / "printed", "w") as printed:
             status = run_within(
-                60 * minutes,
+                max(0.0, deadline - time.monotonic()),
                 command,
                 cwd=ROOT,
                 env=environment,
                 stdout=printed,
                 stderr=subprocess.STDOUT,
             )
-        seconds = time.perf_counter() - began
         lines = (folder / "printed").read_text(errors="replace").strip().splitlines()
         logs = [path.read_text(errors="replace") for path in folder.glob("log.*")]
-    tests = lines[-1] if lines else "pytest printed nothing"
-    finished = status is not None and " in " in tests
-    if not finished:
-        tests = f"{sum(line.startswith('[gw') for line in lines)} done, then ended"
+    outcomes = collections.Counter(
+        word.lower() for line in lines for word in OUTCOMES if f" {word}" in line
+    )
     found = summarise(logs)
     if status:  # tests failed, or the system ended them
         found["findings"] += lines[-_SHOWN:]
     if not logs:
         found |= {"errors": 1, "findings": ["no log", *lines[-_SHOWN:]]}
+    return {"exit_status": status, "outcomes": outcomes, **found}
+
+
+def total(tool: str, count: int, parts: list[dict]) -> dict:
+    """One tool's result of the tests of several processes."""
+    outcomes = sum((part["outcomes"] for part in parts), collections.Counter())
+    statuses = {part["exit_status"] for part in parts}
     return {
         "tool": tool,
-        "finished": finished,
-        "exit_status": status,
-        "tests": tests,
-        "seconds": round(seconds, 1),
-        **found,
+        "finished": sum(outcomes.values()) == count and None not in statuses,
+        "tests": count,
+        "outcomes": dict(outcomes),
+        "exit_statuses": sorted(statuses, key=str),
+        "errors": sum(part["errors"] for part in parts),
+        "warnings": sum(part["warnings"] for part in parts),
+        "findings": [line for part in parts for line in part["findings"]][:_SHOWN],
     }
+
+
+def clean(result: dict) -> bool:
+    """Whether all tests of a tool passed and it found nothing."""
+    passed = result["finished"] and result["exit_statuses"] == [0]
+    return passed and not result["errors"]
 
 
 @app.command(
@@ -150,8 +178,9 @@ def run_tool(tool: str, arguments: list[str], workers: int, minutes: float) -> d
 def main(
     context: typer.Context,
     tools: str = typer.Option(",".join(TOOLS), help="Comma-separated."),
-    workers: int = typer.Option(4, help="Processes with tests, for each tool."),
-    minutes: float = typer.Option(60.0, help="A tool that takes longer is ended."),
+    workers: int = typer.Option(12, help="Processes at once, of all tools."),
+    processes: int = typer.Option(8, help="Processes that share a tool's tests."),
+    minutes: float = typer.Option(60.0, help="What takes longer is ended."),
     name: str = typer.Option("sanitize", help="Stem of the result."),
 ) -> None:
     """Runs tests of the CUDA kernels under compute-sanitizer."""
@@ -160,19 +189,31 @@ def main(
         raise SystemExit(f"expected tools from {TOOLS}, got {tools!r}")
     if shutil.which("compute-sanitizer") is None:
         raise SystemExit("compute-sanitizer was not found; it comes with CUDA")
+    began = time.monotonic()
     arguments = context.args or list(TESTS)
+    tests = collect(arguments)
+    deals = [deal for i in range(processes) if (deal := tests[i::processes])]
     results = []
-    with ThreadPoolExecutor(len(chosen)) as pool:
-        runs = [
-            pool.submit(run_tool, tool, arguments, workers, minutes) for tool in chosen
-        ]
+    parts: dict[str, list[dict]] = {tool: [] for tool in chosen}
+    with ThreadPoolExecutor(workers) as pool:
+        runs = {
+            pool.submit(run_tests, tool, deal, began + 60 * minutes): tool
+            for deal in deals
+            for tool in chosen
+        }
         for run in as_completed(runs):
-            results.append(run.result())
+            tool = runs[run]
+            parts[tool].append(run.result())
+            if len(parts[tool]) < len(deals):
+                continue
+            results.append(total(tool, len(tests), parts[tool]))
             print(results[-1], flush=True)
-            content = {"arguments": arguments, "results": results}
-            path = report.save(name, content)
+            seconds = round(time.monotonic() - began, 1)
+            path = report.save(
+                name, {"arguments": arguments, "seconds": seconds, "results": results}
+            )
     print(f"written to {path}")
-    raise SystemExit(any(r["errors"] or r["exit_status"] != 0 for r in results))
+    raise SystemExit(not all(map(clean, results)))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ for argument; do
     --log-file=*%p) log="${argument#--log-file=}"; log="${log%??}" ;;
   esac
 done
-echo "[gw1] [ 50%] PASSED tests/test_one.py::test_one"
-echo "[gw0] [100%] PASSED tests/test_one.py::test_another"
+echo "tests/test_one.py::test_one PASSED [ 50%]"
+echo "tests/test_one.py::test_another PASSED [100%]"
 for process in 1 2; do
   echo "========= COMPUTE-SANITIZER" > "$log$process"
   case "$tool" in
@@ -49,12 +49,15 @@ def sanitize(monkeypatch, tmp_path):
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tool.parent), prepend=":")
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module("sanitize")
+    module = importlib.import_module("sanitize")
+    tests = ["tests/test_one.py::test_one", "tests/test_one.py::test_another"]
+    monkeypatch.setattr(module, "collect", lambda arguments: tests * 2)
+    return module
 
 
 def run(sanitize, tmp_path, tools, *options):
     name = str(tmp_path / "sanitize")
-    options = ["--tools", tools, "--name", name, *options]
+    options = ["--tools", tools, "--name", name, "--processes", "2", *options]
     done = CliRunner().invoke(sanitize.app, options)
     (path,) = tmp_path.glob("sanitize-*.json")
     return done.exit_code, json.loads(path.read_text())["results"]
@@ -64,7 +67,7 @@ def test_no_errors(sanitize, tmp_path):
     code, (result,) = run(sanitize, tmp_path, "memcheck")
     assert code == 0
     assert (result["errors"], result["findings"]) == (0, [])
-    assert result["tests"] == "2 passed in 1.00s"
+    assert (result["tests"], result["outcomes"]) == (4, {"passed": 4})
     assert result["finished"]
 
 
@@ -72,9 +75,9 @@ def test_errors(sanitize, tmp_path):
     code, results = run(sanitize, tmp_path, "memcheck,racecheck")
     assert code == 1
     memory, races = sorted(results, key=lambda r: r["tool"])
-    assert (memory["errors"], races["errors"]) == (0, 2)
-    assert races["warnings"] == 4
-    assert races["findings"] == ["Race reported", "Race reported"]
+    assert (memory["errors"], races["errors"]) == (0, 4)
+    assert races["warnings"] == 8
+    assert races["findings"] == ["Race reported"] * 4
 
 
 def test_ended(sanitize, tmp_path):
@@ -84,24 +87,40 @@ def test_ended(sanitize, tmp_path):
     ended, memory = sorted(results, key=lambda r: r["tool"])
     assert memory["finished"]
     assert not ended["finished"]
-    assert ended["tests"] == "2 done, then ended"
-    assert ended["errors"] == 2
+    assert ended["exit_statuses"] == [None]
+    assert ended["errors"] == 4
 
 
 def test_no_log(sanitize, tmp_path):
     code, (result,) = run(sanitize, tmp_path, "synccheck")
     assert code == 1
-    assert result["findings"][::3] == ["no log", "2 passed in 1.00s"]
+    assert result["findings"][::4] == ["no log"] * 2
+    assert result["findings"][3::4] == ["2 passed in 1.00s"] * 2
 
 
 def test_tests_that_the_system_ends(sanitize, tmp_path, monkeypatch):
     monkeypatch.setenv("KILLED", "1")
     code, (result,) = run(sanitize, tmp_path, "memcheck")
     assert code == 1
+    assert result["exit_statuses"] == [137]
+    assert "test_another PASSED" in result["findings"][-1]
+
+
+def test_a_test_is_missing(sanitize, tmp_path):
+    """A process that ended well without all its tests has not finished."""
+    code, (result,) = run(sanitize, tmp_path, "memcheck", "--processes", "1")
+    assert code == 1
+    assert (result["tests"], result["outcomes"]) == (4, {"passed": 2})
     assert not result["finished"]
-    assert result["exit_status"] == 137
-    assert result["tests"] == "2 done, then ended"
-    assert "PASSED tests/test_one.py::test_another" in result["findings"][-1]
+
+
+def test_collects(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    sanitize = importlib.import_module("sanitize")
+    tests = sanitize.collect(["tests/test_decode_attention.py"])
+    assert "tests/test_decode_attention.py::test_nan_on_a_gpu" in tests
+    with pytest.raises(SystemExit, match="expected tests"):
+        sanitize.collect(["tests/no_such_file.py"])
 
 
 def test_unknown_tool(sanitize):
