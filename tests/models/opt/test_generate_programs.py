@@ -241,6 +241,8 @@ def test_sparse_models_generate_as_dense_ones(dtype, rows):
     assert not events
 
 
+# Nothing is pruned here.
+@pytest.mark.filterwarnings("ignore:sparsify. expected pruned kernels:UserWarning")
 @pytest.mark.parametrize(
     ("platform", "hidden_size"),
     # cuBLAS takes a workspace of 32 MiB, which the weights have to exceed by far.
