@@ -182,12 +182,18 @@ def _tensors(model: OPT) -> Iterator[tuple[str, np.ndarray, bool]]:
             if layer is not unpacked_layer:
                 kernel: Any = layer.kernel.get_value()
                 dense = kernel.to_dense() if sparse else kernel
-                unpacked_layer, unpacked = layer, transpose(np.asarray(dense))
+                unpacked_layer, unpacked = layer, _transposed_on_host(dense)
                 del dense
             tensor = unpacked
         if fused:
             tensor = rows_of(tensor, projection, model.config.num_heads)
         yield name, tensor, sparse
+
+
+def _transposed_on_host(matrix: jax.Array) -> np.ndarray:
+    if jax.default_backend() == "cpu":
+        return transpose(np.asarray(matrix))
+    return np.asarray(matrix.T)
 
 
 def _load(
