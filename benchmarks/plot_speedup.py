@@ -2,19 +2,19 @@
 
     python benchmarks/plot_speedup.py
 
-The figures are those of `results/matmul-nvidia-h100-80gb-hbm3.json`.
+The figures are those of `results/matmul-nvidia-h200.json`.
 """
 
 import io
 import re
 
 import matplotlib
-from result_tables import H100, RESULTS, ROOT, load, origin, shape
+from result_tables import H200, RESULTS, ROOT, load, origin, shape
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-SOURCE = RESULTS / f"matmul-{H100}.json"
+SOURCE = RESULTS / f"matmul-{H200}.json"
 OUT = ROOT / "docs" / "images" / "speedup.svg"
 
 # Stand-ins for the colours of the page; the style sheet has those of both modes.
@@ -79,7 +79,7 @@ def draw(axes: plt.Axes, results: list[dict]) -> None:
     axes.set_xscale("log", base=2)
     rows = sorted({r["n"] for r in results})
     axes.set_xticks(rows, map(str, rows))
-    axes.set_ylim(0.6, 3.1)
+    axes.set_ylim(0.6, 2.4)
     axes.set_xlabel("rows of x")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
