@@ -45,7 +45,8 @@ TESTS = (
 KERNELS = "flashjax"  # in their names, which are in its namespace
 FAST_COMPILE = "--xla_gpu_autotune_level=0 --xla_backend_optimization_level=0"
 OUTCOMES = ("PASSED", "FAILED", "ERROR", "SKIPPED")  # as pytest prints them
-_SHOWN = 12  # lines of findings that are kept
+_SHOWN = 40  # lines of findings that are kept
+_LAST = 3  # and of what a process printed that did not end well
 
 app = typer.Typer(add_completion=False)
 
@@ -143,11 +144,11 @@ def run_tests(tool: str, tests: list[str], deadline: float) -> dict:
         word.lower() for line in lines for word in OUTCOMES if f" {word}" in line
     )
     found = summarise(logs)
-    if status:  # tests failed, or the system ended them
-        found["findings"] += lines[-_SHOWN:]
     if not logs:
-        found |= {"errors": 1, "findings": ["no log", *lines[-_SHOWN:]]}
-    return {"exit_status": status, "outcomes": outcomes, **found}
+        found = {"errors": 1, "warnings": 0, "findings": ["no log"]}
+    # Where tests failed, or the system ended them.
+    ended = lines[-_LAST:] if status or not logs else []
+    return {"exit_status": status, "outcomes": outcomes, "ended": ended, **found}
 
 
 def total(tool: str, count: int, parts: list[dict]) -> dict:
@@ -163,6 +164,7 @@ def total(tool: str, count: int, parts: list[dict]) -> dict:
         "errors": sum(part["errors"] for part in parts),
         "warnings": sum(part["warnings"] for part in parts),
         "findings": [line for part in parts for line in part["findings"]][:_SHOWN],
+        "ended": [line for part in parts for line in part["ended"]],
     }
 
 
@@ -179,7 +181,9 @@ def main(
     context: typer.Context,
     tools: str = typer.Option(",".join(TOOLS), help="Comma-separated."),
     workers: int = typer.Option(12, help="Processes at once, of all tools."),
-    processes: int = typer.Option(8, help="Processes that share a tool's tests."),
+    together: int = typer.Option(
+        10, help="Tests of a process; after 20 to 30 it dies."
+    ),
     minutes: float = typer.Option(60.0, help="What takes longer is ended."),
     name: str = typer.Option("sanitize", help="Stem of the result."),
 ) -> None:
@@ -192,7 +196,8 @@ def main(
     began = time.monotonic()
     arguments = context.args or list(TESTS)
     tests = collect(arguments)
-    deals = [deal for i in range(processes) if (deal := tests[i::processes])]
+    processes = -(-len(tests) // together)
+    deals = [tests[i::processes] for i in range(processes)]
     results = []
     parts: dict[str, list[dict]] = {tool: [] for tool in chosen}
     with ThreadPoolExecutor(workers) as pool:

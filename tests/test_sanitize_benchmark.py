@@ -57,7 +57,7 @@ def sanitize(monkeypatch, tmp_path):
 
 def run(sanitize, tmp_path, tools, *options):
     name = str(tmp_path / "sanitize")
-    options = ["--tools", tools, "--name", name, "--processes", "2", *options]
+    options = ["--tools", tools, "--name", name, "--together", "2", *options]
     done = CliRunner().invoke(sanitize.app, options)
     (path,) = tmp_path.glob("sanitize-*.json")
     return done.exit_code, json.loads(path.read_text())["results"]
@@ -94,8 +94,8 @@ def test_ended(sanitize, tmp_path):
 def test_no_log(sanitize, tmp_path):
     code, (result,) = run(sanitize, tmp_path, "synccheck")
     assert code == 1
-    assert result["findings"][::4] == ["no log"] * 2
-    assert result["findings"][3::4] == ["2 passed in 1.00s"] * 2
+    assert result["findings"] == ["no log"] * 2
+    assert result["ended"][2::3] == ["2 passed in 1.00s"] * 2
 
 
 def test_tests_that_the_system_ends(sanitize, tmp_path, monkeypatch):
@@ -103,12 +103,12 @@ def test_tests_that_the_system_ends(sanitize, tmp_path, monkeypatch):
     code, (result,) = run(sanitize, tmp_path, "memcheck")
     assert code == 1
     assert result["exit_statuses"] == [137]
-    assert "test_another PASSED" in result["findings"][-1]
+    assert "test_another PASSED" in result["ended"][-1]
 
 
 def test_a_test_is_missing(sanitize, tmp_path):
     """A process that ended well without all its tests has not finished."""
-    code, (result,) = run(sanitize, tmp_path, "memcheck", "--processes", "1")
+    code, (result,) = run(sanitize, tmp_path, "memcheck", "--together", "4")
     assert code == 1
     assert (result["tests"], result["outcomes"]) == (4, {"passed": 2})
     assert not result["finished"]
