@@ -2,11 +2,12 @@
 
     python benchmarks/sanitize.py [--tools memcheck,racecheck] [pytest arguments]
 
-The tests of each tool are dealt out to several processes, and processes of all tools
-run side by side, each under a sanitizer of its own: one for many processes ended with
-them. They look into the kernels of this project alone, and XLA compiles as fast as it
+The tests of each tool are dealt out to many processes, each under a sanitizer of its
+own, several at a time. Sanitizers die of segmentation faults now and then, the sooner
+the more tests they have seen: what died is run once more (`died` counts that). They look into the kernels of this project alone, and XLA compiles as fast as it
 can: its own kernels, hundreds of times slower, and tuning them would take most of the
-time.
+time. But initcheck must see what those write; of it only errors in this project's
+kernels count.
 
 Every read of memory that was not written is an error to initcheck, so the workspace's
 flags are cleared for it (cuda/lscd_stream_k.cuh says why they need not be).
@@ -51,30 +52,44 @@ _LAST = 3  # and of what a process printed that did not end well
 app = typer.Typer(add_completion=False)
 
 
-def summarise(logs: list[str]) -> dict:
-    """Errors and warnings in the logs of a tool's processes, and how findings begin."""
+def records(log: str) -> list[list[str]]:
+    """What a log reports: first lines, each with the indented ones after it."""
+    found: list[list[str]] = []
+    for line in log.splitlines():
+        text = line.removeprefix("=========").rstrip()
+        if not text or "SUMMARY" in text or text.strip() == "COMPUTE-SANITIZER":
+            continue
+        if found and text.startswith("  "):
+            found[-1].append(text.strip())
+        else:
+            found.append([text.strip()])
+    return found
+
+
+def summarise(logs: list[str], ours_alone: bool = False) -> dict:
+    """Errors and warnings in the logs of a tool's processes, and how findings begin.
+
+    With `ours_alone` what is reported of other kernels than this project's is left out.
+    """
     counts = {"errors": 0, "warnings": 0}
     findings = []
     for log in logs:
-        lines = [line.removeprefix("=========").rstrip() for line in log.splitlines()]
-        kept = [
-            line
-            for line in lines
-            if line and "SUMMARY" not in line and line.strip() != "COMPUTE-SANITIZER"
-        ]
-        findings += map(str.strip, kept)
+        reported = records(log)
+        if ours_alone:
+            reported = [r for r in reported if any(KERNELS in line for line in r)]
+        findings += [line for record in reported for line in record]
+        if "SUMMARY" not in log or ours_alone:
+            # The process was ended, or the summary counts what does not matter.
+            warned = sum(record[0].startswith("Warning:") for record in reported)
+            counts["errors"] += len(reported) - warned
+            counts["warnings"] += warned
+            continue
         for errors in re.findall(r"ERROR SUMMARY: (\d+) error", log):
             counts["errors"] += int(errors)
         races = re.findall(r"RACECHECK SUMMARY: .*\((\d+) errors?, (\d+) warn", log)
         for errors, warnings in races:
             counts["errors"] += int(errors)
             counts["warnings"] += int(warnings)
-        if "SUMMARY" not in log:
-            # The process was ended; details of a finding are further indented.
-            begun = [line for line in kept if not line.startswith("  ")]
-            warned = sum(line.strip().startswith("Warning:") for line in begun)
-            counts["errors"] += len(begun) - warned
-            counts["warnings"] += warned
     return counts | {"findings": findings[:_SHOWN]}
 
 
@@ -122,11 +137,12 @@ def run_tests(tool: str, tests: list[str], deadline: float) -> dict:
         folder = pathlib.Path(name)
         # %p: the number of the process.
         command = ["compute-sanitizer", f"--tool={tool}", f"--log-file={folder}/log.%p"]
-        command += ["--target-processes=all", "--print-limit=20"]
-        command += [f"--kernel-regex=kns={KERNELS}"]
+        command += ["--target-processes=all"]
         if tool == "initcheck":
-            # What kernels of XLA wrote was not seen: copying it is no error.
-            command += ["--check-api-memory-access=no"]
+            # It has to see what kernels of XLA write, and what these read is no matter.
+            command += ["--print-limit=1000", "--check-api-memory-access=no"]
+        else:
+            command += ["--print-limit=20", f"--kernel-regex=kns={KERNELS}"]
         command += [sys.executable, "-m", "pytest", "-m", "gpu", "-v"]
         command += ["-p", "no:benchmark", "-p", "no:xdist", *tests]
         with open(folder / "printed", "w") as printed:
@@ -143,12 +159,20 @@ def run_tests(tool: str, tests: list[str], deadline: float) -> dict:
     outcomes = collections.Counter(
         word.lower() for line in lines for word in OUTCOMES if f" {word}" in line
     )
-    found = summarise(logs)
+    found = summarise(logs, ours_alone=tool == "initcheck")
     if not logs:
         found = {"errors": 1, "warnings": 0, "findings": ["no log"]}
     # Where tests failed, or the system ended them.
     ended = lines[-_LAST:] if status or not logs else []
     return {"exit_status": status, "outcomes": outcomes, "ended": ended, **found}
+
+
+def run_until_ended(tool: str, tests: list[str], deadline: float) -> dict:
+    """The same; once more if the sanitizer dies of a signal."""
+    result = run_tests(tool, tests, deadline) | {"died": 0}
+    if (result["exit_status"] or 0) >= 0 or result["errors"]:
+        return result
+    return run_tests(tool, tests, deadline) | {"died": 1}
 
 
 def total(tool: str, count: int, parts: list[dict]) -> dict:
@@ -161,6 +185,7 @@ def total(tool: str, count: int, parts: list[dict]) -> dict:
         "tests": count,
         "outcomes": dict(outcomes),
         "exit_statuses": sorted(statuses, key=str),
+        "died": sum(part["died"] for part in parts),
         "errors": sum(part["errors"] for part in parts),
         "warnings": sum(part["warnings"] for part in parts),
         "findings": [line for part in parts for line in part["findings"]][:_SHOWN],
@@ -202,9 +227,9 @@ def main(
     parts: dict[str, list[dict]] = {tool: [] for tool in chosen}
     with ThreadPoolExecutor(workers) as pool:
         runs = {
-            pool.submit(run_tests, tool, deal, began + 60 * minutes): tool
-            for deal in deals
+            pool.submit(run_until_ended, tool, deal, began + 60 * minutes): tool
             for tool in chosen
+            for deal in deals
         }
         for run in as_completed(runs):
             tool = runs[run]

@@ -29,7 +29,9 @@ for process in 1 2; do
       echo "========= RACECHECK SUMMARY: 3 hazards displayed (1 error, 2 warnings)" ;;
     initcheck)
       echo "========= Uninitialized read"
-      echo "=========     at a kernel" ;;
+      echo "=========     at void flashjax::Kernel"
+      echo "========= Uninitialized read"
+      echo "=========     at a kernel of XLA" ;;
   esac >> "$log$process"
 done
 case "$tool" in
