@@ -26,7 +26,7 @@ NATIVE_SOURCES := CMakeLists.txt pyproject.toml \
   flashjax/__init__.py $(wildcard flashjax/*/__init__.py) \
   $(wildcard cmake/*.cmake cpu/* cuda/* cuda/common/* bindings/*)
 
-.PHONY: help demo test gpu-test nightly sanitize lint docs format install requirements clean FORCE
+.PHONY: help demo test gpu-test multi-gpu nightly sanitize lint docs format install requirements clean FORCE
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -39,6 +39,13 @@ test: $(VENV)/.installed ## set up, build, and run the tests
 
 gpu-test: $(VENV)/.installed ## the tests that need a GPU (set JAX="jax[cuda13]")
 	@$(PY) -m pytest -m gpu $(PYTEST_ARGS)
+
+# The tables and the plot of docs/multi-gpu.md; takes four H200s and some 15 minutes.
+multi-gpu: $(VENV)/.installed ## OPT-175B on 1, 2 and 4 GPUs, measured and written into docs/multi-gpu.md
+	@$(PY) benchmarks/opt_parallel.py --model opt-175b --devices 1,2,4 --length 320 --steps 16 \
+	  --batch 8,16,32,64,128 --profile --name opt-175b-all
+	@$(PY) benchmarks/update_readme.py
+	@$(PY) benchmarks/scaling_model.py
 
 nightly: $(VENV)/.installed ## the tests that take minutes or gigabytes, and a night of fuzzing
 	@$(PY) -m pytest -m nightly $(PYTEST_ARGS)
