@@ -11,6 +11,7 @@ namespace flashjax {
 
 struct AsyncRing {
   static constexpr int kSegments = kRingSegments, kAhead = kPrefetch;
+  static constexpr int kBytes = RingBytes(kSegments);
   uint32_t data = 0;
   uint32_t slot_in = 0, slot_out = 0;  // slots of the next copy and the next wait
 

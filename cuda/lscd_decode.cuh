@@ -72,6 +72,10 @@ inline PackedStack MakePackedStack(const LscdPackedArgs& packed, int64_t m, int6
 inline constexpr int kEntryGroups = kEntrySteps / kGroupSteps;
 inline constexpr int kWordBytes = kLanes * 4;  // one word of every lane
 
+// Of a ring of segments. The first one is mirrored behind the last one, so that a step never wraps
+// in the middle.
+constexpr int RingBytes(int segments) { return (segments + 1) * kSegmentBytes; }
+
 // One 16x16 fragment of `word` (a lane's bitmap of a step): r[0..3] of mma.m16n8k16's A.
 // Selector nibbles 0, 1 are u0, nibbles 2, 3 its zero half: 0x3232 selects nothing, adding 0x43DE
 // for b0 gives u0 to the lower half (and u1 to the upper), adding 0xDE00 for b1 shifts.

@@ -27,7 +27,7 @@ struct MmaConfig {
   static constexpr int kTileM = kWarps * kStripRows;
   static constexpr int kRowBytes = kGroupK * 2;
   static constexpr int kStageBytes = kTileN * kRowBytes;
-  static constexpr int kSharedBytes = 2 * kStageBytes + kWarps * RingBytes(kRingSegments);
+  static constexpr int kSharedBytes = 2 * kStageBytes + kWarps * AsyncRing::kBytes;
 };
 
 // x (n, k), row-major, as 16-bit patterns.
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(MmaConfig<kTileN>::kThreads, 2)
   const int end = share.Begin(share.rank + 1);
 
   StripReader<AsyncRing> reader(w, lane);
-  reader.ring.data = stages + 2 * Config::kStageBytes + warp * RingBytes(kRingSegments);
+  reader.ring.data = stages + 2 * Config::kStageBytes + warp * AsyncRing::kBytes;
   share.BeginWalk(reader, warp, unit, end);
   reader.WaitForFirstStep();
   StageLoader<kTileN> loader;
@@ -132,14 +132,8 @@ __global__ void __launch_bounds__(MmaConfig<kTileN>::kThreads, 2)
       reader.NextGroup();
       buffer ^= 1;
     }
-    if (piece.group0 > 0) {
-      LeavePart<kWarps, kTileN>(acc, out, share.rank, warp, lane);
-      __syncwarp();
-      if (lane == 0) RaiseFlag<kWarps>(out, share.rank, warp);
-      continue;
-    }
-    AddParts<kWarps, kTileN>(acc, out, share, piece.tile, warp, lane);
-    StoreTile<T, kTileN>(acc, out, w, share, piece.tile, warp, lane);
+    FinishPiece<T, kWarps, kTileN>(acc, out, w, share, piece, warp, lane,
+                                   [&] { RaiseFlag<kWarps>(out, share.rank, warp); });
   }
 }
 

@@ -268,6 +268,22 @@ __device__ __forceinline__ void StoreTile(const float* acc, const Output& out,
   }
 }
 
+// Called by every warp with its accumulators of a piece. `left` is called by one lane when the warp
+// has left a part for another rank: that the flag be raised.
+template <typename T, int kWarps, int kTileN, typename Share, typename Left>
+__device__ __forceinline__ void FinishPiece(float* acc, const Output& out, const PackedWeight& w,
+                                            const Share& share, const Piece& piece, int warp,
+                                            int lane, const Left& left) {
+  if (piece.group0 > 0) {
+    LeavePart<kWarps, kTileN>(acc, out, share.rank, warp, lane);
+    __syncwarp();  // orders the other lanes' stores before what one lane does
+    if (lane == 0) left();
+    return;
+  }
+  AddParts<kWarps, kTileN>(acc, out, share, piece.tile, warp, lane);
+  StoreTile<T, kTileN>(acc, out, w, share, piece.tile, warp, lane);
+}
+
 }  // namespace flashjax
 
 #endif  // FLASHJAX_CUDA_LSCD_STREAM_K_CUH_

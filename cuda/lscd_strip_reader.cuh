@@ -6,10 +6,10 @@
 // apart: wherever a walk begins or ends it reads segments of which its neighbour needs a part.)
 //
 // `Ring` says how segments are copied (bulk copies on sm_90, cp.async on sm_80). It has kSegments,
-// of which kAhead are fetched ahead, `data` (shared memory of RingBytes(kSegments)), slot() (the
-// slot that the next Wait() is for), Copy(source, any, is_first, lane) (the next slot; any = false
-// past the end of the walk; is_first = true for what the walk begins with, which its neighbour ends
-// with) and Wait().
+// of which kAhead are fetched ahead, `data` (shared memory of kBytes), slot() (the slot that the
+// next Wait() is for), Copy(source, any, is_first, lane) (the next slot; any = false past the end
+// of the walk; is_first = true for what the walk begins with, which its neighbour ends with) and
+// Wait().
 #ifndef FLASHJAX_CUDA_LSCD_STRIP_READER_CUH_
 #define FLASHJAX_CUDA_LSCD_STRIP_READER_CUH_
 
@@ -19,9 +19,6 @@
 #include "cuda/lscd_decode.cuh"
 
 namespace flashjax {
-
-// The first segment is mirrored behind the last one, so that a step never wraps in the middle.
-constexpr int RingBytes(int segments) { return (segments + 1) * kSegmentBytes; }
 
 template <typename Ring>
 struct StripReader {

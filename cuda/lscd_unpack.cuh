@@ -78,11 +78,11 @@ __global__ void __launch_bounds__(kUnpackWarps* kLanes)
   if (strip >= w.strips) return;
   const int group0 = blockIdx.y * kPieceGroups;
   const int group1 = min(group0 + kPieceGroups, w.groups);
-  uint16_t* tiles = reinterpret_cast<uint16_t*>(shared + kUnpackWarps * RingBytes(kRingSegments)) +
+  uint16_t* tiles = reinterpret_cast<uint16_t*>(shared + kUnpackWarps * AsyncRing::kBytes) +
                     warp * 2 * Order::kTileSize;
 
   StripReader<AsyncRing> reader(w, lane);
-  reader.ring.data = SharedAddress(shared) + warp * RingBytes(kRingSegments);
+  reader.ring.data = SharedAddress(shared) + warp * AsyncRing::kBytes;
   reader.Begin(strip, group0, strip, group1);
   reader.WaitForFirstStep();
 #pragma unroll 1

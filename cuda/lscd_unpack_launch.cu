@@ -10,7 +10,7 @@ namespace {
 template <typename Order, typename Weight>
 cudaError_t LaunchUnpack(const Weight& w, const LscdShape& shape, const DenseOutput& out,
                          cudaStream_t stream) {
-  constexpr int kSharedBytes = kUnpackWarps * (RingBytes(kRingSegments) + 2 * Order::kTileSize * 2);
+  constexpr int kSharedBytes = kUnpackWarps * (AsyncRing::kBytes + 2 * Order::kTileSize * 2);
   const cudaError_t error = cudaFuncSetAttribute(
       UnpackKernel<Order, Weight>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (error != cudaSuccess) return error;

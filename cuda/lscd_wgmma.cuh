@@ -33,7 +33,7 @@ namespace flashjax {
 // A warp's ring of value segments, filled by bulk copies that complete on one mbarrier a slot.
 template <int kRing, int kRingAhead>
 struct BulkRing {
-  static constexpr int kSegments = kRing, kAhead = kRingAhead;
+  static constexpr int kSegments = kRing, kAhead = kRingAhead, kBytes = RingBytes(kSegments);
 
   uint32_t data, barriers;
   uint32_t slot_in = 0, slot_out = 0;  // slots of the next copy and the next wait
@@ -80,10 +80,9 @@ struct WgmmaConfig {
   // Half as many warps have to have as many values under way; 256 columns leave no room for it.
   using Ring =
       std::conditional_t<kTileN == 128, BulkRing<8, 2>, BulkRing<kRingSegments, kPrefetch>>;
-  static constexpr int kRingStride = RingBytes(Ring::kSegments);
   static constexpr int kBarriers = kWarps * Ring::kSegments + 2 * kStages + 1;
   static constexpr int kSharedBytes =
-      1024 + kStages * kStageBytes + kWarps * kRingStride + kBarriers * 8;
+      1024 + kStages * kStageBytes + kWarps * Ring::kBytes + kBarriers * 8;
 };
 
 template <int kTileN>
@@ -213,7 +212,7 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   const uint32_t stages = (SharedAddress(DynamicShared()) + 1023) & ~1023u;
   const uint32_t rings = stages + kStages * Config::kStageBytes;
-  const uint32_t ring_barriers = rings + kWarps * Config::kRingStride;
+  const uint32_t ring_barriers = rings + kWarps * Config::Ring::kBytes;
   const uint32_t full = ring_barriers + kWarps * kSegments * 8, empty = full + kStages * 8;
   const uint32_t left = empty + kStages * 8;
 
@@ -267,7 +266,7 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
   }
 
   WgmmaReader<kTileN> reader(w, lane);
-  reader.ring.data = rings + warp * Config::kRingStride;
+  reader.ring.data = rings + warp * Config::Ring::kBytes;
   reader.ring.barriers = ring_barriers + warp * kSegments * 8;
   if (Config::kWalksOn) share.BeginWalk(reader, warp, unit, end);
   __syncwarp();  // lane 0 may still be asking for copies
@@ -291,14 +290,8 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
     } else {
       MultiplyWgmma<T, kTileN>(reader, x_stages, piece.size(), goes_on, acc, lane);
     }
-    if (piece.group0 > 0) {
-      LeavePart<kWarps, kTileN>(acc, out, share.rank, warp, lane);
-      __syncwarp();
-      if (lane == 0) BarrierArrive(left);
-      continue;
-    }
-    AddParts<kWarps, kTileN>(acc, out, share, piece.tile, warp, lane);
-    StoreTile<T, kTileN>(acc, out, w, share, piece.tile, warp, lane);
+    FinishPiece<T, kWarps, kTileN>(acc, out, w, share, piece, warp, lane,
+                                   [&] { BarrierArrive(left); });
   }
 #endif
 }
