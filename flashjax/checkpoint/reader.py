@@ -168,9 +168,10 @@ class CheckpointReader:
           KeyError: there is no such tensor.
           CheckpointError: the stored parts contradict each other.
         """
-        if name not in self.sparse:
-            return self._read(name)[0]
-        return self.load_rows(name).to_dense()
+        if name in self.sparse:
+            return self.load_rows(name).to_dense()
+        self._announce(name)
+        return self._read(name)[0]
 
     def load_rows(self, name: str) -> SparseRows:
         """Reads one sparse weight as it is stored.
@@ -180,6 +181,7 @@ class CheckpointReader:
           CheckpointError: the stored parts contradict each other.
         """
         entry = self.sparse[name]
+        self._announce(name)
         bitmap, values = self._read(name, *PARTS)
         where = f"{self.folder}: {name}"
         return check_rows(bitmap, values, entry.shape, entry.dtype, where)
@@ -187,24 +189,25 @@ class CheckpointReader:
     def _header(self, name: str, stored: str):
         return self._files[self._tensors[name]].get_slice(stored)
 
+    def _announce(self, name: str) -> None:
+        """Has the system read a tensor's file ahead, for who reads all of it.
+
+        Faults of a mapping ask for little each.
+        """
+        file_name = self._tensors[name]
+        if file_name in self._announced or not hasattr(os, "posix_fadvise"):
+            return
+        self._announced.add(file_name)
+        with contextlib.suppress(OSError), open(self.folder / file_name, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
     def _read(self, name: str, *parts: str) -> list[np.ndarray]:
         file_name = self._tensors[name]
         stored = [f"{name}.{part}" for part in parts] or [name]
-        if file_name not in self._announced:
-            self._announced.add(file_name)
-            _announce(self.folder / file_name)
         # A mapping of its own, so that the pages read do not stay resident.
         with open_file(self.folder / file_name) as file:
             checksums = self._checksums[file_name]
             return [read_tensor(file, n, str(self.folder), checksums) for n in stored]
-
-
-def _announce(path: Path) -> None:
-    """Has the system read a file ahead: faults of a mapping ask for little each."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def open_file(path: Path) -> Any:
