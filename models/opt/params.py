@@ -182,7 +182,7 @@ def _tensors(model: OPT) -> Iterator[tuple[str, np.ndarray, bool]]:
             if layer is not unpacked_layer:
                 kernel: Any = layer.kernel.get_value()
                 dense = kernel.to_dense() if sparse else kernel
-                unpacked_layer, unpacked = layer, _transposed_on_host(dense)
+                unpacked_layer, unpacked = layer, np.asarray(_transposed(dense))
                 del dense
             tensor = unpacked
         if fused:
@@ -190,10 +190,11 @@ def _tensors(model: OPT) -> Iterator[tuple[str, np.ndarray, bool]]:
         yield name, tensor, sparse
 
 
-def _transposed_on_host(matrix: jax.Array) -> np.ndarray:
+def _transposed(matrix: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+    """By JAX's default device, unless that is the CPU."""
     if jax.default_backend() == "cpu":
         return transpose(np.asarray(matrix))
-    return np.asarray(matrix.T)
+    return jnp.asarray(matrix).T
 
 
 def _load(
@@ -318,17 +319,12 @@ class _OneDevice:
         return jnp.asarray(array)
 
     def put_kernel(self, module: str, weight: np.ndarray) -> jax.Array:
-        return jnp.asarray(self._kernel(weight))
+        return jnp.asarray(_transposed(weight))
 
     def put_sparse(self, module: str, weight: np.ndarray | SparseRows) -> SparseMatrix:
         if isinstance(weight, SparseRows):
             return SparseMatrix.from_rows(weight)
-        return SparseMatrix.from_dense(self._kernel(weight), tokens=self._tokens)
-
-    def _kernel(self, weight):
-        if jax.default_backend() == "cpu":
-            return transpose(weight)
-        return jnp.asarray(weight).T
+        return SparseMatrix.from_dense(_transposed(weight), tokens=self._tokens)
 
 
 def _abstract_model(config: OPTConfig, dtype: np.dtype, fuse_qkv: bool) -> OPT:
