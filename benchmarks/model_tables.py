@@ -72,23 +72,35 @@ def request_bytes(r: dict) -> int | None:
     return r["weight_bytes"] + r["request_peak_bytes"] - r["held_bytes"]
 
 
-def prefill_table(runs: list[tuple[dict, list[dict]]]) -> str:
-    """Prompts of several lengths, each with a run."""
-    first = runs[0][1][0]
-    commits = dict.fromkeys(facts["commit"] for facts, _ in runs)
-    facts = runs[-1][0] | {"commit": " and ".join(commits)}
+def load_prompts(paths: Iterable[pathlib.Path]) -> tuple[dict, list[dict]]:
+    """Prefills of several runs of `flashjax bench generate`, by prompts and zeros."""
+
+    def timed(run: dict, r: dict) -> tuple[tuple, dict] | None:
+        key = r["prompt"], r["batch"], r["layers"], r["sparsity"]
+        return (key, r) if "prefill_ms" in r else None
+
+    return newest(paths, timed)
+
+
+def prefill_table(facts: dict, results: list[dict]) -> str:
+    """Prompts of several lengths."""
+    first = results[0]
     text = (
         f"Milliseconds for the prompts alone: some or all layers of {first['model']} "
         f"with synthetic weights, {first['dtype']}, on one {facts['device']} "
         f"({origin(facts)}). Empty: not measured."
     )
-    sparsities = sorted({r["sparsity"] for _, results in runs for r in results})
-    rows = []
-    for _, results in runs:
-        times = {r["sparsity"]: f"{r['prefill_ms']:.1f}" for r in results}
-        prompts = f"{results[0]['batch']} x {results[0]['prompt']}"
-        layers = str(results[0]["layers"])
-        rows.append([prompts, layers, *(times.get(s, "") for s in sparsities)])
+    sparsities = sorted({r["sparsity"] for r in results})
+    prompts = sorted({(r["prompt"], r["batch"], r["layers"]) for r in results})
+    times = {
+        (r["prompt"], r["batch"], r["layers"], r["sparsity"]): f"{r['prefill_ms']:.1f}"
+        for r in results
+    }
+    rows = [
+        [f"{batch} x {prompt}", str(layers)]
+        + [times.get((prompt, batch, layers, s), "") for s in sparsities]
+        for prompt, batch, layers in prompts
+    ]
     columns = ["prompts x tokens", "layers", *map(zeros, sparsities)]
     return captioned(text, columns, rows)
 

@@ -9,6 +9,7 @@ Speeds come from `results/`, the demo model's figures from
 from model_tables import (
     demo_figures,
     generate_table,
+    load_prompts,
     load_requests,
     prefill_table,
     pruning_figures,
@@ -47,10 +48,7 @@ def main() -> None:
         load_requests(RESULTS.glob(f"generate-opt-{size}-*{H200}.json"))
         for size in ("30b", "66b", "175b")
     ]
-    prompts = [
-        load_requests([RESULTS / f"generate-prefill-{name}-{H200}.json"])
-        for name in ("batch", "long")
-    ]
+    prompts = load_prompts(RESULTS.glob(f"generate-prefill-*-{H200}.json"))
     pruned = [
         RESULTS / f"{name}-{H200}.json" for name in ("pruning", "pruning-opt-30b")
     ]
@@ -70,7 +68,7 @@ def main() -> None:
     replace(WHEN_SPARSE_PAYS, "cpu", cpu_table(*cpu))
     tables = [generate_table(*model) for model in models]
     replace(WHEN_SPARSE_PAYS, "generate", "\n\n".join(tables))
-    replace(WHEN_SPARSE_PAYS, "prompts", prefill_table(prompts))
+    replace(WHEN_SPARSE_PAYS, "prompts", prefill_table(*prompts))
 
 
 if __name__ == "__main__":
