@@ -1,33 +1,19 @@
 #include <algorithm>
 
 #include "cuda/common/device_value.h"
+#include "cuda/common/launch.h"
 #include "cuda/gather_matmul.cuh"
 #include "cuda/gather_matmul_launch.h"
 
 namespace flashjax::gather {
 namespace {
 
-// A launch of clusters of `panels` CTAs.
-class ClusterLaunch {
- public:
-  ClusterLaunch(int panels, int64_t clusters, int warps, cudaStream_t stream) {
-    cluster_.id = cudaLaunchAttributeClusterDimension;
-    cluster_.val.clusterDim.x = static_cast<unsigned>(panels);
-    cluster_.val.clusterDim.y = cluster_.val.clusterDim.z = 1;
-    config_.gridDim = dim3(static_cast<unsigned>(panels * clusters));
-    config_.blockDim = dim3(static_cast<unsigned>(warps * kLanes));
-    config_.dynamicSmemBytes = kSharedBytes;
-    config_.stream = stream;
-    config_.attrs = &cluster_;
-    config_.numAttrs = 1;
-  }
-  ClusterLaunch(const ClusterLaunch&) = delete;
-  const cudaLaunchConfig_t* config() const { return &config_; }
-
- private:
-  cudaLaunchAttribute cluster_{};
-  cudaLaunchConfig_t config_{};
-};
+// Clusters of a CTA for each panel.
+Grid Clusters(int panels, int64_t clusters, int warps) {
+  Grid grid{panels * clusters, warps * kLanes, kSharedBytes};
+  grid.cluster = panels;
+  return grid;
+}
 
 // How many clusters the device holds at once, having allowed the kernel its shared memory.
 template <typename T, int kPanels>
@@ -38,7 +24,7 @@ cudaError_t ResidentClusters(int& clusters) {
         GatherKernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
     if (error != cudaSuccess) return error;
     return cudaOccupancyMaxActiveClusters(&clusters, GatherKernel<T>,
-                                          ClusterLaunch(kPanels, 1, kMaxWarps, 0).config());
+                                          LaunchConfig(Clusters(kPanels, 1, kMaxWarps)).get());
   });
 }
 
@@ -77,8 +63,7 @@ cudaError_t LaunchKernel(GatherProduct& product, cudaStream_t stream) {
   product.strips_per_cluster = static_cast<int>(std::min<int64_t>(even, kMaxStrips));
   const int64_t clusters = CeilDiv(product.packed.strips, product.strips_per_cluster);
   const int warps = Warps(product.strips_per_cluster, product.packed.panels);
-  return cudaLaunchKernelEx(ClusterLaunch(product.packed.panels, clusters, warps, stream).config(),
-                            GatherKernel<T>, product);
+  return Launch(GatherKernel<T>, Clusters(product.packed.panels, clusters, warps), stream, product);
 }
 
 }  // namespace

@@ -19,8 +19,8 @@ namespace {
 // More ranks than any GPU of today has multiprocessors (the mma kernel's slots are a quarter).
 constexpr int64_t kWorkspaceSlots = 160;
 
-constexpr int64_t SlotBytes(int warps, int64_t tile_n) {
-  return warps * (sizeof(uint64_t) + tile_n / 8 * kLanes * sizeof(float4));
+constexpr int64_t SlotBytes(int strips, int64_t tile_n) {
+  return strips * (sizeof(uint64_t) + tile_n / 8 * kLanes * sizeof(float4));
 }
 
 int64_t WidestTile(LscdKernel kernel) { return kernel == LscdKernel::kMma ? 32 : 256; }
@@ -106,29 +106,31 @@ cudaError_t LaunchStreamK(const X& x, const Problem<Weight>& problem, Output out
   int resident = 0;
   cudaError_t error = ResidentBlocks<kKernel, Config>(resident);
   if (error != cudaSuccess) return error;
-  const int64_t slot = SlotBytes(Config::kWarps, kTileN);
+  const int64_t slot = SlotBytes(Config::kStrips, kTileN);
   const int64_t slots = static_cast<int64_t>(problem.args.workspace_bytes) / slot;
   const int64_t row_tiles = CeilDiv(problem.args.m, Config::kTileM);
   const int64_t column_tiles = CeilDiv(out.n, kTileN);
   const int64_t groups = LscdShape{problem.args.m, problem.args.k}.groups();
   const int64_t units = row_tiles * column_tiles * groups;
-  const int64_t grid = std::min({units, slots, int64_t{resident}});
+  const int64_t ranks = std::min({units, slots, std::max<int64_t>(resident / Config::kCluster, 1)});
   // Units are counted in int, uint4s of the bitmap in uint32.
-  if (grid < 1 || units > INT32_MAX || row_tiles * groups * Config::kWarps * kLanes > UINT32_MAX) {
+  if (ranks < 1 || units > INT32_MAX ||
+      row_tiles * groups * Config::kStrips * kLanes > UINT32_MAX) {
     return cudaErrorInvalidValue;
   }
-  const StreamKPlan plan(row_tiles, column_tiles, groups, grid);
-  const int64_t flag_bytes = grid * Config::kWarps * int64_t{sizeof(uint64_t)};
+  const StreamKPlan plan(row_tiles, column_tiles, groups, ranks, Config::kWalksOn);
+  const int64_t flag_bytes = ranks * Config::kStrips * int64_t{sizeof(uint64_t)};
   out.partials = static_cast<float4*>(problem.args.workspace);
   out.flags = reinterpret_cast<uint64_t*>(static_cast<uint8_t*>(problem.args.workspace) +
-                                          grid * slot - flag_bytes);
+                                          ranks * slot - flag_bytes);
   out.ticket = NextTicket();
   if (MustClearFlags()) {
     error = cudaMemsetAsync(out.flags, 0, static_cast<size_t>(flag_bytes), problem.stream);
     if (error != cudaSuccess) return error;
   }
-  return Launch(kKernel, {grid, Config::kThreads, Config::kSharedBytes}, problem.stream, x,
-                problem.w, plan, out);
+  Grid grid{ranks * Config::kCluster, Config::kThreads, Config::kSharedBytes};
+  grid.cluster = Config::kCluster;
+  return Launch(kKernel, grid, problem.stream, x, problem.w, plan, out);
 }
 
 template <typename T, int kTileN, typename Weight>
@@ -168,7 +170,7 @@ cudaError_t LaunchWgmma(const Problem<Weight>& problem, int64_t n0, int64_t n) {
   if (encode == nullptr) return cudaErrorNotSupported;
   const cuuint64_t size[2] = {static_cast<cuuint64_t>(problem.args.k), static_cast<cuuint64_t>(n)};
   const cuuint64_t stride[1] = {static_cast<cuuint64_t>(problem.args.k) * 2};
-  const cuuint32_t box[2] = {kStepK, kTileN}, ones[2] = {1, 1};
+  const cuuint32_t box[2] = {kStepK, kTileN / WgmmaConfig<kTileN>::kCluster}, ones[2] = {1, 1};
   CUtensorMap x;
   const CUresult result =
       encode(&x,
@@ -222,15 +224,21 @@ cudaError_t LaunchTiles(LscdKernel kernel, const Problem<Weight>& problem) {
   return cudaSuccess;
 }
 
+// Of a tile.
+int WgmmaStrips(int64_t tile_n) {
+  if (tile_n < 128) return WgmmaConfig<64>::kStrips;
+  return tile_n == 128 ? WgmmaConfig<128>::kStrips : WgmmaConfig<256>::kStrips;
+}
+
 }  // namespace
 
 size_t LscdWorkspaceBytes(int64_t n, int64_t m, int64_t k) {
   const int64_t tile_n = TileN(n, WidestTile(LscdKernel::kWgmma));
-  const int warps = tile_n < 128 ? WgmmaConfig<64>::kWarps : WgmmaConfig<128>::kWarps;
-  const int64_t tiles = CeilDiv(m, warps * kStripRows) * CeilDiv(n, tile_n);
+  const int strips = WgmmaStrips(tile_n);
+  const int64_t tiles = CeilDiv(m, strips * kStripRows) * CeilDiv(n, tile_n);
   const int64_t units = tiles * LscdShape{m, k}.groups();
   return static_cast<size_t>(std::clamp<int64_t>(units, 1, kWorkspaceSlots) *
-                             SlotBytes(warps, tile_n));
+                             SlotBytes(strips, tile_n));
 }
 
 const char* LscdKernelUnavailable(const LscdMatmulArgs& args) {

@@ -24,7 +24,9 @@ template <int kTileN>
 struct MmaConfig {
   static constexpr int kWarps = 4;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kTileM = kWarps * kStripRows;
+  static constexpr int kCluster = 1, kStrips = kWarps;
+  static constexpr int kTileM = kStrips * kStripRows;
+  static constexpr bool kWalksOn = true;
   static constexpr int kRowBytes = kGroupK * 2;
   static constexpr int kStageBytes = kTileN * kRowBytes;
   static constexpr int kSharedBytes = 2 * kStageBytes + kWarps * AsyncRing::kBytes;
@@ -87,30 +89,27 @@ __global__ void __launch_bounds__(MmaConfig<kTileN>::kThreads, 2)
   const uint32_t stages = SharedAddress(shared);
 
   const Share<kWarps, true> share(plan);
-  int unit = share.Begin(share.rank);
-  const int end = share.Begin(share.rank + 1);
+  Piece piece = share.First();
 
   StripReader<AsyncRing> reader(w, lane);
   reader.ring.data = stages + 2 * Config::kStageBytes + warp * AsyncRing::kBytes;
-  share.BeginWalk(reader, warp, unit, end);
+  share.BeginWalk(reader, warp, piece);
   reader.WaitForFirstStep();
   StageLoader<kTileN> loader;
   int buffer = 0;
 
-  while (unit < end) {
-    const Piece piece(share, unit, end);
+  while (share.Has(piece)) {
     loader.Load(x, piece.group0);
     float acc[kTileN / 2];
 #pragma unroll
     for (int i = 0; i < kTileN / 2; ++i) acc[i] = 0.0f;
-    unit += piece.size();
 #pragma unroll 1
     for (int group = piece.group0; group < piece.group1; ++group) {
       // One barrier a group is enough: the buffer written here was read two groups ago.
       loader.Store(shared + buffer * Config::kStageBytes);
       __syncthreads();
       if (group + 1 < piece.group1) loader.Load(x, group + 1);
-      reader.LoadAhead(group + 1 < piece.group1 || unit < end);
+      reader.LoadAhead(group + 1 < piece.group1 || share.Has(share.Next(piece)));
       const uint32_t stage = stages + buffer * Config::kStageBytes + lane % 8 * Config::kRowBytes;
 #pragma unroll
       for (int step = 0; step < kGroupSteps; ++step) {
@@ -134,6 +133,7 @@ __global__ void __launch_bounds__(MmaConfig<kTileN>::kThreads, 2)
     }
     FinishPiece<T, kWarps, kTileN>(acc, out, w, share, piece, warp, lane,
                                    [&] { RaiseFlag<kWarps>(out, share.rank, warp); });
+    piece = share.Next(piece);
   }
 }
 

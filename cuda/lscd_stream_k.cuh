@@ -1,15 +1,18 @@
-// Persistent stream-K: every CTA takes an equal share of all (tile, k-group) units, so that any
-// shape fills the GPU, and tiles cut between CTAs are summed in a fixed order.
+// Persistent stream-K (Osama et al., PPoPP 2023): every rank, which is a CTA or a cluster of them,
+// takes an equal share of all (tile, k-group) units, so that any shape fills the GPU, and tiles cut
+// between ranks are summed in a fixed order.
 //
-// A tile's owner is the CTA that holds its first group; it works on that tile last. The others
-// write their part to the workspace and raise a flag per warp; each begins with that tile, so that
-// the owner hardly waits. Ranks run against blockIdx.x: an owner waits only for CTAs with smaller
-// blockIdx.x, which the GPU starts first, so that it never waits for one that cannot start.
+// A tile's owner is the rank that holds its first group; it works on that tile last of its share.
+// The others write their part to the workspace and raise a flag per warp; each begins with that
+// tile, so that the owner hardly waits. Ranks run against blockIdx.x: an owner waits only for CTAs
+// with smaller blockIdx.x, which the GPU starts first, so that it never waits for one that cannot
+// start.
 //
 // Where a walk (lscd_strip_reader.cuh) goes through several tiles, a warp's strips in consecutive
 // tiles are consecutive: a warp has one walk, whatever tiles its CTA passes. Else tiles may also
-// differ in their columns. Those of the first columns come first, so that CTAs that need the same
-// weights need them at about the same time, and all but one find them in L2.
+// differ in their columns, which come first, and where there are many only the first ones are cut,
+// one to two a rank (the paper's hybrid): ranks that begin whole tiles together stay together, and
+// find in L2 what another one has just read of x or W.
 //
 // The workspace: float4 partials[slots][warps][kTileN / 8][32 lanes], one slot a rank, then uint64
 // flags[slots][warps]. A raised flag is a number that no other launch has (`ticket`), and the owner
@@ -55,60 +58,83 @@ struct Divisor {
   }
 };
 
-// How units = tiles x groups are shared by the ranks: `each`, and one more for the first `extra`.
+// How the ranks share the tiles. The first `cut_tiles` are cut: of their units (a group of a tile)
+// every rank has `each`, and the first `extra` one more. Of the others a rank has whole ones.
 struct StreamKPlan {
-  int row_tiles, groups;
+  int row_tiles, column_tiles, tiles, cut_tiles, groups;
   int each, extra;
-  Divisor by_row_tiles, by_groups;
+  Divisor by_column_tiles, by_groups;
 
-  StreamKPlan(int64_t row_tiles, int64_t column_tiles, int64_t groups, int64_t ranks)
+  StreamKPlan(int64_t row_tiles, int64_t column_tiles, int64_t groups, int64_t ranks, bool cuts_all)
       : row_tiles(static_cast<int>(row_tiles)),
+        column_tiles(static_cast<int>(column_tiles)),
+        tiles(static_cast<int>(row_tiles * column_tiles)),
+        cut_tiles(cuts_all ? tiles : CutTiles(tiles, static_cast<int>(ranks))),
         groups(static_cast<int>(groups)),
-        each(static_cast<int>(row_tiles * column_tiles * groups / ranks)),
-        extra(static_cast<int>(row_tiles * column_tiles * groups % ranks)),
-        by_row_tiles(static_cast<uint32_t>(row_tiles)),
+        each(static_cast<int>(cut_tiles * groups / ranks)),
+        extra(static_cast<int>(cut_tiles * groups % ranks)),
+        by_column_tiles(static_cast<uint32_t>(column_tiles)),
         by_groups(static_cast<uint32_t>(groups)) {}
+
+  // One to two tiles a rank, or none if whole tiles come out even.
+  static int CutTiles(int tiles, int ranks) {
+    return tiles % ranks == 0 ? 0 : tiles < ranks ? tiles : ranks + tiles % ranks;
+  }
 };
 
-// A CTA's units [Begin(rank), Begin(rank + 1)).
-template <int kStrips, bool kWalksOn>
+// What a rank does next: groups [group0, group1) of a tile.
+struct Piece {
+  int tile, group0, group1;
+  __device__ int size() const { return group1 - group0; }
+};
+
+// A rank's pieces. It is a CTA, or a cluster of them.
+template <int kStrips, bool kWalksOn, int kCluster = 1>
 struct Share {
   const StreamKPlan& plan;
   int rank;
 
   __device__ explicit Share(const StreamKPlan& plan)
-      : plan(plan), rank(gridDim.x - 1 - blockIdx.x) {}
+      : plan(plan), rank((gridDim.x - 1 - blockIdx.x) / kCluster) {}
 
+  __device__ Piece First() const { return At(Begin(rank)); }
+  __device__ bool Has(const Piece& piece) const { return piece.tile < plan.tiles; }
+  __device__ Piece Next(const Piece& piece) const {
+    if (!kWalksOn && piece.tile >= plan.cut_tiles) return Whole(piece.tile + gridDim.x / kCluster);
+    return At(piece.tile * plan.groups + piece.group1);
+  }
+
+  // A rank's units of the tiles that are cut: [Begin(rank), Begin(rank + 1)).
   __device__ int Begin(int r) const { return r * plan.each + min(r, plan.extra); }
-  __device__ int Tile(int unit) const { return plan.by_groups.Divide(unit); }
+  __device__ int RowTile(int tile) const {
+    return kWalksOn ? tile : plan.by_column_tiles.Divide(tile);
+  }
   __device__ int ColumnTile(int tile) const {
-    return kWalksOn ? 0 : plan.by_row_tiles.Divide(tile);
+    return kWalksOn ? 0 : tile - RowTile(tile) * plan.column_tiles;
   }
   __device__ int Strip(int tile, int warp) const {
-    if (kWalksOn) return warp * plan.row_tiles + tile;
-    return (tile - ColumnTile(tile) * plan.row_tiles) * kStrips + warp;
+    return kWalksOn ? warp * plan.row_tiles + tile : RowTile(tile) * kStrips + warp;
   }
-  // Begins a warp's walk at a unit: to the end of the share, or to that of the unit's tile.
+  // Begins a warp's walk: through a piece, or from it to the last one.
   template <typename Reader>
-  __device__ void BeginWalk(Reader& reader, int warp, int unit, int share_end) const {
-    const int tile0 = Tile(unit);
-    const int end = kWalksOn ? share_end : min(share_end, (tile0 + 1) * plan.groups);
-    const int tile1 = kWalksOn ? Tile(end - 1) : tile0;
-    reader.Begin(Strip(tile0, warp), unit - tile0 * plan.groups, Strip(tile1, warp),
-                 end - tile1 * plan.groups);
+  __device__ void BeginWalk(Reader& reader, int warp, const Piece& piece) const {
+    Piece last = piece;
+    if (kWalksOn) {
+      const int end = Begin(rank + 1);
+      last.tile = plan.by_groups.Divide(end - 1);
+      last.group1 = end - last.tile * plan.groups;
+    }
+    reader.Begin(Strip(piece.tile, warp), piece.group0, Strip(last.tile, warp), last.group1);
   }
-};
 
-// What a CTA does next: groups [group0, group1) of a tile.
-struct Piece {
-  int tile, group0, group1;
-
-  template <typename Share>
-  __device__ Piece(const Share& share, int unit, int end)
-      : tile(share.Tile(unit)),
-        group0(unit - tile * share.plan.groups),
-        group1(min(share.plan.groups, group0 + end - unit)) {}
-  __device__ int size() const { return group1 - group0; }
+ private:
+  __device__ Piece Whole(int tile) const { return {tile, 0, plan.groups}; }
+  __device__ Piece At(int unit) const {
+    const int end = Begin(rank + 1);
+    if (unit >= end) return Whole(kWalksOn ? plan.tiles : plan.cut_tiles + rank);
+    const int tile = plan.by_groups.Divide(unit), group = unit - tile * plan.groups;
+    return {tile, group, min(plan.groups, group + end - unit)};
+  }
 };
 
 template <typename T>
@@ -280,7 +306,9 @@ __device__ __forceinline__ void FinishPiece(float* acc, const Output& out, const
     if (lane == 0) left();
     return;
   }
-  AddParts<kWarps, kTileN>(acc, out, share, piece.tile, warp, lane);
+  if (piece.group1 < share.plan.groups) {
+    AddParts<kWarps, kTileN>(acc, out, share, piece.tile, warp, lane);
+  }
   StoreTile<T, kTileN>(acc, out, w, share, piece.tile, warp, lane);
 }
 

@@ -9,11 +9,12 @@
 //   weights  values: 2 KB bulk copies into a ring a warp, completion on mbarriers;
 //            bitmap and schedule: plain loads up to one group (256 k) ahead
 //   x        the producer brings boxes of 64 k x kTileN by a tensor map (128-byte swizzle, zeros
-//            beyond N and K) into a ring of stages that all warps share
+//            beyond N and K) into a ring of stages that all warps share; with 256 columns two CTAs
+//            on top of each other bring half a box each, for both
 //   product  wgmma: fragments are decoded into registers while the previous batch is multiplied.
 //            Up to 8 columns mma.sync: there the warps of a warpgroup would spend a sixth of their
 //            time waiting for each other
-//   balance  stream-K over tiles of 256 (128) rows (lscd_stream_k.cuh)
+//   balance  stream-K over tiles of 256 rows (128 with 128 columns; lscd_stream_k.cuh)
 #ifndef FLASHJAX_CUDA_LSCD_WGMMA_CUH_
 #define FLASHJAX_CUDA_LSCD_WGMMA_CUH_
 
@@ -22,6 +23,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/common/cluster.cuh"
 #include "cuda/common/mma.cuh"
 #include "cuda/common/ptx.cuh"
 #include "cuda/common/wgmma.cuh"
@@ -68,7 +70,11 @@ struct WgmmaConfig {
   // What the warps start with is evenly divided: 20 x 96 or 12 x 168 registers. The producers give
   // back all but 32, and 16 x 112 + 4 x 32 or 8 x 232 + 4 x 32 is no more than that.
   static constexpr int kRegisters = kWarps == 16 ? 112 : 232;
-  static constexpr int kTileM = kWarps * kStripRows;
+  // The CTAs of a cluster share x, of which each brings a part for all of them: the GPU is at its
+  // limit of power with 256 columns, and what is read from L2 takes a good part of that.
+  static constexpr int kCluster = kTileN == 256 ? 2 : 1;
+  static constexpr int kStrips = kCluster * kWarps;
+  static constexpr int kTileM = kStrips * kStripRows;
   // Rows that are next to each other are written together: with 256 columns that weighs more.
   static constexpr bool kWalksOn = kTileN < 256;
   // A stage of x is 4 to 8 KB (16 and 32 KB for 128 and 256 columns), so that its barrier is waited
@@ -91,7 +97,8 @@ using WgmmaReader = StripReader<typename WgmmaConfig<kTileN>::Ring>;
 // The stages of x as the consumers see them.
 template <typename Config>
 struct StageRing {
-  uint32_t data, full, empty;
+  uint32_t data, full;
+  uint32_t empty;  // for lane i of a cluster's warp those of CTA i
   int stage = 0;
   uint32_t phase = 0;
 
@@ -102,12 +109,48 @@ struct StageRing {
       phase ^= 1;
     }
   }
-  // To the producer, by every warp: the stage that is `back` before the current one.
+  // To the producers, by every warp: the stage that is `back` before the current one.
   __device__ __forceinline__ void HandBack(int back, int lane) const {
-    if (lane != 0) return;
-    BarrierArrive(empty + (stage >= back ? stage - back : stage + Config::kStages - back) * 8);
+    if (lane >= Config::kCluster) return;
+    const int of = stage >= back ? stage - back : stage + Config::kStages - back;
+    if constexpr (Config::kCluster > 1) {
+      BarrierArriveInCluster(empty + of * 8);
+    } else {
+      BarrierArrive(empty + of * 8);
+    }
   }
 };
+
+// Waits for all threads of a cluster, or of the CTA.
+template <int kCluster>
+__device__ __forceinline__ void SyncCluster() {
+  if constexpr (kCluster > 1) {
+    ClusterArrive();
+    ClusterWait();
+  } else {
+    __syncthreads();
+  }
+}
+
+// Nobody ends while others still arrive at its barriers.
+template <int kCluster>
+__device__ __forceinline__ void LeaveCluster() {
+  if constexpr (kCluster > 1) SyncCluster<kCluster>();
+}
+
+// Brings a box of x, or a CTA's part of one to its whole cluster.
+template <int kTileN>
+__device__ __forceinline__ void BringX(uint32_t to, const CUtensorMap* x, int k, int column,
+                                       uint32_t barrier, int cta) {
+  using Config = WgmmaConfig<kTileN>;
+  constexpr int kCluster = Config::kCluster;
+  if constexpr (kCluster > 1) {
+    TensorCopy2dToCluster(to + cta * (Config::kBoxBytes / kCluster), x, k,
+                          column + cta * (kTileN / kCluster), barrier, (1 << kCluster) - 1);
+  } else {
+    TensorCopy2d(to, x, k, column, barrier);
+  }
+}
 
 // A warp's product of one piece, after which there may be `more`, by wgmma, with the other warps of
 // its warpgroup. acc is in mma.m16n8k16's layout.
@@ -216,83 +259,84 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
   const uint32_t full = ring_barriers + kWarps * kSegments * 8, empty = full + kStages * 8;
   const uint32_t left = empty + kStages * 8;
 
-  const Share<kWarps, Config::kWalksOn> share(plan);
-  int unit = share.Begin(share.rank);
-  const int end = share.Begin(share.rank + 1);
+  constexpr int kCluster = Config::kCluster, kStrips = Config::kStrips;
+  const int cta = kCluster > 1 ? RankInCluster() : 0;
+  const Share<kStrips, Config::kWalksOn, kCluster> share(plan);
+  Piece piece = share.First();
 
   if (warp < kWarps) {
     if (lane < kSegments) BarrierInit(ring_barriers + (warp * kSegments + lane) * 8, 1);
   } else if (warp == kWarps && lane < kStages) {
     BarrierInit(full + lane * 8, 1);
-    BarrierInit(empty + lane * 8, kWarps);
+    BarrierInit(empty + lane * 8, kStrips);
     if (lane == 0) BarrierInit(left, kWarps);
   }
   BarrierInitFence();
-  __syncthreads();
+  SyncCluster<kCluster>();
 
   if (warp >= kWarps) {
     ReleaseRegisters<32>();
     // The flags of the part that a share may begin with are raised here: a release waits for the
     // stores before it, which the consumers need not.
-    if (warp == kWarps + 1 && unit > share.Tile(unit) * plan.groups) {
+    if (warp == kWarps + 1 && piece.group0 > 0) {
       BarrierWait(left, 0);
-      if (lane < kWarps) RaiseFlag<kWarps>(out, share.rank, lane);
+      if (lane < kWarps) RaiseFlag<kStrips>(out, share.rank, cta * kWarps + lane);
     }
     if (warp == kWarps && lane == 0) {
-      constexpr int kGroupStages = kGroupK / kStageK;
-      const int count = (end - unit) * kGroupStages, period = plan.groups * kGroupStages;
-      int tile = share.Tile(unit), column = share.ColumnTile(tile) * kTileN;
-      int k = (unit - tile * plan.groups) * kGroupStages, stage = 0;
-      uint32_t phase = 1;
-      for (int i = 0; i < count; ++i) {
-        if (i >= kStages) BarrierWait(empty + stage * 8, phase);
-        BarrierExpect(full + stage * 8, Config::kStageBytes);
+      int stage = 0;
+      uint32_t phase = 1;  // stages begin as if they had been handed back
+      for (; share.Has(piece); piece = share.Next(piece)) {
+        const int column = share.ColumnTile(piece.tile) * kTileN;
+        for (int k = piece.group0 * kGroupK; k < piece.group1 * kGroupK; k += kStageK) {
+          BarrierWait(empty + stage * 8, phase);
+          BarrierExpect(full + stage * 8, Config::kStageBytes);
 #pragma unroll
-        for (int box = 0; box < kStageK / kStepK; ++box) {
-          TensorCopy2d(stages + stage * Config::kStageBytes + box * Config::kBoxBytes, &x,
-                       k * kStageK + box * kStepK, column, full + stage * 8);
-        }
-        if (++k == period) {
-          k = 0;
-          column = share.ColumnTile(++tile) * kTileN;
-        }
-        if (++stage == kStages) {
-          stage = 0;
-          phase ^= 1;
+          for (int box = 0; box < kStageK / kStepK; ++box) {
+            const uint32_t to = stages + stage * Config::kStageBytes + box * Config::kBoxBytes;
+            BringX<kTileN>(to, &x, k + box * kStepK, column, full + stage * 8, cta);
+          }
+          if (++stage == kStages) {
+            stage = 0;
+            phase ^= 1;
+          }
         }
       }
     }
+    __syncwarp();
+    LeaveCluster<kCluster>();
     return;
   }
 
   WgmmaReader<kTileN> reader(w, lane);
   reader.ring.data = rings + warp * Config::Ring::kBytes;
   reader.ring.barriers = ring_barriers + warp * kSegments * 8;
-  if (Config::kWalksOn) share.BeginWalk(reader, warp, unit, end);
+  const int strip = cta * kWarps + warp;  // of a tile
+  if (Config::kWalksOn) share.BeginWalk(reader, strip, piece);
   __syncwarp();  // lane 0 may still be asking for copies
   ClaimRegisters<Config::kRegisters>();
   if (Config::kWalksOn) reader.WaitForFirstStep();
 
-  StageRing<Config> x_stages{stages, full, empty};
-  while (unit < end) {
-    const Piece piece(share, unit, end);
+  StageRing<Config> x_stages{stages, full,
+                             kCluster > 1 ? InCluster(empty, lane % kCluster) : empty};
+  while (share.Has(piece)) {
     if constexpr (!Config::kWalksOn) {
-      share.BeginWalk(reader, warp, unit, end);
+      share.BeginWalk(reader, strip, piece);
       reader.WaitForFirstStep();
     }
     float acc[kTileN / 2];
 #pragma unroll
     for (int i = 0; i < kTileN / 2; ++i) acc[i] = 0.0f;
-    unit += piece.size();
-    const bool goes_on = Config::kWalksOn && unit < end;
+    const bool goes_on = Config::kWalksOn && share.Has(share.Next(piece));
     if constexpr (Config::kUsesMma) {
       MultiplyMma<T, kTileN>(reader, x_stages, piece.size(), goes_on, acc, lane);
     } else {
       MultiplyWgmma<T, kTileN>(reader, x_stages, piece.size(), goes_on, acc, lane);
     }
-    FinishPiece<T, kWarps, kTileN>(acc, out, w, share, piece, warp, lane,
-                                   [&] { BarrierArrive(left); });
+    FinishPiece<T, kStrips, kTileN>(acc, out, w, share, piece, strip, lane,
+                                    [&] { BarrierArrive(left); });
+    piece = share.Next(piece);
   }
+  LeaveCluster<kCluster>();
 #endif
 }
 

@@ -105,7 +105,7 @@ def test_one_of_a_stack(rows):
         op_cases.check_product(y, x, denses[1], biases[1])
 
 
-@pytest.mark.parametrize("rows", [3, 40, 128])
+@pytest.mark.parametrize("rows", [3, 40, 128, 300])
 def test_repeats_bit_for_bit(kernel, rows):
     dense = op_cases.random_dense(7168, 2048, 0.6, "float16")
     w = fj.SparseMatrix.from_dense(dense)

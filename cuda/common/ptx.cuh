@@ -133,6 +133,11 @@ __device__ __forceinline__ void BarrierArrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// At a barrier of another CTA of the cluster (an address by InCluster).
+__device__ __forceinline__ void BarrierArriveInCluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 __device__ __forceinline__ void BarrierWait(uint32_t barrier, uint32_t phase) {
   asm volatile(
       "{\n.reg .pred done;\n"
@@ -168,6 +173,16 @@ __device__ __forceinline__ void TensorCopy2d(uint32_t dst, const void* map, int 
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
       " [%0], [%1, {%3, %4}], [%2];" ::"r"(dst),
       "l"(map), "r"(barrier), "r"(x), "r"(y)
+      : "memory");
+}
+
+// The same into every CTA of the cluster whose bit is set, at the same addresses of each.
+__device__ __forceinline__ void TensorCopy2dToCluster(uint32_t dst, const void* map, int x, int y,
+                                                      uint32_t barrier, uint16_t ctas) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(dst),
+      "l"(map), "r"(barrier), "r"(x), "r"(y), "h"(ctas)
       : "memory");
 }
 

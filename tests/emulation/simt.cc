@@ -61,7 +61,10 @@ struct Barrier {
   std::deque<std::function<void()>> copies;
 };
 
+struct Block;
+
 struct Cluster {
+  Block* blocks = nullptr;
   unsigned size = 1;
   int threads = 0, at_barrier = 0;
   uint64_t barriers_passed = 0;
@@ -86,7 +89,8 @@ struct Block {
   const std::function<void()>* kernel = nullptr;
 };
 
-Block* block = nullptr;  // that runs
+Block* block = nullptr;   // that runs, or that it acts for
+Block* acting = nullptr;  // that runs, while it acts for another one
 bool failed = false;
 char message[512];
 
@@ -214,6 +218,7 @@ void Fail(const char* format, ...) {
   va_start(arguments, format);
   std::vsnprintf(message + prefix, sizeof message - prefix, format, arguments);
   va_end(arguments);
+  if (acting != nullptr) block = acting;
   while (true) Yield();  // never resumed
 }
 
@@ -251,6 +256,7 @@ void Begin(Block& b, unsigned x, unsigned y, unsigned threads) {
 bool Run(dim3 grid, dim3 block_size, unsigned cluster_size, uint32_t shared_bytes,
          const std::function<void()>& kernel) {
   failed = false;
+  acting = nullptr;
   message[0] = '\0';
   if (shared_bytes > kSharedBytes || block_size.x % kWarpSize != 0 || block_size.y != 1 ||
       cluster_size > kMaxCluster || grid.x % cluster_size != 0) {
@@ -263,6 +269,7 @@ bool Run(dim3 grid, dim3 block_size, unsigned cluster_size, uint32_t shared_byte
   for (unsigned y = 0; y < grid.y && !failed; ++y) {
     for (unsigned x = 0; x < grid.x && !failed; x += cluster_size) {
       Cluster cluster;
+      cluster.blocks = blocks.data();
       cluster.size = cluster_size;
       cluster.threads = static_cast<int>(cluster_size * block_size.x);
       for (unsigned rank = 0; rank < cluster_size; ++rank) {
@@ -306,9 +313,23 @@ void WaitForCluster() {
   WaitUntil([&cluster, turn] { return cluster.barriers_passed != turn; });
 }
 
+int RankInCluster() { return static_cast<int>(block - block->cluster->blocks); }
+
 const void* InCluster(const void* p, int rank) {
   if (rank < 0 || rank >= static_cast<int>(block->cluster->size)) Fail("no CTA %d", rank);
   return shared_memories[rank] + (static_cast<const uint8_t*>(p) - shared_memory);
+}
+
+void AsCta(int rank, const std::function<void()>& action) {
+  if (rank < 0 || rank >= static_cast<int>(block->cluster->size)) Fail("no CTA %d", rank);
+  acting = block;
+  block = &acting->cluster->blocks[rank];
+  shared_memory = block->shared_memory;
+  if (block->living == 0) Fail("CTA %d has ended", rank);
+  action();
+  block = acting;
+  shared_memory = block->shared_memory;
+  acting = nullptr;
 }
 
 int Lane() { return static_cast<int>(block->running) % kWarpSize; }

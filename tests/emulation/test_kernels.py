@@ -76,6 +76,15 @@ def test_tiles_of_columns(rows, float_output, multiprocessors):
     check_matmul("wgmma", x, dense, bias, float_output=float_output)
 
 
+# Nine tiles, of which two clusters cut three and four clusters five; the others are whole.
+@pytest.mark.parametrize("multiprocessors", [4, 8])
+def test_whole_tiles(multiprocessors):
+    emulator.set_device(multiprocessors)
+    dense = op_cases.random_dense(520, 600, 0.7, "bfloat16")
+    x = op_cases.random_x((700, 520), "bfloat16")
+    check_matmul("wgmma", x, dense)
+
+
 @pytest.mark.parametrize("float_output", [False, True])
 @pytest.mark.parametrize("dtype", op_cases.HALVES)
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -79,10 +79,14 @@ void WaitUntil(const std::function<bool()>& condition);
 // A barrier of the CTA's living threads.
 void SyncBlock();
 
-// A barrier of the cluster's threads, and another CTA's place for what is in shared memory.
+// A barrier of the cluster's threads, the CTA's rank, and another CTA's place for what is in shared
+// memory.
 void ArriveAtCluster();
 void WaitForCluster();
+int RankInCluster();
 const void* InCluster(const void* p, int rank);
+// Does something with the shared memory and the mbarriers of another CTA of the cluster.
+void AsCta(int rank, const std::function<void()>& action);
 
 // A rendezvous of the warp's living lanes. Every lane brings `size` bytes; returns the lanes'
 // bytes, kLaneBytes apart, valid until the lane's next rendezvous.

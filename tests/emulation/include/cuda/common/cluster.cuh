@@ -8,6 +8,12 @@ namespace flashjax {
 
 inline void ClusterArrive() { simt::ArriveAtCluster(); }
 inline void ClusterWait() { simt::WaitForCluster(); }
+inline int RankInCluster() { return simt::RankInCluster(); }
+
+// The rank above the address.
+inline uint32_t InCluster(uint32_t address, int rank) {
+  return address | static_cast<uint32_t>(rank) << 24;
+}
 
 template <typename T>
 const T* InCluster(const T* p, int rank) {

@@ -68,6 +68,9 @@ inline void BarrierExpect(uint32_t barrier, uint32_t bytes) {
   simt::ArriveAtBarrier(barrier, bytes);
 }
 inline void BarrierArrive(uint32_t barrier) { simt::ArriveAtBarrier(barrier, 0); }
+inline void BarrierArriveInCluster(uint32_t barrier) {
+  simt::AsCta(static_cast<int>(barrier >> 24), [=] { BarrierArrive(barrier & 0xffffffu); });
+}
 inline void BarrierWait(uint32_t barrier, uint32_t phase) { simt::WaitForBarrier(barrier, phase); }
 
 inline void BulkCopy(uint32_t dst, const void* src, uint32_t bytes, uint32_t barrier) {
@@ -96,6 +99,13 @@ inline void TensorCopy2d(uint32_t dst, const void* map, int x, int y, uint32_t b
       }
     }
   });
+}
+
+inline void TensorCopy2dToCluster(uint32_t dst, const void* map, int x, int y, uint32_t barrier,
+                                  uint16_t ctas) {
+  for (int rank = 0; rank < 16; ++rank) {
+    if (ctas >> rank & 1) simt::AsCta(rank, [=] { TensorCopy2d(dst, map, x, y, barrier); });
+  }
 }
 
 }  // namespace flashjax

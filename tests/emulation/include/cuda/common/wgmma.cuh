@@ -18,6 +18,7 @@ inline void WgmmaCommit() { simt::CommitProducts(); }
 template <int kPending>
 void WgmmaWait() {
   simt::WaitForProducts(kPending);
+  simt::Exchange("wgmma.wait_group", nullptr, 0);  // the products of all lanes are done
 }
 template <int kRegisters>
 void ClaimRegisters() {}
