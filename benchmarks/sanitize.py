@@ -3,8 +3,9 @@
     python benchmarks/sanitize.py [--tools memcheck,racecheck] [pytest arguments]
 
 The tests of each tool are dealt out to many processes, each under a sanitizer of its
-own, several at a time. Now and then one dies of a segmentation fault; what died is run
-once more (`died` counts that). Tests of XLA's products, which died most, are left out.
+own, several at a time. Now and then one dies of a segmentation fault (`died` counts
+that); the tests that it had not ended are run again. Tests of XLA's products, which
+died most, are left out.
 
 The tools look into the kernels of this project alone: XLA's own kernels, hundreds of
 times slower, and tuning them would take most of the time. But initcheck must see what
@@ -49,6 +50,7 @@ FAST_COMPILE = "--xla_gpu_autotune_level=0"
 OUTCOMES = ("PASSED", "FAILED", "ERROR", "SKIPPED")  # as pytest prints them
 _SHOWN = 40  # lines of findings that are kept
 _LAST = 3  # and of what a process printed that did not end well
+_TRIES = 6  # processes for the same tests
 
 app = typer.Typer(add_completion=False)
 
@@ -157,11 +159,14 @@ def run_tests(tool: str, tests: list[str], deadline: float) -> dict:
             )
         lines = (folder / "printed").read_text(errors="replace").strip().splitlines()
         logs = [path.read_text(errors="replace") for path in folder.glob("log.*")]
-    outcomes = collections.Counter(
-        word.lower() for line in lines for word in OUTCOMES if f" {word}" in line
-    )
+    outcomes = {
+        line.split(f" {word}")[0]: word.lower()
+        for line in lines
+        for word in OUTCOMES
+        if "::" in line and f" {word}" in line
+    }
     found = summarise(logs, ours_alone=tool == "initcheck")
-    if not logs:
+    if not logs and (status or 0) >= 0:
         found = {"errors": 1, "warnings": 0, "findings": ["no log"]}
     # Where tests failed, or the system ended them.
     ended = lines[-_LAST:] if status or not logs else []
@@ -169,16 +174,31 @@ def run_tests(tool: str, tests: list[str], deadline: float) -> dict:
 
 
 def run_until_ended(tool: str, tests: list[str], deadline: float) -> dict:
-    """The same; once more if the sanitizer dies of a signal."""
-    result = run_tests(tool, tests, deadline) | {"died": 0}
-    if (result["exit_status"] or 0) >= 0 or result["errors"]:
-        return result
-    return run_tests(tool, tests, deadline) | {"died": 1}
+    """The same; again with what has not ended when the sanitizer dies of a signal."""
+    result: dict = {"outcomes": {}, "errors": 0, "warnings": 0, "findings": []}
+    for died in range(_TRIES):
+        # What died at its very end has its last test run again, for the log.
+        left = [test for test in tests if test not in result["outcomes"]]
+        last = run_tests(tool, left or tests[-1:], deadline)
+        result = {
+            "exit_status": last["exit_status"],
+            "outcomes": result["outcomes"] | last["outcomes"],
+            "ended": last["ended"],
+            "errors": result["errors"] + last["errors"],
+            "warnings": result["warnings"] + last["warnings"],
+            "findings": result["findings"] + last["findings"],
+            "died": died,
+        }
+        if (last["exit_status"] or 0) >= 0:
+            break
+    return result
 
 
 def total(tool: str, count: int, parts: list[dict]) -> dict:
     """One tool's result of the tests of several processes."""
-    outcomes = sum((part["outcomes"] for part in parts), collections.Counter())
+    outcomes = collections.Counter(
+        outcome for part in parts for outcome in part["outcomes"].values()
+    )
     statuses = {part["exit_status"] for part in parts}
     return {
         "tool": tool,

@@ -19,6 +19,7 @@ for argument; do
   esac
 done
 echo "tests/test_one.py::test_one PASSED [ 50%]"
+if [ -n "$DIES" ] && mkdir "$DIES" 2> /dev/null; then kill -SEGV $$; fi
 echo "tests/test_one.py::test_another PASSED [100%]"
 for process in 1 2; do
   echo "========= COMPUTE-SANITIZER" > "$log$process"
@@ -106,6 +107,15 @@ def test_tests_that_the_system_ends(sanitize, tmp_path, monkeypatch):
     assert code == 1
     assert result["exit_statuses"] == [137]
     assert "test_another PASSED" in result["ended"][-1]
+
+
+def test_what_dies_is_run_again(sanitize, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIES", str(tmp_path / "died"))
+    code, (result,) = run(sanitize, tmp_path, "racecheck")
+    assert code == 1
+    # What it found until then counts, too.
+    assert (result["died"], result["exit_statuses"]) == (1, [0])
+    assert (result["errors"], result["outcomes"]) == (4, {"passed": 4})
 
 
 def test_a_test_is_missing(sanitize, tmp_path):

@@ -76,7 +76,7 @@ def test_tiles_of_columns(rows, float_output, multiprocessors):
     check_matmul("wgmma", x, dense, bias, float_output=float_output)
 
 
-# Nine tiles, of which two clusters cut three and four clusters five; the others are whole.
+# Nine tiles, of which two clusters cut three and four clusters five.
 @pytest.mark.parametrize("multiprocessors", [4, 8])
 def test_whole_tiles(multiprocessors):
     emulator.set_device(multiprocessors)
