@@ -106,7 +106,7 @@ cudaError_t LaunchStreamK(const X& x, const Problem<Weight>& problem, Output out
   int resident = 0;
   cudaError_t error = ResidentBlocks<kKernel, Config>(resident);
   if (error != cudaSuccess) return error;
-  const int64_t slot = SlotBytes(Config::kStrips, kTileN);
+  const int64_t slot = SlotBytes(Config::kStrips, Config::kColumns);
   const int64_t slots = static_cast<int64_t>(problem.args.workspace_bytes) / slot;
   const int64_t row_tiles = CeilDiv(problem.args.m, Config::kTileM);
   const int64_t column_tiles = CeilDiv(out.n, kTileN);
@@ -170,7 +170,7 @@ cudaError_t LaunchWgmma(const Problem<Weight>& problem, int64_t n0, int64_t n) {
   if (encode == nullptr) return cudaErrorNotSupported;
   const cuuint64_t size[2] = {static_cast<cuuint64_t>(problem.args.k), static_cast<cuuint64_t>(n)};
   const cuuint64_t stride[1] = {static_cast<cuuint64_t>(problem.args.k) * 2};
-  const cuuint32_t box[2] = {kStepK, kTileN / WgmmaConfig<kTileN>::kCluster}, ones[2] = {1, 1};
+  const cuuint32_t box[2] = {kStepK, WgmmaConfig<kTileN>::kBoxN}, ones[2] = {1, 1};
   CUtensorMap x;
   const CUresult result =
       encode(&x,
@@ -198,7 +198,7 @@ cudaError_t LaunchTile(LscdKernel kernel, const Problem<Weight>& problem, int64_
   }
   switch (TileN(n, WidestTile(kernel))) {
     case 8:
-      return LaunchWgmma<T, 8>(problem, n0, n);
+      return n <= 2 ? LaunchWgmma<T, 2>(problem, n0, n) : LaunchWgmma<T, 8>(problem, n0, n);
     case 16:
       return LaunchWgmma<T, 16>(problem, n0, n);
     case 32:

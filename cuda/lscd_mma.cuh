@@ -24,7 +24,7 @@ template <int kTileN>
 struct MmaConfig {
   static constexpr int kWarps = 4;
   static constexpr int kThreads = kWarps * 32;
-  static constexpr int kCluster = 1, kStrips = kWarps;
+  static constexpr int kColumns = kTileN, kCluster = 1, kStrips = kWarps;
   static constexpr int kTileM = kStrips * kStripRows;
   static constexpr bool kWalksOn = true;
   static constexpr int kRowBytes = kGroupK * 2;

@@ -13,7 +13,7 @@
 //            on top of each other bring half a box each, for both
 //   product  wgmma: fragments are decoded into registers while the previous batch is multiplied.
 //            Up to 8 columns mma.sync: there the warps of a warpgroup would spend a sixth of their
-//            time waiting for each other
+//            time waiting for each other. Up to 2 with a fragment B for a whole step
 //   balance  stream-K over tiles of 256 rows (128 with 128 columns; lscd_stream_k.cuh)
 #ifndef FLASHJAX_CUDA_LSCD_WGMMA_CUH_
 #define FLASHJAX_CUDA_LSCD_WGMMA_CUH_
@@ -65,6 +65,7 @@ struct BulkRing {
 template <int kTileN>
 struct WgmmaConfig {
   static constexpr bool kUsesMma = kTileN <= 8;
+  static constexpr int kColumns = kTileN < 8 ? 8 : kTileN;  // of x in shared memory and of sums
   static constexpr int kWarps = kTileN < 128 ? 16 : 8;
   static constexpr int kThreads = (kWarps + 4) * 32;
   // What the warps start with is evenly divided: 20 x 96 or 12 x 168 registers. The producers give
@@ -80,8 +81,9 @@ struct WgmmaConfig {
   // A stage of x is 4 to 8 KB (16 and 32 KB for 128 and 256 columns), so that its barrier is waited
   // for rarely.
   static constexpr int kStageK = kTileN <= 16 ? 256 : kTileN == 32 ? 128 : 64;
-  static constexpr int kStageBytes = kStageK * kTileN * 2;
-  static constexpr int kBoxBytes = kStepK * kTileN * 2;
+  static constexpr int kStageBytes = kStageK * kColumns * 2;
+  static constexpr int kBoxN = kColumns / kCluster;  // columns of a box that a CTA brings
+  static constexpr int kBoxBytes = kStepK * kColumns * 2;
   static constexpr int kStages = kTileN <= 8 ? 6 : 4;
   // Half as many warps have to have as many values under way; 256 columns leave no room for it.
   using Ring =
@@ -146,7 +148,7 @@ __device__ __forceinline__ void BringX(uint32_t to, const CUtensorMap* x, int k,
   constexpr int kCluster = Config::kCluster;
   if constexpr (kCluster > 1) {
     TensorCopy2dToCluster(to + cta * (Config::kBoxBytes / kCluster), x, k,
-                          column + cta * (kTileN / kCluster), barrier, (1 << kCluster) - 1);
+                          column + cta * Config::kBoxN, barrier, (1 << kCluster) - 1);
   } else {
     TensorCopy2d(to, x, k, column, barrier);
   }
@@ -240,6 +242,55 @@ __device__ __forceinline__ void MultiplyMma(WgmmaReader<kTileN>& reader,
   }
 }
 
+// The same for two columns. Three quarters of a fragment B of MultiplyMma would be zeros, and
+// reading x is a fifth of what shared memory does there. Here the eight columns of B are the four
+// fragments of a step for one column of x, and those for the other: one read serves a step. Each
+// fragment A is multiplied by all of them, in sums of its own, of which one column each is used.
+template <typename T>
+__device__ __forceinline__ void MultiplyTwo(WgmmaReader<2>& reader, StageRing<WgmmaConfig<2>>& x,
+                                            int groups, bool more, float acc[4], int lane) {
+  using Config = WgmmaConfig<2>;
+  static_assert(Config::kStageK == kGroupK);
+  // Lane l reads 8 k of row n: the first half (l < 8) or the second one of fragment l % 4.
+  const int n = lane % 8 / 4, chunk = lane % 4 * 2 + lane / 8 % 2;
+  const uint32_t x_lane = x.data + n * 128 + (chunk ^ n) * 16;
+  float sums[4][4] = {};
+#pragma unroll 1
+  for (int group = 0; group < groups; ++group) {
+    reader.LoadAhead(group + 1 < groups || more);
+    const uint32_t row = x_lane + x.stage * Config::kStageBytes;
+#pragma unroll
+    for (int step = 0; step < kGroupSteps; ++step) {
+      const uint32_t word = reader.BeginStep(step);
+      uint32_t b[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t a[2][4];
+        DecodeHalf(half, word, reader.p, reader.q, a);
+        if (step == 0 && half == 0) x.Wait();
+        if (half == 0) LoadMatrix2(b, row + step * Config::kBoxBytes);
+        Mma(T{}, sums[2 * half], a[0], b);
+        Mma(T{}, sums[2 * half + 1], a[1], b);
+      }
+    }
+    __syncwarp();  // every lane has read its last row of x
+    x.HandBack(0, lane);
+    x.Advance();
+    reader.NextGroup();
+  }
+  // Of four neighbouring lanes, two have a column of x, each with two of the fragments. The first
+  // one gets both columns, as if there were eight.
+  const bool has_first = lane % 2 == 0;
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    float sum = has_first ? sums[0][i] + sums[1][i + 1] : sums[2][i] + sums[3][i + 1];
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    const float other = __shfl_xor_sync(0xffffffffu, sum, 2);
+    acc[i] = lane % 4 == 0 ? sum : 0.0f;
+    acc[i + 1] = lane % 4 == 0 ? other : 0.0f;
+  }
+}
+
 // Weight is PackedWeight or PackedStack.
 template <typename T, int kTileN, typename Weight>
 __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
@@ -323,17 +374,19 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
       share.BeginWalk(reader, strip, piece);
       reader.WaitForFirstStep();
     }
-    float acc[kTileN / 2];
+    float acc[Config::kColumns / 2];
 #pragma unroll
-    for (int i = 0; i < kTileN / 2; ++i) acc[i] = 0.0f;
+    for (int i = 0; i < Config::kColumns / 2; ++i) acc[i] = 0.0f;
     const bool goes_on = Config::kWalksOn && share.Has(share.Next(piece));
-    if constexpr (Config::kUsesMma) {
+    if constexpr (kTileN == 2) {
+      MultiplyTwo<T>(reader, x_stages, piece.size(), goes_on, acc, lane);
+    } else if constexpr (Config::kUsesMma) {
       MultiplyMma<T, kTileN>(reader, x_stages, piece.size(), goes_on, acc, lane);
     } else {
       MultiplyWgmma<T, kTileN>(reader, x_stages, piece.size(), goes_on, acc, lane);
     }
-    FinishPiece<T, kStrips, kTileN>(acc, out, w, share, piece, strip, lane,
-                                    [&] { BarrierArrive(left); });
+    FinishPiece<T, kStrips, Config::kColumns>(acc, out, w, share, piece, strip, lane,
+                                              [&] { BarrierArrive(left); });
     piece = share.Next(piece);
   }
   LeaveCluster<kCluster>();

@@ -110,6 +110,13 @@ __device__ __forceinline__ void LoadMatrix4(uint32_t r[4], uint32_t address) {
                : "memory");
 }
 
+__device__ __forceinline__ void LoadMatrix2(uint32_t r[2], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(address)
+               : "memory");
+}
+
 // --- mbarriers and bulk copies (sm_90)
 
 // What createpolicy.fractional.L2::evict_first gives.

@@ -45,7 +45,7 @@ def check_matmul(kernel, x, dense, bias=None, float_output=False):
     ("dtype", "m"), [("float16", 275), ("bfloat16", 274), ("float16", 264)]
 )
 @pytest.mark.parametrize("float_output", [False, True])
-@pytest.mark.parametrize("rows", [1, 8, 16, 17, 33, 65, 129, 257])
+@pytest.mark.parametrize("rows", [1, 2, 8, 16, 17, 33, 65, 129, 257])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_rows(kernel, rows, float_output, dtype, m):
     dense = op_cases.random_dense(520, m, 0.7, dtype)

@@ -52,15 +52,18 @@ void CopyAsyncWait() {
   simt::WaitForCopies(kPending);
 }
 
-inline void LoadMatrix4(uint32_t r[4], uint32_t address) {
+template <int kMatrices>
+void LoadMatrices(uint32_t* r, uint32_t address) {
   const uint8_t* rows = simt::Exchange("ldmatrix", &address, sizeof address);
   const int lane = simt::Lane();
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < kMatrices; ++i) {
     uint32_t row;
     std::memcpy(&row, rows + (8 * i + lane / 4) * simt::kLaneBytes, 4);
     std::memcpy(&r[i], simt::SharedBytes(row, 16) + lane % 4 * 4, 4);
   }
 }
+inline void LoadMatrix4(uint32_t r[4], uint32_t address) { LoadMatrices<4>(r, address); }
+inline void LoadMatrix2(uint32_t r[2], uint32_t address) { LoadMatrices<2>(r, address); }
 
 inline void BarrierInit(uint32_t barrier, uint32_t count) { simt::InitBarrier(barrier, count); }
 inline void BarrierInitFence() {}
