@@ -15,6 +15,7 @@ from . import op_cases
 pytestmark = pytest.mark.gpu
 
 KERNELS = ("mma", "wgmma")
+ROWS = (1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257)
 
 
 def kernel_product(kernel, x, w, bias=None):
@@ -43,7 +44,7 @@ def kernel(request):
 # Odd and even numbers of outputs and multiples of 8 are stored in different ways.
 @pytest.mark.parametrize("m", [523, 522, 520])
 @pytest.mark.parametrize("dtype", op_cases.HALVES)
-@pytest.mark.parametrize("rows", [1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257])
+@pytest.mark.parametrize("rows", ROWS)
 def test_rows(kernel, rows, dtype, m):
     dense = op_cases.random_dense(1096, m, 0.7, dtype)
     x = op_cases.random_x((rows, 1096), dtype)
