@@ -52,8 +52,9 @@ nb::tuple PackStrips(const flashjax::StripLoader& load, const LscdShape& shape,
   return nb::make_tuple(bitmap.array, entries.array, values.array, counts.array);
 }
 
-nb::tuple Pack(const Input<uint16_t, 2>& dense, int threads) {
-  const LscdShape shape{static_cast<int64_t>(dense.shape(1)), static_cast<int64_t>(dense.shape(0))};
+nb::tuple Pack(const Input<uint16_t, 2>& dense, int threads, bool for_few_tokens) {
+  const LscdShape shape{static_cast<int64_t>(dense.shape(1)), static_cast<int64_t>(dense.shape(0)),
+                        for_few_tokens};
   return PackStrips(flashjax::DenseStrips(dense.data(), shape), shape,
                     flashjax::OwnThreads(threads));
 }
@@ -156,6 +157,7 @@ void BindPack(nb::module_& m) {
   }
   m.def(
       "pack", &Pack, nb::arg("dense").noconvert(), nb::arg("threads") = 0,
+      nb::arg("for_few_tokens") = false,
       "Packs (K, M) uint16 bit patterns, C-contiguous: (bitmap, entries, values, counts), uint32.\n"
       "The result does not depend on `threads` (0: one per core).");
   m.def("pack_rows", &PackRows, nb::arg("parts"), nb::arg("k"),

@@ -24,20 +24,27 @@ LAYOUTS = (DEFAULT, GATHER)
 
 # Zeros from which GATHER is faster: kernel log, section 12.
 GATHER_SPARSITY = {np.dtype(np.float16): 0.82, np.dtype(jnp.bfloat16): 0.73}
+# Zeros from which few tokens pay for more explicit zeros in DEFAULT, with which kernels
+# start sooner: kernel log, section 15.
+CLOSE_SPARSITY = 0.7
 # Stored values a nonzero, explicit zeros included, up to which it surely is.
 _GATHER_STORED = 1.25
 
 
-def may_gather(shape: tuple[int, ...], device: jax.Device, tokens: int | None) -> bool:
-    """Whether a (K, M) matrix may have GATHER, whatever is in it."""
+def is_for_few_tokens(
+    shape: tuple[int, ...], device: jax.Device, tokens: int | None
+) -> bool:
+    """Whether a (K, M) matrix may be packed in another way for so many tokens."""
     if tokens is None or tokens > gather.KERNEL_ROWS or not math.prod(shape):
         return False
-    return shape[0] <= gather.MAX_COLUMNS and has_gather_kernel(device)
+    return has_gather_kernel(device)
 
 
-def has_zeros_enough(nnz: int, size: int, dtype: np.dtype) -> bool:
+def may_gather(shape: tuple[int, ...], nnz: int, dtype: np.dtype) -> bool:
     """Whether GATHER is the faster one if its padding is small."""
-    return 1 - nnz / size >= GATHER_SPARSITY[dtype]
+    if shape[0] > gather.MAX_COLUMNS:
+        return False
+    return 1 - nnz / math.prod(shape) >= GATHER_SPARSITY[dtype]
 
 
 def gather_pays(

@@ -56,13 +56,16 @@ def pack_for(
       The arrays and the name of their layout.
     """
     dtype = np.dtype(dense.dtype).newbyteorder("=")
-    if layouts.may_gather(dense.shape, _device_for(dense), tokens):
+    if layouts.is_for_few_tokens(dense.shape, _device_for(dense), tokens):
         host = np.ascontiguousarray(np.asarray(dense), dtype)
         nnz = count_nonzeros(host)
-        if layouts.has_zeros_enough(nnz, host.size, dtype):
+        if layouts.may_gather(host.shape, nnz, dtype):
             packed = gather_layout.pack(host, threads)
             if packed is not None and layouts.gather_pays(packed, nnz, host.shape):
                 return _place(packed, dense), layouts.GATHER
+        if 1 - nnz / host.size >= layouts.CLOSE_SPARSITY:
+            packed = _pack_on_host(host, threads, for_few_tokens=True)
+            return _place(packed, dense), layouts.DEFAULT
     return pack(dense, threads), layouts.DEFAULT
 
 
@@ -93,9 +96,11 @@ def _place(packed: tuple[np.ndarray, ...], dense: Any) -> tuple[jax.Array, ...]:
         return tuple(map(jnp.asarray, packed))
 
 
-def _pack_on_host(dense: np.ndarray, threads: int) -> tuple[Any, ...]:
+def _pack_on_host(
+    dense: np.ndarray, threads: int, for_few_tokens: bool = False
+) -> tuple[Any, ...]:
     dense = np.ascontiguousarray(dense, dense.dtype.newbyteorder("="))
-    return _native.cpu.pack(dense.view(np.uint16), threads=threads)
+    return _native.cpu.pack(dense.view(np.uint16), threads, for_few_tokens)
 
 
 def _pack_on_gpu(dense: jax.Array) -> tuple[Any, ...]:

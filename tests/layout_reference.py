@@ -57,11 +57,14 @@ def _blocks(dense: np.ndarray) -> np.ndarray:
     return tiles.transpose(2, 0, 3, 1)[:, :, _ROWS[:, None], _COLUMNS]
 
 
-def pack(dense: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def pack(
+    dense: np.ndarray, for_few_tokens: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Packs a dense matrix.
 
     Args:
         dense: (K, M) uint16 bit patterns.
+        for_few_tokens: streams no further apart than two segments.
 
     Returns:
         bitmap (strips, groups, 32, 4), entries (strips, entries, 18), values
@@ -98,6 +101,7 @@ def pack(dense: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
                 peak = after + nonzero[steps[u + 1]].sum(axis=1)
             spread = RING_SEGMENTS - PREFETCH
             spread -= SMALL_ELEMENTS <= k * m <= LARGE_ELEMENTS
+            spread = 2 if for_few_tokens else spread
             bound = SEGMENT_WORDS * (-(-peak.max() // SEGMENT_WORDS) - spread)
             for q in np.flatnonzero(after < bound):
                 unmarked = np.flatnonzero(~stored[strip, step, q])

@@ -113,7 +113,6 @@ def test_platforms_without_the_kernel_get_the_default_layout():
         ("9.0", (512, 64), 9, False),
         ("9.0", (512, 64), None, False),
         ("9.0", (0, 64), 8, False),
-        ("9.0", ((1 << 16) + 1, 64), 8, False),
         ("8.0", (512, 64), 8, False),
         ("10.0", (512, 64), 8, False),
         ("12.0", (512, 64), 8, False),
@@ -122,7 +121,26 @@ def test_platforms_without_the_kernel_get_the_default_layout():
 def test_which_may_have_it(monkeypatch, capability, shape, tokens, expected):
     monkeypatch.setattr(layouts._native, "cuda_available", lambda: True)
     device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
-    assert layouts.may_gather(shape, device, tokens) == expected
+    assert layouts.is_for_few_tokens(shape, device, tokens) == expected
+
+
+def test_too_many_columns_never_have_it():
+    assert layouts.may_gather((1 << 16, 64), 9, np.dtype(np.float16))
+    assert not layouts.may_gather(((1 << 16) + 1, 64), 9, np.dtype(np.float16))
+
+
+@pytest.mark.parametrize(("sparsity", "closer"), [(0.75, True), (0.6, False)])
+@pytest.mark.usefixtures("as_on_hopper")
+def test_few_tokens_have_closer_streams(sparsity, closer):
+    dense = op_cases.random_dense(4096, 1100, sparsity, "float16")
+    plain = fj.SparseMatrix.from_dense(dense)
+    w = fj.SparseMatrix.from_dense(dense, tokens=8)
+    assert w.layout == layouts.DEFAULT
+    assert (w.values.size > plain.values.size) == closer
+    assert w.nbytes < 1.06 * plain.nbytes
+    np.testing.assert_array_equal(np.asarray(w.to_dense()), dense)
+    x = op_cases.random_x((3, 4096), "float16")
+    op_cases.check_product(fj.sparse_matmul(x, w), x, dense)
 
 
 @pytest.fixture
@@ -189,6 +207,7 @@ def test_packs_concrete_arrays_while_tracing():
         (0.95, 8, layouts.GATHER),
         (0.95, 9, layouts.DEFAULT),
         (0.5, 8, layouts.DEFAULT),
+        (0.75, 8, layouts.DEFAULT),
         (0.95, None, layouts.DEFAULT),
     ],
 )
@@ -199,6 +218,8 @@ def test_layout_follows_from_zeros_and_tokens(sparsity, tokens, layout):
     w = fj.SparseMatrix.from_dense(dense, tokens=tokens)
     assert w.layout == layout
     np.testing.assert_array_equal(w.to_dense(), dense)
+    x = op_cases.random_x((3, 4096), "float16")
+    op_cases.check_product(jax.jit(fj.sparse_matmul)(x, w), x, dense)
 
 
 @pytest.mark.parametrize("tokens", [0, -1, 8.0, True, "8"])

@@ -104,8 +104,8 @@ PATTERNS = [
 ]
 
 
-def check_packed(packed, dense):
-    wanted = reference.pack(dense)
+def check_packed(packed, dense, for_few_tokens=False):
+    wanted = reference.pack(dense, for_few_tokens)
     for name, got, want in zip(NAMES, packed, wanted, strict=True):
         assert got.dtype == np.uint32, name
         assert got.shape == want.shape, name
@@ -134,6 +134,15 @@ def test_pack_pattern(simd, shape, pattern):
     packed = _native.cpu.pack(dense, threads=2)
     check_packed(packed, dense)
     unpacked = _native.cpu.unpack(*packed[:3], *shape, threads=2)
+    np.testing.assert_array_equal(unpacked, without_negative_zeros(dense))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_pack_for_few_tokens(simd, pattern):
+    dense = pattern(8200, 17)
+    packed = _native.cpu.pack(dense, threads=2, for_few_tokens=True)
+    check_packed(packed, dense, for_few_tokens=True)
+    unpacked = _native.cpu.unpack(*packed[:3], *dense.shape)
     np.testing.assert_array_equal(unpacked, without_negative_zeros(dense))
 
 
