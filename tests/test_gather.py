@@ -219,7 +219,7 @@ def test_layout_follows_from_zeros_and_tokens(sparsity, tokens, layout):
     assert w.layout == layout
     np.testing.assert_array_equal(w.to_dense(), dense)
     x = op_cases.random_x((3, 4096), "float16")
-    op_cases.check_product(jax.jit(fj.sparse_matmul)(x, w), x, dense)
+    op_cases.check_product(jax.jit(fj.sparse_matmul)(x, w), x, np.asarray(dense))
 
 
 @pytest.mark.parametrize("tokens", [0, -1, 8.0, True, "8"])
