@@ -15,7 +15,8 @@ from flashjax.checkpoint import (
     save_tensors,
 )
 from flashjax.checkpoint.metadata import parse_checksums
-from flashjax.checkpoint.reader import PARTS, open_file, read_tensor
+from flashjax.checkpoint.reader import PARTS
+from flashjax.checkpoint.tensor_file import TensorFile
 
 
 def write_file(
@@ -70,11 +71,10 @@ def merge_files(paths: Sequence[Path], merged: Path) -> None:
 
 
 def _load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, SparseEntry]]:
-    with open_file(path) as file:
-        entries = parse_metadata(file.metadata(), str(path))
-        checksums = parse_checksums(file.metadata(), str(path))
-        names = list(file.keys())
-        tensors = {n: read_tensor(file, n, str(path), checksums) for n in names}
+    file = TensorFile(path)
+    entries = parse_metadata(file.metadata, str(path))
+    checksums = parse_checksums(file.metadata, str(path))
+    tensors = {name: file.read(name, checksums) for name in file.names()}
     for name in entries:
         for part in PARTS:
             if f"{name}.{part}" not in tensors:

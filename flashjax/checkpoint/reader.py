@@ -1,21 +1,19 @@
 """Reading the safetensors of a model folder."""
 
-import contextlib
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from flashjax.atomic_folder import CheckpointError
 from flashjax.sparse_rows import SparseRows
 
 from .checks import expect, kind, read_json
-from .encoding import HALF_DTYPES, check_rows, count_bits
-from .metadata import SparseEntry, checksum, parse_checksums, parse_metadata
+from .encoding import check_rows, count_bits
+from .metadata import SparseEntry, parse_checksums, parse_metadata
+from .tensor_file import TensorFile
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -23,29 +21,12 @@ INDEX_NAME = "model.safetensors.index.json"
 # What a sparse weight NAME is stored as: NAME.bitmap and NAME.values.
 PARTS = ("bitmap", "values")
 
-# safetensors' names of the dtypes that a model folder may hold.
-_SAFETENSORS_DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": HALF_DTYPES["float16"],
-    "BF16": HALF_DTYPES["bfloat16"],
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U64": np.dtype(np.uint64),
-    "U32": np.dtype(np.uint32),
-    "U16": np.dtype(np.uint16),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
-
 
 class CheckpointReader:
     """Reads the safetensors of a model folder tensor by tensor.
 
-    Files are memory-mapped; only what load() returns is held. Sharded folders are read
-    through their index. A sparse weight appears under its own name, decoded.
+    Only what load() returns is held. Sharded folders are read through their index. A
+    sparse weight appears under its own name, decoded.
 
     Attributes:
       folder: the folder.
@@ -64,18 +45,18 @@ class CheckpointReader:
         """
         self.folder = Path(folder)
         self.sparse: dict[str, SparseEntry] = {}
-        self._files: dict[str, safe_open] = {}
+        self._files: dict[str, TensorFile] = {}
         self._tensors: dict[str, str] = {}
         self._checksums: dict[str, dict[str, int]] = {}
         self._announced: set[str] = set()
         expected: dict[str, str] = {}
         for file_name, names in _safetensors_files(self.folder).items():
             path = self.folder / file_name
-            file = open_file(path)
+            file = TensorFile(path)
             self._files[file_name] = file
-            self._checksums[file_name] = parse_checksums(file.metadata(), str(path))
-            tensors = set(file.keys())
-            entries = parse_metadata(file.metadata(), str(path))
+            self._checksums[file_name] = parse_checksums(file.metadata, str(path))
+            tensors = set(file.names())
+            entries = parse_metadata(file.metadata, str(path))
             for name in entries:
                 parts = {f"{name}.{part}" for part in PARTS}
                 for part in sorted(parts - tensors):
@@ -95,7 +76,7 @@ class CheckpointReader:
             expected.update(dict.fromkeys(names, file_name))
         # The index names the tensors as stored or, for sparse ones, their two parts.
         for name, file_name in expected.items():
-            if name not in self._files[file_name].keys():  # noqa: SIM118
+            if name not in self._files[file_name]:
                 raise CheckpointError(
                     f"{self.folder / file_name}: the tensor {name!r}, which "
                     f"{INDEX_NAME} puts there, is missing"
@@ -111,7 +92,7 @@ class CheckpointReader:
         return name in self._tensors
 
     def close(self) -> None:
-        """Drops the mapped files."""
+        """Forgets the files."""
         self._files.clear()
 
     def names(self) -> list[str]:
@@ -122,17 +103,17 @@ class CheckpointReader:
         """The dense shape of a tensor."""
         if name in self.sparse:
             return self.sparse[name].shape
-        return tuple(self._header(name, name).get_shape())
+        return self._file(name).shape(name)
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype of a tensor."""
         if name in self.sparse:
             return self.sparse[name].dtype
-        return _dtype(self._header(name, name), f"{self.folder}: {name}")
+        return self._file(name).dtype(name)
 
     def nnz(self, name: str) -> int:
         """The number of stored values of a sparse weight, from the file's header."""
-        shape = self._header(name, f"{name}.values").get_shape()
+        shape = self._file(name).shape(f"{name}.values")
         where = f"{self.folder}: {name}"
         expect(len(shape) == 1, where, "values rank", 1, len(shape))
         return shape[0]
@@ -186,70 +167,20 @@ class CheckpointReader:
         where = f"{self.folder}: {name}"
         return check_rows(bitmap, values, entry.shape, entry.dtype, where)
 
-    def _header(self, name: str, stored: str):
-        return self._files[self._tensors[name]].get_slice(stored)
+    def _file(self, name: str) -> TensorFile:
+        return self._files[self._tensors[name]]
 
     def _announce(self, name: str) -> None:
-        """Has the system read a tensor's file ahead, for who reads all of it.
-
-        Faults of a mapping ask for little each.
-        """
+        """Has the system read a tensor's file ahead, for who reads all of it."""
         file_name = self._tensors[name]
-        if file_name in self._announced or not hasattr(os, "posix_fadvise"):
-            return
-        self._announced.add(file_name)
-        with contextlib.suppress(OSError), open(self.folder / file_name, "rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        if file_name not in self._announced:
+            self._announced.add(file_name)
+            self._files[file_name].announce()
 
     def _read(self, name: str, *parts: str) -> list[np.ndarray]:
-        file_name = self._tensors[name]
         stored = [f"{name}.{part}" for part in parts] or [name]
-        # A mapping of its own, so that the pages read do not stay resident.
-        with open_file(self.folder / file_name) as file:
-            checksums = self._checksums[file_name]
-            return [read_tensor(file, n, str(self.folder), checksums) for n in stored]
-
-
-def open_file(path: Path) -> Any:
-    """Maps a safetensors file.
-
-    Raises:
-      CheckpointError: it cannot be read, or its header lies.
-    """
-    try:
-        return safe_open(path, framework="np")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: expected a whole safetensors file, got {error}"
-        ) from error
-
-
-def read_tensor(
-    file: Any, name: str, where: str, checksums: Mapping[str, int]
-) -> np.ndarray:
-    """Reads a tensor of an open file under the name that it has there.
-
-    Raises:
-      CheckpointError: it has another dtype than a model's tensors, or another checksum
-        than it was written with.
-    """
-    where = f"{where}: {name}"
-    try:
-        _dtype(file.get_slice(name), where)
-        array = file.get_tensor(name)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{where}: {error}") from error
-    if name in checksums:
-        found, expected = checksum(array), checksums[name]
-        expect(found == expected, where, "checksum of the content", expected, found)
-    return array
-
-
-def _dtype(header: Any, where: str) -> np.dtype:
-    dtype = header.get_dtype()
-    expected = ", ".join(_SAFETENSORS_DTYPES)
-    expect(dtype in _SAFETENSORS_DTYPES, where, "dtype", expected, dtype)
-    return _SAFETENSORS_DTYPES[dtype]
+        checksums = self._checksums[self._tensors[name]]
+        return [self._file(name).read(n, checksums) for n in stored]
 
 
 def _safetensors_files(folder: Path) -> dict[str, list[str]]:

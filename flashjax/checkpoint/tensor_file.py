@@ -1,0 +1,144 @@
+"""Reading one safetensors file."""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from flashjax.atomic_folder import CheckpointError
+
+from .checks import expect
+from .encoding import HALF_DTYPES
+from .metadata import checksum
+
+# safetensors' names of the dtypes that a model folder may hold.
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": HALF_DTYPES["float16"],
+    "BF16": HALF_DTYPES["bfloat16"],
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int  # in the file
+
+
+class TensorFile:
+    """A safetensors file: its header, which the library checks, and its tensors.
+
+    Tensors are read, not mapped: the library copies from a mapping and holds the
+    interpreter meanwhile, so that a disk would keep all threads waiting.
+
+    Attributes:
+      path: of the file.
+      metadata: of the header, texts by name.
+    """
+
+    def __init__(self, path: Path):
+        """Reads the header.
+
+        Raises:
+          CheckpointError: the file cannot be read, or its header lies.
+        """
+        self.path = path
+        try:
+            # It checks that names, shapes and places fit the file and each other.
+            with safe_open(path, framework="np") as checked:
+                self.metadata: Mapping[str, str] = checked.metadata() or {}
+                names = set(checked.keys())
+            with open(path, "rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(size))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: expected a whole safetensors file, got {error}"
+            ) from error
+        self._stored = {
+            name: _Stored(
+                entry["dtype"],
+                tuple(entry["shape"]),
+                8 + size + entry["data_offsets"][0],
+            )
+            for name, entry in header.items()
+            if name in names
+        }
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._stored
+
+    def names(self) -> list[str]:
+        """The names of all tensors, as stored."""
+        return list(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return self._stored[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype of a tensor.
+
+        Raises:
+          CheckpointError: it is none that a model's tensors have.
+        """
+        dtype = self._stored[name].dtype
+        expected = ", ".join(_DTYPES)
+        expect(dtype in _DTYPES, f"{self.path}: {name}", "dtype", expected, dtype)
+        return _DTYPES[dtype]
+
+    def read(self, name: str, checksums: Mapping[str, int]) -> np.ndarray:
+        """Reads a tensor.
+
+        Args:
+          name: of the tensor in the file.
+          checksums: those that tensors of the file were written with, by name.
+
+        Raises:
+          CheckpointError: it has another dtype than a model's tensors, or another
+            checksum than it was written with, or the file has become shorter.
+        """
+        where = f"{self.path}: {name}"
+        stored = self._stored[name]
+        array = np.empty(math.prod(stored.shape), self.dtype(name))
+        left = array.view(np.uint8).data
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(stored.begin)
+                while left:
+                    count = file.readinto(left)
+                    expect(bool(count), where, "bytes", array.nbytes, "fewer")
+                    left = left[count:]
+        except OSError as error:
+            raise CheckpointError(f"{where}: {error}") from error
+        if name in checksums:
+            found, expected = checksum(array), checksums[name]
+            what = "checksum of the content"
+            expect(found == expected, where, what, expected, found)
+        return array.reshape(stored.shape)
+
+    def announce(self) -> None:
+        """Has the system read the file ahead, for who reads all of it."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        try:
+            with open(self.path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        except OSError:
+            pass  # reading will say what is wrong
