@@ -3,9 +3,9 @@
     python benchmarks/sanitize.py [--tools memcheck,racecheck] [pytest arguments]
 
 The tests of each tool are dealt out to many processes, each under a sanitizer of its
-own, several at a time. Now and then one dies of a segmentation fault (`died` counts
-that); the tests that it had not ended are run again. Tests of XLA's products, which
-died most, are left out.
+own, several at a time. Now and then one dies of a segmentation fault, or is ended by
+the system (`died` counts that); the tests that it had not ended are run again. Tests of
+XLA's products, which died most, are left out.
 
 The tools look into the kernels of this project alone: XLA's own kernels, hundreds of
 times slower, and tuning them would take most of the time. But initcheck must see what
@@ -51,6 +51,7 @@ OUTCOMES = ("PASSED", "FAILED", "ERROR", "SKIPPED")  # as pytest prints them
 _SHOWN = 40  # lines of findings that are kept
 _LAST = 3  # and of what a process printed that did not end well
 _TRIES = 6  # processes for the same tests
+_PYTEST_STATUSES = (0, 1, 2, 3, 4, 5)
 
 app = typer.Typer(add_completion=False)
 
@@ -166,7 +167,7 @@ def run_tests(tool: str, tests: list[str], deadline: float) -> dict:
         if "::" in line and f" {word}" in line
     }
     found = summarise(logs, ours_alone=tool == "initcheck")
-    if not logs and (status or 0) >= 0:
+    if not logs and status in (None, *_PYTEST_STATUSES):
         found = {"errors": 1, "warnings": 0, "findings": ["no log"]}
     # Where tests failed, or the system ended them.
     ended = lines[-_LAST:] if status or not logs else []
@@ -174,7 +175,7 @@ def run_tests(tool: str, tests: list[str], deadline: float) -> dict:
 
 
 def run_until_ended(tool: str, tests: list[str], deadline: float) -> dict:
-    """The same; again with what has not ended when the sanitizer dies of a signal."""
+    """The same; again with what has not ended when it dies, not by a time limit."""
     result: dict = {"outcomes": {}, "errors": 0, "warnings": 0, "findings": []}
     for died in range(_TRIES):
         # What died at its very end has its last test run again, for the log.
@@ -189,7 +190,7 @@ def run_until_ended(tool: str, tests: list[str], deadline: float) -> dict:
             "findings": result["findings"] + last["findings"],
             "died": died,
         }
-        if (last["exit_status"] or 0) >= 0:
+        if last["exit_status"] in (None, *_PYTEST_STATUSES):
             break
     return result
 
