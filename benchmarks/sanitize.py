@@ -167,10 +167,10 @@ def run_tests(tool: str, tests: list[str], deadline: float) -> dict:
         if "::" in line and f" {word}" in line
     }
     found = summarise(logs, ours_alone=tool == "initcheck")
-    if not logs and status in (None, *_PYTEST_STATUSES):
+    if not logs and status in _PYTEST_STATUSES:
         found = {"errors": 1, "warnings": 0, "findings": ["no log"]}
-    # Where tests failed, or the system ended them.
-    ended = lines[-_LAST:] if status or not logs else []
+    # Where tests failed, or were ended.
+    ended = lines[-_LAST:] if status != 0 or not logs else []
     return {"exit_status": status, "outcomes": outcomes, "ended": ended, **found}
 
 

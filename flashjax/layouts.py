@@ -26,7 +26,7 @@ LAYOUTS = (DEFAULT, GATHER)
 GATHER_SPARSITY = {np.dtype(np.float16): 0.82, np.dtype(jnp.bfloat16): 0.73}
 # Zeros from which few tokens pay for more explicit zeros in DEFAULT, with which kernels
 # start sooner: kernel log, section 15.
-CLOSE_SPARSITY = 0.7
+CLOSE_SPARSITY = 0.75
 # Stored values a nonzero, explicit zeros included, up to which it surely is.
 _GATHER_STORED = 1.25
 

@@ -75,7 +75,7 @@ class SparseMatrix(PackedMatrix):
             memory order or a JAX array. An array that lives on a GPU is packed there.
           tokens: how many rows of x most products will have, where that is known: up
             to 8, a matrix with many zeros is packed otherwise on a Hopper GPU. From
-            70% zeros on it takes 4% more memory and is faster with any number; with
+            75% zeros on it takes 4% more memory and is faster with any number; with
             very many it gets another layout, which is faster still and much slower
             with more rows. It is packed on the host. None is for any number.
           threads: threads of the packer on the host, 0 for all cores.
