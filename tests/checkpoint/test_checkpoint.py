@@ -203,6 +203,20 @@ def test_truncated_file(tmp_path, keep):
         CheckpointReader(tmp_path)
 
 
+@pytest.mark.parametrize("remove", [False, True])
+def test_file_that_changes_while_it_is_open(tmp_path, remove):
+    write(tmp_path, {"a": random_sparse((9, 9), np.float16)}, set())
+    path = tmp_path / checkpoint.WEIGHTS_NAME
+    with CheckpointReader(tmp_path) as reader:
+        if remove:
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:-1])
+        found = "No such file" if remove else "bytes: expected 162, got fewer"
+        with pytest.raises(CheckpointError, match=found):
+            reader.load("a")
+
+
 @pytest.mark.parametrize(
     "file_name",
     [
