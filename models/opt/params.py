@@ -3,7 +3,8 @@
 Tensors are put on the device one by one into a model that has no arrays yet
 (`nnx.eval_shape`), while the next few are read, so the host holds these beside what is
 loaded, and the queries', keys' and values' of a layer that become one. What is stored
-sparse and goes to one device is packed as it is read, without being expanded.
+sparse and goes to one device is packed without being expanded, a matrix while the one
+before it is copied to the device.
 """
 
 import collections
@@ -11,7 +12,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import Any, Literal
 
@@ -43,7 +44,9 @@ AUTO_SPARSITY = 0.5
 
 _HALVES = (jnp.float16, jnp.bfloat16)
 # Tensors that are read at a time; checksums take longer than reading.
-_READERS = 4
+_READERS = 8
+# Matrices that are made at a time: copying one to the device leaves the cores idle.
+_MAKERS = 2
 # A file's tensors are held until it is written.
 _SHARD_BYTES = 1 << 30
 
@@ -208,7 +211,6 @@ def _load(
     config = stored.config
     model = _abstract_model(config, dtype, fuse_qkv)
     model.parallel = parallel
-    loader = _Loader(model, parallel or _OneDevice(tokens))
     # Another layout and slices for several devices need the dense weight.
     as_rows = parallel is None and tokens is None and dtype in _HALVES
     as_rows = as_rows and sparse is not False
@@ -219,24 +221,26 @@ def _load(
         return stored.read(stored_name, dtype, as_rows)
 
     readers = _READERS if stored.reads_side_by_side else 1
-    for stored_name, (array, fits) in _read_ahead(read, list(stored.names), readers):
-        target = stored.targets[stored.names[stored_name]]
-        if not fits:
-            too_large.append(stored_name)
-            continue
-        goes_sparse = target.attribute == "kernel" and _goes_sparse(
-            array, target.module, stored.is_sparse(stored_name), sparse
-        )
-        attention, _, projection = target.module.rpartition(".")
-        if not fuse_qkv or projection not in QKV:
-            loader.put(target.module, target.attribute, array, goes_sparse)
-            continue
-        if attention not in waiting:
-            waiting[attention] = JoinedQKV(config.num_heads, config.enable_bias)
-        waiting[attention].add(projection, target.attribute, array, goes_sparse)
-        del array  # else it would be held beside the joined ones
-        if waiting[attention].complete:
-            loader.put_qkv(attention, waiting.pop(attention))
+    with _Loader(model, parallel or _OneDevice(tokens)) as loader:
+        tensors = _read_ahead(read, list(stored.names), readers)
+        for stored_name, (array, fits) in tensors:
+            target = stored.targets[stored.names[stored_name]]
+            if not fits:
+                too_large.append(stored_name)
+                continue
+            goes_sparse = target.attribute == "kernel" and _goes_sparse(
+                array, target.module, stored.is_sparse(stored_name), sparse
+            )
+            attention, _, projection = target.module.rpartition(".")
+            if not fuse_qkv or projection not in QKV:
+                loader.put(target.module, target.attribute, array, goes_sparse)
+                continue
+            if attention not in waiting:
+                waiting[attention] = JoinedQKV(config.num_heads, config.enable_bias)
+            waiting[attention].add(projection, target.attribute, array, goes_sparse)
+            del array  # else it would be held beside the joined ones
+            if waiting[attention].complete:
+                loader.put_qkv(attention, waiting.pop(attention))
     if too_large:
         raise CheckpointError(
             f"{stored.folder}: values too large for {dtype.name} in "
@@ -263,10 +267,27 @@ def _read_ahead(
 
 
 class _Loader:
-    """Puts tensors on the devices and into a model without arrays."""
+    """Puts tensors on the devices and into a model without arrays.
+
+    All are there when its context has ended without an error.
+    """
 
     def __init__(self, model: OPT, place: "TensorParallel | _OneDevice"):
         self._model, self._place = model, place
+        # Several processes must make slices in the same order.
+        self._makers = _MAKERS if isinstance(place, _OneDevice) else 1
+        self._pool = ThreadPoolExecutor(self._makers)
+        # Modules, and their matrices that are being made.
+        self._making: collections.deque[tuple[str, Future[Any]]] = collections.deque()
+        self._device: Any = getattr(jax.config, "jax_default_device", None)
+
+    def __enter__(self) -> "_Loader":
+        return self
+
+    def __exit__(self, error: object, *unused: object) -> None:
+        with self._pool:
+            if error is None:
+                self._take_made(0)
 
     def put(self, module: str, attribute: str, array: Any, sparse: bool) -> None:
         """Puts one tensor, as a checkpoint orients it, into its layer."""
@@ -275,18 +296,31 @@ class _Loader:
             placed = self._place.put(module, attribute, array)
             getattr(layer, attribute).set_value(placed)
         elif sparse:
-            matrix: Any = self._place.put_sparse(module, array)
+            made = self._pool.submit(self._make, module, array)
+            self._making.append((module, made))
+            # Without waiting, tensors would pile up.
+            self._take_made(self._makers - 1)
+        else:
+            # Here reading would run ahead of copying.
+            kernel = self._place.put_kernel(module, array)
+            layer.kernel.set_value(jax.block_until_ready(kernel))
+
+    def _make(self, module: str, array: Any) -> Any:
+        with jax.default_device(self._device):  # this is another thread's setting
+            return jax.block_until_ready(self._place.put_sparse(module, array))
+
+    def _take_made(self, left: int) -> None:
+        """Waits for matrices until so few are being made."""
+        while len(self._making) > left:
+            module, made = self._making.popleft()
+            layer = node_at(self._model, module)
             sparse_layer = SparseDense.from_matrix(
-                matrix,
+                made.result(),
                 layer.bias,
                 dtype=layer.dtype,
                 preferred_element_type=layer.preferred_element_type,
             )
             set_node(self._model, module, sparse_layer)
-        else:
-            # Without waiting, reading would run ahead of copying and pile up tensors.
-            kernel = self._place.put_kernel(module, array)
-            layer.kernel.set_value(jax.block_until_ready(kernel))
 
     def put_qkv(self, module: str, joined: JoinedQKV) -> None:
         """Puts queries, keys and values into an attention, fused if they are alike."""
