@@ -1,4 +1,5 @@
-// flashjax_gather_matmul_cuda: y = x W^T + bias on the GPU, for a W in the gather layout.
+// flashjax_gather_matmul_cuda: y = x W^T + bias, or its ReLU, on the GPU, for a W in the gather
+// layout.
 #include "bindings/gather_cuda_ffi.h"
 #include "cuda/gather_matmul_launch.h"
 
@@ -10,7 +11,8 @@ namespace {
 constexpr char kOp[] = "flashjax_gather_matmul_cuda";
 
 ffi::Error Matmul(cudaStream_t stream, ffi::AnyBuffer x, Words bitmap, Words entries, Words values,
-                  ffi::AnyBuffer bias, ffi::RemainingArgs layer, ffi::Result<ffi::AnyBuffer> y) {
+                  ffi::AnyBuffer bias, ffi::RemainingArgs layer, ffi::Result<ffi::AnyBuffer> y,
+                  bool relu) {
   FLASHJAX_RETURN_IF_ERROR(CheckDtype(kOp, "x", x, {ffi::F16, ffi::BF16}));
   FLASHJAX_RETURN_IF_ERROR(CheckDtype(kOp, "y", *y, {x.element_type(), ffi::F32}));
   FLASHJAX_RETURN_IF_ERROR(CheckShape(kOp, "x", x, {-1, -1}));
@@ -34,6 +36,7 @@ ffi::Error Matmul(cudaStream_t stream, ffi::AnyBuffer x, Words bitmap, Words ent
   args.is_bfloat16 = x.element_type() == ffi::BF16;
   args.is_float_output = y->element_type() == ffi::F32;
   args.is_float_bias = bias.element_type() == ffi::F32;
+  args.has_relu = relu;
   if (const char* missing = GatherKernelUnavailable()) {
     return ffi::Error(ffi::ErrorCode::kUnimplemented,
                       std::string(kOp) + ": the layout of the weights needs " + missing +
@@ -54,5 +57,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FlashjaxGatherMatmulCuda, flashjax::gather::Matmul
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .RemainingArgs()  // layer
-                                  .Ret<ffi::AnyBuffer>(),
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<bool>("relu"),
                               {ffi::Traits::kCmdBufferCompatible});

@@ -1,4 +1,4 @@
-// flashjax_lscd_matmul_cuda: y = x W^T + bias on the GPU.
+// flashjax_lscd_matmul_cuda: y = x W^T + bias, or its ReLU, on the GPU.
 #include "bindings/lscd_cuda_ffi.h"
 #include "cuda/lscd_matmul_launch.h"
 
@@ -11,7 +11,7 @@ constexpr char kOp[] = "flashjax_lscd_matmul_cuda";
 
 ffi::Error Matmul(cudaStream_t stream, ffi::AnyBuffer x, Words bitmap, Words entries, Words values,
                   ffi::AnyBuffer bias, ffi::RemainingArgs layer, ffi::Result<ffi::AnyBuffer> y,
-                  ffi::Result<ffi::Buffer<ffi::U8>> workspace, int64_t kernel) {
+                  ffi::Result<ffi::Buffer<ffi::U8>> workspace, int64_t kernel, bool relu) {
   FLASHJAX_RETURN_IF_ERROR(CheckDtype(kOp, "x", x, {ffi::F16, ffi::BF16}));
   FLASHJAX_RETURN_IF_ERROR(CheckDtype(kOp, "y", *y, {x.element_type(), ffi::F32}));
   FLASHJAX_RETURN_IF_ERROR(CheckShape(kOp, "x", x, {-1, -1}));
@@ -39,6 +39,7 @@ ffi::Error Matmul(cudaStream_t stream, ffi::AnyBuffer x, Words bitmap, Words ent
   args.is_bfloat16 = x.element_type() == ffi::BF16;
   args.is_float_output = y->element_type() == ffi::F32;
   args.is_float_bias = bias.element_type() == ffi::F32;
+  args.has_relu = relu;
   args.kernel = static_cast<LscdKernel>(kernel);
   if (const char* missing = LscdKernelUnavailable(args)) {
     return ffi::Error(ffi::ErrorCode::kUnimplemented,
@@ -61,5 +62,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FlashjaxLscdMatmulCuda, flashjax::Matmul,
                                   .RemainingArgs()  // layer
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::U8>>()
-                                  .Attr<int64_t>("kernel"),
+                                  .Attr<int64_t>("kernel")
+                                  .Attr<bool>("relu"),
                               {ffi::Traits::kCmdBufferCompatible});

@@ -13,10 +13,10 @@
 #include <cstdint>
 
 #include "cpu/gather_layout.h"
-#include "cuda/bias.cuh"
 #include "cuda/common/cluster.cuh"
 #include "cuda/common/floats.cuh"
 #include "cuda/common/ptx.cuh"
+#include "cuda/epilogue.cuh"
 #include "cuda/gather_weight.cuh"
 
 namespace flashjax::gather {
@@ -37,7 +37,7 @@ struct GatherProduct {
   int n, m, k;
   int strips_per_cluster;
   int bias_stride;  // of a stack of biases, else 0
-  bool is_float, is_float_bias;
+  bool is_float, is_float_bias, has_relu;
 };
 
 // Adds a chunk's products to the sums; `column` is the address of the column of the value before.
@@ -225,10 +225,12 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes, 1)
       const int n = 4 * half + j;
       const int64_t at = int64_t{n} * p.m + row;
       if (n >= p.n) break;
+      float result = results[j] + bias;
+      if (p.has_relu) result = Relu(result);
       if (p.is_float) {
-        static_cast<float*>(p.y)[at] = results[j] + bias;
+        static_cast<float*>(p.y)[at] = result;
       } else {
-        static_cast<T*>(p.y)[at] = FromFloat<T>(results[j] + bias);
+        static_cast<T*>(p.y)[at] = FromFloat<T>(result);
       }
     }
   }

@@ -88,6 +88,7 @@ cudaError_t LaunchGatherMatmul(const GatherMatmulArgs& args, cudaStream_t stream
   product.bias_stride = args.is_stacked_bias ? product.m : 0;
   product.is_float = args.is_float_output;
   product.is_float_bias = args.is_float_bias;
+  product.has_relu = args.has_relu;
   return args.is_bfloat16 ? LaunchKernel<__nv_bfloat16>(product, stream)
                           : LaunchKernel<__half>(product, stream);
 }

@@ -20,6 +20,7 @@ struct GatherMatmulArgs {
   bool is_float_output;
   bool is_float_bias;
   bool is_stacked_bias;  // (layers, m): a bias for each matrix of the stack
+  bool has_relu;         // y is max(0, x W^T + bias)
 };
 
 // What the current device lacks for this kernel, or nullptr.

@@ -63,6 +63,7 @@ struct Problem {
     out.n = static_cast<int>(n);
     out.is_float = args.is_float_output;
     out.is_float_bias = args.is_float_bias;
+    out.has_relu = args.has_relu;
     out.bias_stride = args.is_stacked_bias ? static_cast<int>(args.m) : 0;
     return out;
   }

@@ -23,9 +23,9 @@
 
 #include <cstdint>
 
-#include "cuda/bias.cuh"
 #include "cuda/common/mma.cuh"
 #include "cuda/common/ptx.cuh"
+#include "cuda/epilogue.cuh"
 #include "cuda/lscd_decode.cuh"
 
 namespace flashjax {
@@ -37,6 +37,7 @@ struct Output {
   int n;
   bool is_float;       // y is float32 instead of the weight's type
   bool is_float_bias;  // bias is float32 instead of the weight's type
+  bool has_relu;
   uint64_t* flags;
   uint64_t ticket;
   float4* partials;
@@ -280,13 +281,17 @@ __device__ __forceinline__ void AddParts(float* acc, const Output& out, const Sh
 
 // Writes a warp's sums of a tile.
 template <typename T, int kTileN, typename Share>
-__device__ __forceinline__ void StoreTile(const float* acc, const Output& out,
-                                          const PackedWeight& w, const Share& share, int tile,
-                                          int warp, int lane) {
+__device__ __forceinline__ void StoreTile(float* acc, const Output& out, const PackedWeight& w,
+                                          const Share& share, int tile, int warp, int lane) {
   const int strip = share.Strip(tile, warp);
   if (strip >= w.strips) return;
   const int row = strip * kStripRows + lane / 4, column = share.ColumnTile(tile) * kTileN;
-  const float bias[2] = {Bias<T>(out, w, row), Bias<T>(out, w, row + 8)};
+  float bias[2] = {Bias<T>(out, w, row), Bias<T>(out, w, row + 8)};
+  if (out.has_relu) {
+#pragma unroll
+    for (int i = 0; i < kTileN / 2; ++i) acc[i] = Relu(acc[i] + bias[i / 2 % 2]);
+    bias[0] = bias[1] = 0.0f;
+  }
   if (out.is_float) {
     StoreFloats<kTileN>(acc, bias, out, w.m, strip, column, lane);
   } else {

@@ -20,6 +20,7 @@ from flashjax.partitioning import vary_alike
 from flashjax.sparse_matrix import SparseMatrix
 
 Implementation = Literal["cuda", "cpu", "xla"]
+Activation = Literal["relu"]
 
 
 def sparse_matmul(
@@ -27,11 +28,14 @@ def sparse_matmul(
     w: PackedMatrix,
     *,
     bias: jax.Array | np.ndarray | None = None,
+    activation: Activation | None = None,
     implementation: Implementation | None = None,
     preferred_element_type: Any = None,
     layer: int | jax.Array | None = None,
 ) -> jax.Array:
     """Computes ``x @ w + bias`` for a sparse matrix w, accumulating in float32.
+
+    With an activation, that of it: ``max(x @ w + bias, 0)``.
 
     Works under every transformation of JAX, on every implementation: jit, vmap (over x,
     the bias and the weights), derivatives of any order with respect to x and bias in
@@ -51,6 +55,9 @@ def sparse_matmul(
       bias: (M,) of any float dtype, added in float32 before the result is rounded;
         also an `nnx.Variable` that holds one. With `layer` also (layers, M), a bias for
         each matrix of the stack, which the CUDA kernel reads where it lies.
+      activation: "relu" or None. The CUDA kernels apply it before they store the
+        result, which otherwise is read and written once more. Derivatives are those of
+        `jax.nn.relu`.
       implementation: `None` takes the best for the platform the computation is lowered
         for, and never fails on supported operands. "cuda" and "cpu" are the kernels;
         "xla" is plain JAX, for any platform, and materializes the dense matrix for the
@@ -85,6 +92,7 @@ def sparse_matmul(
             bias=bias,
             implementation=implementation,
             preferred_element_type=preferred_element_type,
+            **({} if activation is None else {"activation": activation}),
             **({} if layer is None else {"layer": layer}),
         )
     if not isinstance(w, SparseMatrix):
@@ -105,6 +113,7 @@ def sparse_matmul(
         preferred_element_type,
         layers,
         layouts=(w.layout, other),
+        activation=activation,
     )
     return _jitted(call, x, w.packed, bias, transposed, index)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flashjax import _native
-from flashjax.matmul_impl import Call
+from flashjax.matmul_impl import ACTIVATIONS, Call
 from flashjax.matrix import PackedMatrix
 from flashjax.sparse_matrix import SparseMatrix
 
@@ -22,6 +22,7 @@ def make_call(
     preferred_element_type,
     layers: int | None = None,
     layouts: tuple[str, str] = Call.layouts,
+    activation: str | None = None,
 ) -> Call:
     """What is static in a product of checked operands; of a stack, with its `layers`.
 
@@ -32,6 +33,7 @@ def make_call(
     if bias is not None:
         bias_dtype = np.dtype(jax.dtypes.canonicalize_dtype(bias.dtype))
     _check_implementation(implementation, x)
+    check_activation(activation)
     return Call(
         shape=w.shape,
         dtype=w.dtype,
@@ -39,8 +41,22 @@ def make_call(
         bias_dtype=None if bias is None else bias_dtype,
         out_dtype=result_dtype(x, w, preferred_element_type),
         implementation=implementation,
+        activation=activation,
         layouts=layouts,
     )
+
+
+def check_activation(activation) -> None:
+    """Checks that it is None or one of those that there are.
+
+    Raises:
+      ValueError: it is another one.
+    """
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(
+            f"sparse_matmul: expected activation to be one of {ACTIVATIONS} or None, "
+            f"got {activation!r}"
+        )
 
 
 def check_layer(layer, w: SparseMatrix) -> jax.Array | np.ndarray:

@@ -25,6 +25,8 @@ _MANY_ZEROS = 0.78  # stored explicit zeros count as values
 
 _CUDA_K_MULTIPLE = 8  # 16-byte rows of x
 
+ACTIVATIONS = ("relu",)
+
 _FLOAT32 = np.dtype(jnp.float32)
 
 
@@ -38,6 +40,7 @@ class Call:
     bias_dtype: np.dtype | None
     out_dtype: np.dtype
     implementation: str | None
+    activation: str | None = None  # one of ACTIVATIONS, of x @ w + bias
     # Of the packed matrix and of its packed transpose.
     layouts: tuple[str, str] = (layouts.DEFAULT, layouts.DEFAULT)
 
@@ -138,7 +141,7 @@ def _cpu(call, operands):
         y = jax.ffi.ffi_call("flashjax_lscd_matmul_transposed_cpu", result)(
             x_rows, *transposed, *index, weight_dtype=weight_dtype
         )
-    return y.reshape(*x.shape[:-1], call.shape[1])
+    return activate(call, y.reshape(*x.shape[:-1], call.shape[1]))
 
 
 # Attribute `kernel` of the CUDA target. "mma" runs from sm_80 on, "wgmma" on sm_90a.
@@ -181,14 +184,15 @@ def _cuda(call, operands, kernel="auto"):
     # or slicing it costs a launch.
     if bias is None or bias.dtype not in (x.dtype, _FLOAT32):
         bias = _bias_operand(operands)
+    relu = call.activation == "relu"
     if is_gather:
         y = jax.ffi.ffi_call("flashjax_gather_matmul_cuda", result)(
-            x_rows, *packed, bias, *index
+            x_rows, *packed, bias, *index, relu=relu
         )
     else:
         workspace = _workspace_type(x_rows, _cuda_workspace_bytes(rows, m, k))
         y, _ = jax.ffi.ffi_call("flashjax_lscd_matmul_cuda", (result, workspace))(
-            x_rows, *packed, bias, *index, kernel=_CUDA_KERNELS[kernel]
+            x_rows, *packed, bias, *index, kernel=_CUDA_KERNELS[kernel], relu=relu
         )
     return y.reshape(*x.shape[:-1], m).astype(call.out_dtype)
 
@@ -236,11 +240,15 @@ def _expand_and_multiply(call, operands, unpack, after):
         arrays = after(x, arrays)
     else:
         (layer,) = after(x, (layer,))  # and not the arrays of all layers
-    if packed is not None:
-        dense = unpack(arrays, call.shape, layer)
-        return reference.dense_product(x, dense, bias, call.out_dtype)
-    dense = unpack(arrays, call.shape[::-1], layer)
-    return reference.dense_product(x, dense, bias, call.out_dtype, transposed=True)
+    turned = packed is None
+    dense = unpack(arrays, call.shape[::-1] if turned else call.shape, layer)
+    y = reference.dense_product(x, dense, bias, call.out_dtype, transposed=turned)
+    return activate(call, y)
+
+
+def activate(call: Call, y: jax.Array) -> jax.Array:
+    """Applies the call's activation, if it has one, to what lacks it."""
+    return jax.nn.relu(y) if call.activation == "relu" else y
 
 
 def _after(x, arrays):

@@ -3,7 +3,8 @@
 The product is linear in x and the bias together. That is all that JAX needs for every
 derivative: the tangent is the same product of the tangents, the cotangent of x the
 product with the transposed weights, which is this primitive again with the roles of
-the two packings exchanged. Weights are integers to JAX and have no derivative.
+the two packings exchanged. Weights are integers to JAX and have no derivative. Where
+the call has an activation, the tangents are those of its linear part, then masked.
 
 A batch of x becomes rows of one kernel call.
 """
@@ -30,12 +31,15 @@ from flashjax.partitioning import devices_marker
 from flashjax.primitives import (
     batch_rows,
     bias_cotangent,
+    check_linear,
     define,
     one_by_one,
     product_tangent,
+    through_activation,
     to_front,
     total,
     transpose_call,
+    without_activation,
 )
 
 product_p = Primitive("sparse_product")
@@ -49,7 +53,7 @@ def product(
     transposed: packing.Packed | None = None,
     layer: jax.Array | None = None,
 ) -> jax.Array:
-    """``x @ w + bias``, differentiable in x and bias; of w one packing is enough.
+    """The product of a call, differentiable in x and bias; of w one packing is enough.
 
     With a `layer` (int32), the packed arrays are stacks and it is the index; then bias
     may be (layers, M), a stack too.
@@ -100,7 +104,9 @@ def _jvp(primals, tangents, *, call, tree, devices):
     if type(tangents.bias) is not ad.Zero:
         dbias = own_bias(operands._replace(bias=tangents.bias)).bias
         tangents = tangents._replace(bias=dbias)
-    return y, total([product_tangent(_bind, call, operands, tangents, y)], y)
+    linear = without_activation(call)
+    tangent = total([product_tangent(_bind, linear, operands, tangents, y)], y)
+    return y, through_activation(call, tangent, y)
 
 
 ad.primitive_jvps[product_p] = _jvp
@@ -108,6 +114,7 @@ ad.primitive_jvps[product_p] = _jvp
 
 def _transpose(dy, *primals, call, tree, devices):
     del devices
+    check_linear(call)
     operands = jax.tree.unflatten(tree, primals)
     cotangents: list[Any] = [None] * len(primals)
     if type(dy) is ad.Zero:

@@ -12,7 +12,7 @@ from flax import linen, nnx
 from jax.typing import ArrayLike, DTypeLike
 
 from . import checkpoint, prune
-from .matmul import sparse_matmul
+from .matmul import Activation, sparse_matmul
 from .nnx_tree import check_model, layers_of, replace_layers
 from .sharding import ShardedSparseMatrix
 from .sparse_matrix import SparseMatrix, check_tokens
@@ -184,11 +184,14 @@ class SparseDense(nnx.Module):
         _check_linear(linear, "linear", dtype)
         return _from_linear(cls, linear, dtype, implementation)
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
+    def __call__(
+        self, inputs: jax.Array, *, activation: Activation | None = None
+    ) -> jax.Array:
         """Applies the layer.
 
         Args:
           inputs: (..., in_features).
+          activation: "relu" applies it to the output; see sparse_matmul().
 
         Returns:
           (..., out_features).
@@ -201,6 +204,7 @@ class SparseDense(nnx.Module):
             self.dtype,
             self.preferred_element_type,
             self.implementation,
+            activation,
         )
 
 
@@ -234,8 +238,10 @@ class LinenSparseDense(linen.Module):
     implementation: str | None = None
 
     @linen.compact
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Applies the layer to (..., in_features)."""
+    def __call__(
+        self, inputs: jax.Array, *, activation: Activation | None = None
+    ) -> jax.Array:
+        """Applies the layer, and an activation, to (..., in_features)."""
         param_dtype = _param_dtype(self.param_dtype, self.dtype)
         kernel = self.variable(
             LINEN_COLLECTION,
@@ -254,7 +260,9 @@ class LinenSparseDense(linen.Module):
         matrix: Any = kernel.value
         if isinstance(matrix, SparsePositions):  # flashjax.linen.trainable()
             matrix = TrainableMatrix(matrix, self.get_variable("params", "kernel"))
-        return _apply(inputs, matrix, bias, self.dtype, None, self.implementation)
+        return _apply(
+            inputs, matrix, bias, self.dtype, None, self.implementation, activation
+        )
 
     @staticmethod
     def params_from_dense(
@@ -391,7 +399,9 @@ def parameter_bytes(model: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
 
 
-def _apply(inputs, matrix, bias, dtype, preferred_element_type, implementation):
+def _apply(
+    inputs, matrix, bias, dtype, preferred_element_type, implementation, activation
+):
     """The layers' call: nnx.Linear's dtypes, without upcasting before the product."""
     inputs = jnp.asarray(inputs)
     result = dtype
@@ -405,6 +415,7 @@ def _apply(inputs, matrix, bias, dtype, preferred_element_type, implementation):
         inputs,
         matrix,
         bias=bias,
+        activation=activation,
         implementation=implementation,
         preferred_element_type=jnp.dtype(preferred_element_type or result),
     )

@@ -2,7 +2,7 @@
 
 They take leaves of operands that are named tuples with an `x` (..., K) and a `bias`
 (M,) or None. `multiply`, below, is a primitive bound to operands: it is called with the
-`Call` and the operands and gives ``x @ w + bias``.
+`Call` and the operands and gives ``x @ w + bias``, or the activation of it.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 
-from flashjax.matmul_impl import Call
+from flashjax.matmul_impl import Call, activate
 
 
 def define(primitive: Primitive, compute: Callable[..., Any]) -> None:
@@ -50,6 +50,31 @@ def total(tangents: Sequence[Any], like: jax.Array) -> Any:
     return functools.reduce(jnp.add, terms)
 
 
+def without_activation(call: Call) -> Call:
+    """The linear part of a call, whose tangents are products."""
+    return dataclasses.replace(call, activation=None)
+
+
+def through_activation(call: Call, tangent: Any, y: jax.Array) -> Any:
+    """The tangent of y from that of the call's linear part; jax.nn.relu's at 0 is 0."""
+    if call.activation is None or type(tangent) is ad.Zero:
+        return tangent
+    return jnp.where(y > 0, tangent, jnp.zeros_like(tangent))
+
+
+def check_linear(call: Call) -> None:
+    """Before a product is transposed.
+
+    Raises:
+      NotImplementedError: it has an activation.
+    """
+    if call.activation is not None:
+        raise NotImplementedError(
+            "sparse_matmul: expected a product without activation to transpose, got "
+            f"activation={call.activation!r}, which is not linear"
+        )
+
+
 def product_tangent(
     multiply: Callable[..., Any], call: Call, operands: Any, tangents: Any, y: jax.Array
 ) -> Any:
@@ -66,13 +91,14 @@ def product_tangent(
 
 
 def transpose_call(call: Call, dy_dtype: Any, dx_dtype: Any) -> Call:
-    """The call of ``dy @ w.T``."""
+    """The call of ``dy @ w.T``, of the linear part."""
     return dataclasses.replace(
         call,
         shape=call.shape[::-1],
         x_dtype=np.dtype(dy_dtype),
         bias_dtype=None,
         out_dtype=np.dtype(dx_dtype),
+        activation=None,
         layouts=call.layouts[::-1],
     )
 
@@ -101,13 +127,15 @@ def batch_rows(multiply: Callable[..., Any], call: Call, operands: Any, batched:
     """
     if not batched.bias:
         return multiply(call, operands)
-    plain = dataclasses.replace(call, bias_dtype=None, out_dtype=np.dtype(jnp.float32))
+    plain = dataclasses.replace(
+        without_activation(call), bias_dtype=None, out_dtype=np.dtype(jnp.float32)
+    )
     y = multiply(plain, operands._replace(bias=None))
     if not batched.x:
         y = y[None]
     bias = operands.bias.astype(jnp.float32)
     bias = bias.reshape(bias.shape[:1] + (1,) * (y.ndim - 2) + bias.shape[1:])
-    return (y + bias).astype(call.out_dtype)
+    return activate(call, (y + bias).astype(call.out_dtype))
 
 
 def one_by_one(

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from flashjax import layouts, packing, reference
 from flashjax.matmul import sparse_matmul
-from flashjax.matmul_checks import check_operands, result_dtype
+from flashjax.matmul_checks import check_activation, check_operands, result_dtype
 from flashjax.matrix import PackedMatrix
 from flashjax.sparse_matrix import SparseMatrix
 
@@ -195,6 +195,7 @@ class ShardedSparseMatrix(PackedMatrix):
         x,
         *,
         bias=None,
+        activation=None,
         implementation=None,
         preferred_element_type=None,
         layer=None,
@@ -208,12 +209,17 @@ class ShardedSparseMatrix(PackedMatrix):
         inside = self._is_inside_shard_map()
         self._check_mesh(inside)
         self._check_operands(x, bias, inside)
-        dtype = result_dtype(x, self, preferred_element_type)
+        check_activation(activation)
+        static = {
+            "activation": activation,
+            "implementation": implementation,
+            "dtype": result_dtype(x, self, preferred_element_type),
+        }
         if inside:
-            return self._multiply(x, self, bias, implementation, dtype)
-        return _product(x, self, bias, implementation=implementation, dtype=dtype)
+            return self._multiply(x, self, bias, **static)
+        return _product(x, self, bias, **static)
 
-    def _multiply(self, x, shard, bias, implementation, dtype):
+    def _multiply(self, x, shard, bias, *, activation, implementation, dtype):
         """The product of one device, which has one shard."""
         matrix = SparseMatrix(
             **{name: getattr(shard, name)[0] for name in _LEAVES},
@@ -225,10 +231,11 @@ class ShardedSparseMatrix(PackedMatrix):
                 x,
                 matrix,
                 bias=bias,
+                activation=activation,
                 implementation=implementation,
                 preferred_element_type=dtype,
             )
-        # Summed in float32, as on one device, and the bias added once.
+        # Summed in float32, as on one device; then comes what follows the sum.
         y = sparse_matmul(
             x,
             matrix,
@@ -238,7 +245,7 @@ class ShardedSparseMatrix(PackedMatrix):
         y = jax.lax.psum(y, self.axis)
         if bias is not None:
             y = y + bias.astype(jnp.float32).reshape((1,) * (y.ndim - 1) + bias.shape)
-        return y.astype(dtype)
+        return (jax.nn.relu(y) if activation else y).astype(dtype)
 
     @property
     def _local_shape(self) -> tuple[int, int]:
@@ -284,10 +291,10 @@ class ShardedSparseMatrix(PackedMatrix):
         check_operands(x, bias, self, self._local_shape if inside else self.shape)
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "dtype"))
-def _product(x, w, bias, *, implementation, dtype):
+@functools.partial(jax.jit, static_argnames=("activation", "implementation", "dtype"))
+def _product(x, w, bias, **static):
     def local(x, shard, bias):
-        return w._multiply(x, shard, bias, implementation, dtype)
+        return w._multiply(x, shard, bias, **static)
 
     column = w.dim == "out"
     rows = _rows_spec(x, w.axis)

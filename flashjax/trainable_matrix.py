@@ -186,6 +186,7 @@ class TrainableMatrix(PackedMatrix):
         x,
         *,
         bias=None,
+        activation=None,
         implementation=None,
         preferred_element_type=None,
         layer=None,
@@ -198,7 +199,14 @@ class TrainableMatrix(PackedMatrix):
             )
         self.check_leaves("sparse_matmul")
         # Here, because what JAX traces next must be arrays.
-        call = make_call(x, self, bias, implementation, preferred_element_type)
+        call = make_call(
+            x,
+            self,
+            bias,
+            implementation,
+            preferred_element_type,
+            activation=activation,
+        )
         return _multiply(call, x, self.values, self.positions.arrays, bias)
 
     def __repr__(self) -> str:

@@ -26,13 +26,16 @@ from flashjax.partitioning import devices_marker
 from flashjax.primitives import (
     batch_rows,
     bias_cotangent,
+    check_linear,
     define,
     given,
     one_by_one,
     product_tangent,
+    through_activation,
     to_front,
     total,
     transpose_call,
+    without_activation,
 )
 from flashjax.sample import is_live, sample
 
@@ -75,7 +78,7 @@ class Factors(NamedTuple):
 
 
 def product(call: Call, operands: Operands, transposed: bool = False) -> jax.Array:
-    """``x @ W(values) + bias``, differentiable in x, values and bias."""
+    """The product of a call, differentiable in x, values and bias."""
     leaves, tree = jax.tree.flatten(operands)
     devices = devices_marker(operands.x)
     return product_p.bind(
@@ -147,16 +150,18 @@ def _product_jvp(primals, tangents, *, call, tree, transposed, devices):
     tangents = jax.tree.unflatten(tree, tangents)
     multiply = functools.partial(product, transposed=transposed)
     y = multiply(call, operands)
-    terms = [product_tangent(multiply, call, operands, tangents, y)]
+    linear = without_activation(call)
+    terms = [product_tangent(multiply, linear, operands, tangents, y)]
     dvalues = given(tangents.values)
     if dvalues is not None:
-        plain = dataclasses.replace(call, bias_dtype=None)
+        plain = dataclasses.replace(linear, bias_dtype=None)
         terms.append(multiply(plain, operands._replace(values=dvalues, bias=None)))
-    return y, total(terms, y)
+    return y, through_activation(call, total(terms, y), y)
 
 
 def _product_transpose(dy, *primals, call, tree, transposed, devices):
     del devices
+    check_linear(call)
     x, values, bias, positions = jax.tree.unflatten(tree, primals)
     cotangents: list[Any] = [None] * len(primals)
     if type(dy) is ad.Zero:

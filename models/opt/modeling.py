@@ -17,6 +17,8 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
+from flashjax.nn import SparseDense
+
 from .attention import (
     KVCache,
     attention,
@@ -153,10 +155,15 @@ class DecoderLayer(nnx.Module):
         residual = x
         if self.norm_before:
             x = _normalize(self.final_layer_norm, x)
-        x = residual + self.fc2(_ACTIVATIONS[self.activation](self.fc1(x)))
+        x = residual + self.fc2(self._activated_fc1(x))
         if not self.norm_before:
             x = _normalize(self.final_layer_norm, x)
         return x
+
+    def _activated_fc1(self, x: jax.Array) -> jax.Array:
+        if self.activation == "relu" and isinstance(self.fc1, SparseDense):
+            return self.fc1(x, activation="relu")
+        return _ACTIVATIONS[self.activation](self.fc1(x))
 
 
 class OPT(nnx.Module):

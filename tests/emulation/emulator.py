@@ -133,7 +133,15 @@ def unpack(packed, shape: tuple[int, int], transposed: bool, layer=None) -> np.n
 
 
 def matmul(
-    x, packed, m: int, bias=None, *, kernel="auto", float_output=False, layer=None
+    x,
+    packed,
+    m: int,
+    bias=None,
+    *,
+    kernel="auto",
+    float_output=False,
+    layer=None,
+    relu=False,
 ):
     """x (N, K) times a packed (K, M): (N, M). It and the bias: x's dtype or float32."""
     n, k = x.shape
@@ -157,12 +165,15 @@ def matmul(
         float_output,
         bias is not None and bias.dtype == np.float32,
         bias is not None and bias.ndim == 2,
+        relu,
         KERNELS[kernel],
     )
     return y
 
 
-def gather_matmul(x, packed, m: int, bias=None, *, float_output=False, layer=None):
+def gather_matmul(
+    x, packed, m: int, bias=None, *, float_output=False, layer=None, relu=False
+):
     """x (N, K) times a (K, M) in the gather layout; as `matmul`."""
     n, k = x.shape
     y = _garbage((n, m), np.float32 if float_output else x.dtype)
@@ -179,6 +190,7 @@ def gather_matmul(x, packed, m: int, bias=None, *, float_output=False, layer=Non
         float_output,
         bias is not None and bias.dtype == np.float32,
         bias is not None and bias.ndim == 2,
+        relu,
     )
     return y
 

@@ -68,7 +68,7 @@ int emulated_matmul(const void* x, const uint32_t* bitmap, const uint32_t* entri
                     const uint32_t* values, const int32_t* layer, int64_t layers, int64_t segments,
                     const void* bias, void* y, void* workspace, int64_t workspace_bytes, int64_t n,
                     int64_t m, int64_t k, bool is_bfloat16, bool is_float_output,
-                    bool is_float_bias, bool is_stacked_bias, int64_t kernel) {
+                    bool is_float_bias, bool is_stacked_bias, bool has_relu, int64_t kernel) {
   flashjax::LscdMatmulArgs args{};
   args.x = x;
   args.packed = {bitmap, entries, values, layer, layers, segments};
@@ -83,6 +83,7 @@ int emulated_matmul(const void* x, const uint32_t* bitmap, const uint32_t* entri
   args.is_float_output = is_float_output;
   args.is_float_bias = is_float_bias;
   args.is_stacked_bias = is_stacked_bias;
+  args.has_relu = has_relu;
   args.kernel = static_cast<flashjax::LscdKernel>(kernel);
   return flashjax::LaunchLscdMatmul(args, nullptr);
 }
@@ -100,7 +101,7 @@ int emulated_gather_matmul(const void* x, const uint32_t* bitmap, const uint32_t
                            const uint32_t* values, const int32_t* layer, int64_t layers,
                            int64_t chunks, const void* bias, void* y, int64_t n, int64_t m,
                            int64_t k, bool is_bfloat16, bool is_float_output, bool is_float_bias,
-                           bool is_stacked_bias) {
+                           bool is_stacked_bias, bool has_relu) {
   flashjax::gather::GatherMatmulArgs args{};
   args.x = x;
   args.packed = {bitmap, entries, values, layer, layers, chunks};
@@ -113,6 +114,7 @@ int emulated_gather_matmul(const void* x, const uint32_t* bitmap, const uint32_t
   args.is_float_output = is_float_output;
   args.is_float_bias = is_float_bias;
   args.is_stacked_bias = is_stacked_bias;
+  args.has_relu = has_relu;
   return flashjax::gather::LaunchGatherMatmul(args, nullptr);
 }
 

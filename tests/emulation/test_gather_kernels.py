@@ -36,6 +36,22 @@ def test_rows(rows, dtype, m, float_output):
     check_matmul(x, dense, float_output=float_output)
 
 
+@pytest.mark.parametrize("float_output", [False, True])
+def test_relu(float_output):
+    dense = op_cases.random_dense(520, 275, 0.8, "float16")
+    x = op_cases.random_x((3, 520), "float16")
+    *packed, _ = gather.pack(dense)
+    bias = np.linspace(-9, 9, 275, dtype=np.float32)
+    without, with_relu = (
+        emulator.gather_matmul(
+            x, packed, 275, bias, float_output=float_output, relu=relu
+        )
+        for relu in (False, True)
+    )
+    np.testing.assert_array_equal(with_relu, np.maximum(without, 0))
+    assert with_relu.any()
+
+
 # Clusters of 2, 4 and 8 with one strip and several, the last with fewer.
 @pytest.mark.parametrize("multiprocessors", [8, 16, 132])
 @pytest.mark.parametrize("shape", [(300, 1000), (20_000, 100), (40_000, 70), (1, 33)])

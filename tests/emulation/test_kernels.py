@@ -53,6 +53,24 @@ def test_rows(kernel, rows, float_output, dtype, m):
     check_matmul(kernel, x, dense, float_output=float_output)
 
 
+@pytest.mark.parametrize("float_output", [False, True])
+@pytest.mark.parametrize("rows", [2, 8, 33, 257])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_relu(kernel, rows, float_output):
+    dense = op_cases.random_dense(520, 275, 0.7, "float16")
+    x = op_cases.random_x((rows, 520), "float16")
+    *packed, _ = packed_on_host(dense)
+    bias = np.linspace(-9, 9, 275, dtype=np.float32)
+    without, with_relu = (
+        emulator.matmul(
+            x, packed, 275, bias, kernel=kernel, float_output=float_output, relu=relu
+        )
+        for relu in (False, True)
+    )
+    np.testing.assert_array_equal(with_relu, np.maximum(without, 0))
+    assert with_relu.any()
+
+
 @pytest.mark.parametrize("multiprocessors", [1, 2, 5, 16, 132])
 @pytest.mark.parametrize("shape", [(2300, 40), (300, 1040), (8, 8), (1, 300)])
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -1,6 +1,6 @@
-// The bias of an output feature, as the kernels of all layouts get it.
-#ifndef FLASHJAX_CUDA_BIAS_CUH_
-#define FLASHJAX_CUDA_BIAS_CUH_
+// What becomes of a sum before it is rounded, in the kernels of all layouts.
+#ifndef FLASHJAX_CUDA_EPILOGUE_CUH_
+#define FLASHJAX_CUDA_EPILOGUE_CUH_
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -19,6 +19,9 @@ __device__ __forceinline__ float LoadBias(const void* bias, bool is_float, int64
                   : ToFloat(static_cast<const T*>(bias)[index]);
 }
 
+// NaN stays NaN.
+__device__ __forceinline__ float Relu(float v) { return v < 0.0f ? 0.0f : v; }
+
 }  // namespace flashjax
 
-#endif  // FLASHJAX_CUDA_BIAS_CUH_
+#endif  // FLASHJAX_CUDA_EPILOGUE_CUH_
