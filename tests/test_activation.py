@@ -22,12 +22,15 @@ def cases(shape=(300, 131), rows=5, dtype="float16"):
 
 
 def check(got, product):
-    """The same numbers as when the activation follows the product."""
-    expected = jax.nn.relu(product)
+    """As when the activation follows the product, which XLA may compute otherwise."""
+    expected = np.asarray(jax.nn.relu(product))
     assert got.dtype == expected.dtype
-    np.testing.assert_array_equal(np.asarray(got), np.asarray(expected))
-    zeros = np.count_nonzero(np.asarray(got) == 0)
-    assert got.size < 100 or 0.2 < zeros / got.size < 0.8
+    got, eps = np.asarray(got, np.float32), float(jnp.finfo(got.dtype).eps)
+    largest = np.abs(expected).max(initial=0).astype(np.float32)
+    np.testing.assert_allclose(
+        got, expected.astype(np.float32), rtol=2 * eps, atol=4 * eps * largest
+    )
+    assert got.size < 100 or 0.2 < np.count_nonzero(got == 0) / got.size < 0.8
 
 
 # Every kernel's tile, several tiles of columns, and more rows than the kernels take.
