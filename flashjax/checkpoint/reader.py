@@ -2,6 +2,8 @@
 
 import math
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,10 @@ class CheckpointReader:
         self._files: dict[str, TensorFile] = {}
         self._tensors: dict[str, str] = {}
         self._checksums: dict[str, dict[str, int]] = {}
+        # The system takes as long over it as over reading: nobody else should wait.
+        self._announcer = ThreadPoolExecutor(1)
         self._announced: set[str] = set()
+        self._lock = threading.Lock()
         expected: dict[str, str] = {}
         for file_name, names in _safetensors_files(self.folder).items():
             path = self.folder / file_name
@@ -93,6 +98,7 @@ class CheckpointReader:
 
     def close(self) -> None:
         """Forgets the files."""
+        self._announcer.shutdown(wait=False, cancel_futures=True)
         self._files.clear()
 
     def names(self) -> list[str]:
@@ -171,11 +177,18 @@ class CheckpointReader:
         return self._files[self._tensors[name]]
 
     def _announce(self, name: str) -> None:
-        """Has the system read a tensor's file ahead, for who reads all of it."""
-        file_name = self._tensors[name]
-        if file_name not in self._announced:
-            self._announced.add(file_name)
-            self._files[file_name].announce()
+        """Has the system read a tensor's file and the next one ahead.
+
+        Whoever reads one tensor is likely to read all.
+        """
+        self._file(name)  # not after close()
+        shards = sorted(self._files)
+        first = shards.index(self._tensors[name])
+        with self._lock:
+            for shard in shards[first : first + 2]:
+                if shard not in self._announced:
+                    self._announced.add(shard)
+                    self._announcer.submit(self._files[shard].announce)
 
     def _read(self, name: str, *parts: str) -> list[np.ndarray]:
         stored = [f"{name}.{part}" for part in parts] or [name]

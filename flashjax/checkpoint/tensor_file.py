@@ -134,7 +134,7 @@ class TensorFile:
         return array.reshape(stored.shape)
 
     def announce(self) -> None:
-        """Has the system read the file ahead, for who reads all of it."""
+        """Has the system read the file ahead; takes as long as it takes to ask for."""
         if not hasattr(os, "posix_fadvise"):
             return
         try:

@@ -46,7 +46,7 @@ _HALVES = (jnp.float16, jnp.bfloat16)
 # Tensors that are read at a time; checksums take longer than reading.
 _READERS = 8
 # Matrices that are made at a time: copying one to the device leaves the cores idle.
-_MAKERS = 2
+_MAKERS = 3
 # A file's tensors are held until it is written.
 _SHARD_BYTES = 1 << 30
 
