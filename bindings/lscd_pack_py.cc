@@ -84,7 +84,10 @@ flashjax::SparseRows MakeRows(const std::vector<Part>& parts, int64_t k, const O
   for (const int64_t row : places) {
     if (row < 0 || row >= rows) throw nb::value_error("stored rows: order is out of range");
   }
-  flashjax::SparseRows result(std::move(out), k, std::move(places), parallel_for);
+  const auto result = [&] {
+    nb::gil_scoped_release release;
+    return flashjax::SparseRows(std::move(out), k, std::move(places), parallel_for);
+  }();
   if (!result.fits()) {
     throw nb::value_error("stored rows: expected as many values as bits that are set");
   }

@@ -31,9 +31,10 @@ class SparseEntry:
     dtype: np.dtype
 
 
-def checksum(array: np.ndarray) -> int:
-    """CRC-32 of an array's bytes in row-major order."""
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+def checksum(array: np.ndarray, before: int = 0) -> int:
+    """CRC-32 of those `before` and of an array's bytes in row-major order."""
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    return zlib.crc32(data, before)
 
 
 def format_metadata(

@@ -105,6 +105,16 @@ class CheckpointReader:
         """The names of all tensors, sorted."""
         return sorted(self._tensors)
 
+    def names_as_stored(self) -> list[str]:
+        """The same in the order of the files: so they are read fastest."""
+
+        def place(name: str) -> tuple[str, int]:
+            # Of a sparse weight the values are most of it.
+            part = f"{name}.values" if name in self.sparse else name
+            return self._tensors[name], self._file(name).begin(part)
+
+        return sorted(self._tensors, key=place)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The dense shape of a tensor."""
         if name in self.sparse:

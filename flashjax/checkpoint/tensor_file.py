@@ -1,8 +1,10 @@
 """Reading one safetensors file."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +34,11 @@ _DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+
+# Bytes that are read at a time: the checksum then finds them in the cache.
+_BLOCK = 1 << 20
+# From so many bytes on an array has pages of its own.
+_PAGES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +99,10 @@ class TensorFile:
         """The shape of a tensor."""
         return self._stored[name].shape
 
+    def begin(self, name: str) -> int:
+        """Where in the file a tensor begins."""
+        return self._stored[name].begin
+
     def dtype(self, name: str) -> np.dtype:
         """The dtype of a tensor.
 
@@ -116,20 +127,21 @@ class TensorFile:
         """
         where = f"{self.path}: {name}"
         stored = self._stored[name]
-        array = np.empty(math.prod(stored.shape), self.dtype(name))
-        left = array.view(np.uint8).data
+        array = _empty(math.prod(stored.shape), self.dtype(name))
+        found, left = checksum(array[:0]), array.view(np.uint8)
         try:
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(stored.begin)
-                while left:
-                    count = file.readinto(left)
+                while left.size:
+                    count = file.readinto(left[:_BLOCK].data)
                     expect(bool(count), where, "bytes", array.nbytes, "fewer")
+                    if name in checksums:
+                        found = checksum(left[:count], found)
                     left = left[count:]
         except OSError as error:
             raise CheckpointError(f"{where}: {error}") from error
         if name in checksums:
-            found, expected = checksum(array), checksums[name]
-            what = "checksum of the content"
+            what, expected = "checksum of the content", checksums[name]
             expect(found == expected, where, what, expected, found)
         return array.reshape(stored.shape)
 
@@ -142,3 +154,18 @@ class TensorFile:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         except OSError:
             pass  # reading will say what is wrong
+
+
+def _empty(size: int, dtype: np.dtype) -> np.ndarray:
+    """An array whose memory the system gets back as soon as nothing refers to it.
+
+    The C library would keep much of what many threads free, for each of them.
+    """
+    count = size * dtype.itemsize
+    if count < _PAGES or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return np.empty(size, dtype)
+    pages = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(pages, dtype)

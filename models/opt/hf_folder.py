@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -76,8 +77,7 @@ class StoredOPT:
         whatever config.json says.
       reader: reads tensors by the name they are stored under.
       targets: where every tensor belongs, by the name OPTForCausalLM gives it.
-      names: that name by the stored one, in the order in which to read: pickles are
-        read one file at a time.
+      names: that name by the stored one, in the order in which to read: file by file.
     """
 
     folder: Path
@@ -102,6 +102,16 @@ class StoredOPT:
         converted, fits = convert(values, dtype)
         part = bitmap, converted, count
         return dataclasses.replace(rows, parts=(part,)), fits
+
+    def read_bytes(self, stored_name: str, as_rows: bool) -> int:
+        """About what `read` holds of a tensor."""
+        reader = self.reader
+        if as_rows and self.is_sparse(stored_name):
+            assert isinstance(reader, CheckpointReader), (
+                "no other stores sparse weights"
+            )
+            return reader.stored_bytes(stored_name)
+        return math.prod(reader.shape(stored_name)) * reader.dtype(stored_name).itemsize
 
     @property
     def reads_side_by_side(self) -> bool:
@@ -142,7 +152,10 @@ def open_opt(
         targets = opt_targets(config)
         _check(folder, reader, names, targets)
         canonical = {stored: name for name, stored in names.items()}
-        ordered = {n: canonical[n] for n in reader.names() if n in canonical}
+        order = reader.names()
+        if isinstance(reader, CheckpointReader):
+            order = reader.names_as_stored()
+        ordered = {n: canonical[n] for n in order if n in canonical}
         yield StoredOPT(folder, config, reader, targets, ordered)
 
 

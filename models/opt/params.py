@@ -12,8 +12,8 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -45,7 +45,8 @@ AUTO_SPARSITY = 0.5
 _HALVES = (jnp.float16, jnp.bfloat16)
 # Tensors that are read at a time; checksums take longer than reading.
 _READERS = 8
-# Matrices that are made at a time: copying one to the device leaves the cores idle.
+_AHEAD = 1 / 32  # of all bytes: about a layer
+# Tensors that are put at a time: copying one to the device leaves the cores idle.
 _MAKERS = 3
 # A file's tensors are held until it is written.
 _SHARD_BYTES = 1 << 30
@@ -221,8 +222,12 @@ def _load(
         return stored.read(stored_name, dtype, as_rows)
 
     readers = _READERS if stored.reads_side_by_side else 1
-    with _Loader(model, parallel or _OneDevice(tokens)) as loader:
-        tensors = _read_ahead(read, list(stored.names), readers)
+    # Several processes must make slices in the same order.
+    in_order = parallel is not None
+    place = parallel or _OneDevice(tokens)
+    with _Loader(model, place, 1 if in_order else _MAKERS) as loader:
+        sizes = {name: stored.read_bytes(name, as_rows) for name in stored.names}
+        tensors = _read_ahead(read, sizes, readers, in_order)
         for stored_name, (array, fits) in tensors:
             target = stored.targets[stored.names[stored_name]]
             if not fits:
@@ -244,23 +249,38 @@ def _load(
     if too_large:
         raise CheckpointError(
             f"{stored.folder}: values too large for {dtype.name} in "
-            f"{listed(too_large)}; load as bfloat16 or float32"
+            f"{listed(sorted(too_large))}; load as bfloat16 or float32"
         )
     return model
 
 
 def _read_ahead(
-    read: Callable[[str], Any], names: list[str], readers: int
+    read: Callable[[str], Any], sizes: dict[str, int], readers: int, in_order: bool
 ) -> Iterator[tuple[str, Any]]:
-    """(name, what was read) in order, while the next ones are being read."""
+    """(name, what was read) while others are being read, as it comes or in order.
+
+    More than two are read at a time as long as their sizes are `_AHEAD` of all.
+    """
+    most = _AHEAD * sum(sizes.values())
+    following = collections.deque(sizes)
+    pending: dict[Future[Any], str] = {}
     with ThreadPoolExecutor(readers) as pool:
-        pending = collections.deque(pool.submit(read, name) for name in names[:readers])
-        following = iter(names[readers:])
         try:
-            for name in names:
+            while pending or following:
+                while following and len(pending) < readers:
+                    names = [*pending.values(), following[0]]
+                    if len(names) > 2 and sum(sizes[name] for name in names) > most:
+                        break
+                    name = following.popleft()
+                    pending[pool.submit(read, name)] = name
+                done = next(iter(pending))
+                if not in_order:
+                    done = next(iter(wait(pending, return_when=FIRST_COMPLETED).done))
                 # Nothing here holds what was read once it is yielded.
-                yield name, pending.popleft().result()
-                pending.extend(pool.submit(read, n) for n in islice(following, 1))
+                name, result = pending.pop(done), done.result
+                del done
+                yield name, result()
+                del result
         finally:
             for future in pending:
                 future.cancel()
@@ -272,13 +292,12 @@ class _Loader:
     All are there when its context has ended without an error.
     """
 
-    def __init__(self, model: OPT, place: "TensorParallel | _OneDevice"):
-        self._model, self._place = model, place
-        # Several processes must make slices in the same order.
-        self._makers = _MAKERS if isinstance(place, _OneDevice) else 1
-        self._pool = ThreadPoolExecutor(self._makers)
-        # Modules, and their matrices that are being made.
-        self._making: collections.deque[tuple[str, Future[Any]]] = collections.deque()
+    def __init__(self, model: OPT, place: "TensorParallel | _OneDevice", makers: int):
+        self._model, self._place, self._makers = model, place, makers
+        self._pool = ThreadPoolExecutor(makers)
+        # Arrays that are being made, and what puts each into its layer.
+        self._making: collections.deque[tuple[Future[Any], Callable[[Any], None]]]
+        self._making = collections.deque()
         self._device: Any = getattr(jax.config, "jax_default_device", None)
 
     def __enter__(self) -> "_Loader":
@@ -291,36 +310,42 @@ class _Loader:
 
     def put(self, module: str, attribute: str, array: Any, sparse: bool) -> None:
         """Puts one tensor, as a checkpoint orients it, into its layer."""
-        layer = node_at(self._model, module)
+        place, submit = self._place, self._pool.submit
         if attribute != "kernel":
-            placed = self._place.put(module, attribute, array)
-            getattr(layer, attribute).set_value(placed)
+            made = submit(self._make, place.put, module, attribute, array)
         elif sparse:
-            made = self._pool.submit(self._make, module, array)
-            self._making.append((module, made))
-            # Without waiting, tensors would pile up.
-            self._take_made(self._makers - 1)
+            made = submit(self._make, place.put_sparse, module, array)
         else:
-            # Here reading would run ahead of copying.
-            kernel = self._place.put_kernel(module, array)
-            layer.kernel.set_value(jax.block_until_ready(kernel))
+            # Dense ones are large, and may be copied: one at a time.
+            kernel = jax.block_until_ready(place.put_kernel(module, array))
+            self._set(module, attribute, sparse, kernel)
+            return
+        self._making.append((made, partial(self._set, module, attribute, sparse)))
+        # Without waiting, tensors would pile up.
+        self._take_made(self._makers - 1)
 
-    def _make(self, module: str, array: Any) -> Any:
+    def _make(self, function: Callable[..., Any], *args: Any) -> Any:
         with jax.default_device(self._device):  # this is another thread's setting
-            return jax.block_until_ready(self._place.put_sparse(module, array))
+            return jax.block_until_ready(function(*args))
 
     def _take_made(self, left: int) -> None:
-        """Waits for matrices until so few are being made."""
+        """Waits until so few arrays are being made."""
         while len(self._making) > left:
-            module, made = self._making.popleft()
-            layer = node_at(self._model, module)
-            sparse_layer = SparseDense.from_matrix(
-                made.result(),
-                layer.bias,
-                dtype=layer.dtype,
-                preferred_element_type=layer.preferred_element_type,
-            )
-            set_node(self._model, module, sparse_layer)
+            made, put = self._making.popleft()
+            put(made.result())
+
+    def _set(self, module: str, attribute: str, sparse: bool, made: Any) -> None:
+        layer = node_at(self._model, module)
+        if attribute != "kernel" or not sparse:
+            getattr(layer, attribute).set_value(made)
+            return
+        sparse_layer = SparseDense.from_matrix(
+            made,
+            layer.bias,
+            dtype=layer.dtype,
+            preferred_element_type=layer.preferred_element_type,
+        )
+        set_node(self._model, module, sparse_layer)
 
     def put_qkv(self, module: str, joined: JoinedQKV) -> None:
         """Puts queries, keys and values into an attention, fused if they are alike."""
