@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "cpu/simd.h"
@@ -11,6 +12,8 @@ namespace {
 
 constexpr int64_t kTileSize = kStreams * kStreamPositions;
 constexpr int64_t kSegmentSize = kSegmentWords * kLanes;
+
+using Scratch = std::unique_ptr<uint16_t[]>;  // unlike a vector's, its memory is not cleared
 
 // One step of a strip, as (64 columns, 16 rows), goes to the outputs that there are.
 class TileWriter {
@@ -27,6 +30,46 @@ class TileWriter {
   uint16_t *tiles_, *masks_;
   uint16_t tile_[kTileSize], mask_[kStreams];
 };
+
+// Of the 64 columns of a row in a step, where each stands in what four lanes have of them: column
+// 8 p + 2 t + b is position 2 p + b of lane t.
+struct Places {
+  uint8_t of[kStepK];
+  constexpr Places() : of() {
+    for (int c = 0; c < kStepK; ++c) {
+      of[c] = static_cast<uint8_t>(c % 8 / 2 * kStreamPositions + c / 8 * 2 + c % 2);
+    }
+  }
+};
+constexpr Places kPlaces;
+
+// The same for a bit a column: those of lane t.
+uint16_t LaneBits(uint64_t columns, int t) {
+  uint64_t x = (columns >> (2 * t)) & 0x0303030303030303u;
+  x = (x | x >> 6) & 0x000F000F000F000Fu;
+  x = (x | x >> 12) & 0x000000FF000000FFu;
+  return static_cast<uint16_t>(x | x >> 24);
+}
+
+// A row's share of a step, uint16 [4 lanes][16 positions], which comes as zeros.
+void LoadRow(SparseRows::Cursor& cursor, int columns, uint16_t* tile) {
+  cursor.Read(columns, [tile](int column, uint16_t value) {
+    tile[kPlaces.of[column]] = (value & 0x7FFF) != 0 ? value : 0;
+  });
+}
+
+// Which of them are not zero, uint16 [4 lanes].
+void LoadRowMask(SparseRows::Cursor& cursor, int columns, bool has_zeros, uint16_t* mask) {
+  uint64_t bits = 0;
+  if (!has_zeros) {
+    bits = cursor.ReadMask(columns);
+  } else {
+    cursor.Read(columns, [&bits](int column, uint16_t value) {
+      if ((value & 0x7FFF) != 0) bits |= uint64_t{1} << column;
+    });
+  }
+  for (int t = 0; t < 4; ++t) mask[t] = LaneBits(bits, t);
+}
 
 struct Chain {
   int64_t first, strips;
@@ -67,8 +110,6 @@ StripLoader DenseStrips(const uint16_t* dense, const LscdShape& shape) {
 StripLoader RowStrips(const SparseRows& rows) {
   return [&rows](int64_t first, int64_t strips, uint16_t* tiles, uint16_t* masks) {
     const LscdShape shape{rows.rows(), rows.k()};
-    TileWriter writer(tiles, masks);
-    uint16_t block[kStepK * kStripRows];
     for (int64_t strip = 0; strip < strips; ++strip) {
       const int64_t row = (first + strip) * kStripRows;
       std::vector<SparseRows::Cursor> cursors;
@@ -76,14 +117,23 @@ StripLoader RowStrips(const SparseRows& rows) {
         cursors.push_back(rows.Row(r));
       }
       for (int64_t step = 0; step < shape.steps(); ++step) {
-        const int64_t columns = std::clamp<int64_t>(shape.k - step * kStepK, 0, kStepK);
-        std::memset(block, 0, sizeof(block));
-        for (size_t r = 0; columns > 0 && r < cursors.size(); ++r) {
-          uint16_t* out = block + r;
-          cursors[r].Read(static_cast<int>(columns),
-                          [out](int place, uint16_t value) { out[place * kStripRows] = value; });
+        const int64_t at = strip * shape.steps() + step;
+        const int columns =
+            static_cast<int>(std::clamp<int64_t>(shape.k - step * kStepK, 0, kStepK));
+        const size_t count = columns > 0 ? cursors.size() : 0;
+        if (tiles != nullptr) {
+          uint16_t* tile = tiles + at * kTileSize;
+          std::memset(tile, 0, kTileSize * sizeof(uint16_t));
+          for (size_t r = 0; r < count; ++r) {
+            LoadRow(cursors[r], columns, tile + 4 * r * kStreamPositions);
+          }
+        } else {
+          uint16_t* mask = masks + at * kStreams;
+          std::memset(mask, 0, kStreams * sizeof(uint16_t));
+          for (size_t r = 0; r < count; ++r) {
+            LoadRowMask(cursors[r], columns, rows.has_zeros(), mask + 4 * r);
+          }
         }
-        writer.Write(strip * shape.steps() + step, block, kStripRows);
       }
     }
   };
@@ -102,9 +152,9 @@ int64_t LscdPlan(const StripLoader& load, const LscdShape& shape, const Parallel
   std::vector<int64_t> segments(chains);
   parallel_for.run(chains, [&](int64_t i) {
     const Chain chain = ChainStrips(shape, i);
-    std::vector<uint16_t> masks(chain.strips * steps * kStreams);
-    load(chain.first, chain.strips, nullptr, masks.data());
-    segments[i] = kernels.plan_chain(masks.data(), chain.strips * steps, steps, shape.spread(),
+    const Scratch masks(new uint16_t[chain.strips * steps * kStreams]);
+    load(chain.first, chain.strips, nullptr, masks.get());
+    segments[i] = kernels.plan_chain(masks.get(), chain.strips * steps, steps, shape.spread(),
                                      bitmap + chain.first * bitmap_words,
                                      entries + chain.first * entries_words, counts + chain.first);
   });
@@ -133,9 +183,9 @@ void LscdFill(const StripLoader& load, const LscdShape& shape, const ParallelFor
     const int64_t end =
         i + 1 < chains ? entries[(chain.first + chain.strips) * entries_words] : segments;
     if (begin == end) return;
-    std::vector<uint16_t> tiles(chain.strips * steps * kTileSize);
-    load(chain.first, chain.strips, tiles.data(), nullptr);
-    kernels.fill_chain(tiles.data(), chain.strips * steps, bitmap + chain.first * bitmap_words,
+    const Scratch tiles(new uint16_t[chain.strips * steps * kTileSize]);
+    load(chain.first, chain.strips, tiles.get(), nullptr);
+    kernels.fill_chain(tiles.get(), chain.strips * steps, bitmap + chain.first * bitmap_words,
                        end - begin, values + begin * kSegmentSize);
   });
 }

@@ -19,7 +19,7 @@ inline int64_t EntriesWords(const LscdShape& s) { return s.strips() * s.entries(
 
 // Cuts strips of W into what each lane owns: of step t of the i-th of them, the 16-bit patterns
 // [64 streams][16 positions] at 1024 (i steps + t) of `tiles`, and which of them are not zero at 64
-// (i steps + t) of `masks`. Either may be null.
+// (i steps + t) of `masks`. One of them is null.
 using StripLoader =
     std::function<void(int64_t first_strip, int64_t strips, uint16_t* tiles, uint16_t* masks)>;
 

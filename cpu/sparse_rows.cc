@@ -1,5 +1,6 @@
 #include "cpu/sparse_rows.h"
 
+#include <atomic>
 #include <functional>
 #include <utility>
 
@@ -9,6 +10,7 @@ namespace flashjax {
 namespace {
 
 constexpr int64_t kRowsAtATime = 64;
+constexpr int64_t kValuesAtATime = 1 << 16;
 
 void ForRows(int64_t rows, const ParallelFor& parallel_for,
              const std::function<void(int64_t row)>& body) {
@@ -18,12 +20,26 @@ void ForRows(int64_t rows, const ParallelFor& parallel_for,
   });
 }
 
+bool HasZeros(const SparseRows::Part& part, const ParallelFor& parallel_for) {
+  std::atomic<bool> found{false};
+  parallel_for.run(CeilDiv(part.value_count, kValuesAtATime), [&](int64_t i) {
+    const int64_t end = std::min(part.value_count, (i + 1) * kValuesAtATime);
+    bool any = false;
+    for (int64_t v = i * kValuesAtATime; v < end; ++v) any |= (part.values[v] & 0x7FFF) == 0;
+    if (any) found = true;
+  });
+  return found;
+}
+
 }  // namespace
 
 SparseRows::SparseRows(std::vector<Part> parts, int64_t k, std::vector<int64_t> order,
                        const ParallelFor& parallel_for)
     : parts_(std::move(parts)), k_(k), order_(std::move(order)) {
-  for (const Part& part : parts_) rows_ += part.rows;
+  for (const Part& part : parts_) {
+    rows_ += part.rows;
+    has_zeros_ = has_zeros_ || HasZeros(part, parallel_for);
+  }
   if (!order_.empty()) rows_ = static_cast<int64_t>(order_.size());
   for (size_t p = 0; p < parts_.size() && k_ > 0; ++p) {
     for (int64_t row = 0; row < parts_[p].rows; ++row) {

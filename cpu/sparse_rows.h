@@ -43,8 +43,17 @@ class SparseRows {
     // Calls put(column, value) for what is stored of the next `count` columns, up to 64.
     template <typename Put>
     void Read(int count, const Put& put) {
-      uint64_t bits = ReadBits(part_->bitmap, part_->bitmap_bytes, bit_, count);
-      for (bit_ += count; bits != 0; bits &= bits - 1) put(__builtin_ctzll(bits), *value_++);
+      const uint16_t* value = value_;
+      for (uint64_t bits = ReadMask(count); bits != 0; bits &= bits - 1) {
+        put(__builtin_ctzll(bits), *value++);
+      }
+      value_ = value;
+    }
+    // Which of them are stored; their values are not passed by.
+    uint64_t ReadMask(int count) {
+      const uint64_t bits = ReadBits(part_->bitmap, part_->bitmap_bytes, bit_, count);
+      bit_ += count;
+      return bits;
     }
 
    private:
@@ -62,6 +71,8 @@ class SparseRows {
   int64_t k() const { return k_; }
   // Whether every part has as many values as bits.
   bool fits() const { return fits_; }
+  // Whether some of the values are zeros.
+  bool has_zeros() const { return has_zeros_; }
 
   // There have to be columns.
   Cursor Row(int64_t i) const {
@@ -78,7 +89,7 @@ class SparseRows {
   int64_t k_, rows_ = 0;
   std::vector<int64_t> order_;
   std::vector<Start> starts_;  // of all rows; none if there are no columns
-  bool fits_ = true;
+  bool fits_ = true, has_zeros_ = false;
 };
 
 // Writes dense, (rows, k), whole.
