@@ -40,6 +40,7 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Small shapes, every kernel by name; the sanitizers are hundreds of times slower.
 TESTS = (
     "tests/test_cuda_kernels.py",
+    "tests/test_activation.py",
     "tests/test_gather.py",
     "tests/test_decode_attention.py",
     "-k",
