@@ -13,7 +13,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -46,7 +45,7 @@ _HALVES = (jnp.float16, jnp.bfloat16)
 # Tensors that are read at a time; checksums take longer than reading.
 _READERS = 8
 _AHEAD = 1 / 32  # of all bytes: about a layer
-# Tensors that are put at a time: copying one to the device leaves the cores idle.
+# Matrices that are packed at a time: copying one to the device leaves the cores idle.
 _MAKERS = 3
 # A file's tensors are held until it is written.
 _SHARD_BYTES = 1 << 30
@@ -276,11 +275,10 @@ def _read_ahead(
                 done = next(iter(pending))
                 if not in_order:
                     done = next(iter(wait(pending, return_when=FIRST_COMPLETED).done))
-                # Nothing here holds what was read once it is yielded.
-                name, result = pending.pop(done), done.result
+                name, finished = pending.pop(done), [done]
                 del done
-                yield name, result()
-                del result
+                # Nothing here holds what was read once it is yielded.
+                yield name, finished.pop().result()
         finally:
             for future in pending:
                 future.cancel()
@@ -295,9 +293,8 @@ class _Loader:
     def __init__(self, model: OPT, place: "TensorParallel | _OneDevice", makers: int):
         self._model, self._place, self._makers = model, place, makers
         self._pool = ThreadPoolExecutor(makers)
-        # Arrays that are being made, and what puts each into its layer.
-        self._making: collections.deque[tuple[Future[Any], Callable[[Any], None]]]
-        self._making = collections.deque()
+        # Modules, and their matrices that are being made.
+        self._making: collections.deque[tuple[str, Future[Any]]] = collections.deque()
         self._device: Any = getattr(jax.config, "jax_default_device", None)
 
     def __enter__(self) -> "_Loader":
@@ -310,42 +307,35 @@ class _Loader:
 
     def put(self, module: str, attribute: str, array: Any, sparse: bool) -> None:
         """Puts one tensor, as a checkpoint orients it, into its layer."""
-        place, submit = self._place, self._pool.submit
         if attribute != "kernel":
-            made = submit(self._make, place.put, module, attribute, array)
-        elif sparse:
-            made = submit(self._make, place.put_sparse, module, array)
+            # Nobody waits: its copy may stand behind that of a matrix.
+            placed = self._place.put(module, attribute, array)
+            getattr(node_at(self._model, module), attribute).set_value(placed)
+        elif not sparse:
+            # Large, and may be copied: one at a time.
+            kernel = jax.block_until_ready(self._place.put_kernel(module, array))
+            node_at(self._model, module).kernel.set_value(kernel)
         else:
-            # Dense ones are large, and may be copied: one at a time.
-            kernel = jax.block_until_ready(place.put_kernel(module, array))
-            self._set(module, attribute, sparse, kernel)
-            return
-        self._making.append((made, partial(self._set, module, attribute, sparse)))
-        # Without waiting, tensors would pile up.
-        self._take_made(self._makers - 1)
+            made = self._pool.submit(self._make_sparse, module, array)
+            self._making.append((module, made))
+            self._take_made(self._makers - 1)  # without waiting they would pile up
 
-    def _make(self, function: Callable[..., Any], *args: Any) -> Any:
+    def _make_sparse(self, module: str, array: Any) -> Any:
         with jax.default_device(self._device):  # this is another thread's setting
-            return jax.block_until_ready(function(*args))
+            return jax.block_until_ready(self._place.put_sparse(module, array))
 
     def _take_made(self, left: int) -> None:
-        """Waits until so few arrays are being made."""
+        """Waits until so few matrices are being made."""
         while len(self._making) > left:
-            made, put = self._making.popleft()
-            put(made.result())
-
-    def _set(self, module: str, attribute: str, sparse: bool, made: Any) -> None:
-        layer = node_at(self._model, module)
-        if attribute != "kernel" or not sparse:
-            getattr(layer, attribute).set_value(made)
-            return
-        sparse_layer = SparseDense.from_matrix(
-            made,
-            layer.bias,
-            dtype=layer.dtype,
-            preferred_element_type=layer.preferred_element_type,
-        )
-        set_node(self._model, module, sparse_layer)
+            module, made = self._making.popleft()
+            layer = node_at(self._model, module)
+            sparse_layer = SparseDense.from_matrix(
+                made.result(),
+                layer.bias,
+                dtype=layer.dtype,
+                preferred_element_type=layer.preferred_element_type,
+            )
+            set_node(self._model, module, sparse_layer)
 
     def put_qkv(self, module: str, joined: JoinedQKV) -> None:
         """Puts queries, keys and values into an attention, fused if they are alike."""
