@@ -30,7 +30,7 @@ def mlp(x: jax.Array, weights: list[fj.SparseMatrix]) -> jax.Array:
     """The weights are an argument: a SparseMatrix is a pytree."""
     *hidden, last = weights
     for w in hidden:
-        x = jax.nn.relu(fj.sparse_matmul(x, w))
+        x = fj.sparse_matmul(x, w, activation="relu")
     return fj.sparse_matmul(x, last)
 
 
