@@ -155,6 +155,10 @@ def test_folder_round_trip(tmp_path, shard_bytes):
     total = write(tmp_path, tensors, sparse, shard_bytes)
     with CheckpointReader(tmp_path) as reader:
         assert reader.names() == sorted(tensors)
+        as_stored = reader.names_as_stored()
+        if shard_bytes == 1:
+            assert as_stored == list(tensors)  # a file each
+        assert sorted(as_stored) == sorted(tensors)
         assert set(reader.sparse) == sparse
         assert sum(reader.stored_bytes(n) for n in reader.names()) == total
         for name, array in tensors.items():

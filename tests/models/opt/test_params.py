@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from safetensors.numpy import load_file
 from flashjax.checkpoint import CheckpointError, CheckpointReader
 from flashjax.models import opt
 from flashjax.models.opt import OPT, OPTConfig
+from flashjax.models.opt.params import _read_ahead
 from flashjax.models.opt.tokenizer import load_tokenizer
 from flashjax.nn import SparseDense
 
@@ -386,6 +388,39 @@ def test_peak_memory_is_near_what_is_loaded(tmp_path):
     loaded, peak = map(int, out.split())
     assert loaded > 8 * layer_bytes
     assert peak < loaded + 2 * layer_bytes
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("readers", [1, 3])
+def test_reads_ahead(readers, in_order):
+    """All tensors once, few at a time, and large ones two at a time."""
+    sizes = {str(i): 1000 if i % 50 < 5 else 1 for i in range(200)}
+    lock, started, taken, largest = threading.Lock(), [], [], 0
+
+    def read(name):
+        with lock:
+            started.append(name)
+        return int(name)
+
+    for name, number in _read_ahead(read, sizes, readers, in_order):
+        assert int(name) == number
+        taken.append(name)
+        with lock:
+            ahead = [sizes[name] for name in started if name not in taken]
+        assert len(ahead) < readers
+        largest = max(largest, ahead.count(1000))
+    assert taken == list(sizes) if in_order else sorted(taken) == sorted(sizes)
+    assert largest <= 1
+
+
+def test_error_while_reading_ahead():
+    def read(name):
+        if name == "20":
+            raise CheckpointError("broken")
+
+    with pytest.raises(CheckpointError, match="broken"):
+        for _ in _read_ahead(read, {str(i): 1 for i in range(50)}, 4, False):
+            pass
 
 
 @pytest.mark.parametrize("fuse_qkv", [True, False])
