@@ -30,7 +30,7 @@ using flashjax::LscdShape;
 using flashjax::Empty;
 using flashjax::Input;
 
-nb::tuple PackStrips(const flashjax::StripLoader& load, const LscdShape& shape,
+nb::tuple PackStrips(const flashjax::StripLoader& strips, const LscdShape& shape,
                      const flashjax::ParallelFor& parallel_for) {
   const auto bitmap = Empty<uint32_t>("uint32", shape.strips(), shape.groups(), flashjax::kLanes,
                                       flashjax::kGroupSteps);
@@ -41,13 +41,14 @@ nb::tuple PackStrips(const flashjax::StripLoader& load, const LscdShape& shape,
   {
     nb::gil_scoped_release release;
     segments =
-        flashjax::LscdPlan(load, shape, parallel_for, bitmap.data, entries.data, counts.data);
+        flashjax::LscdPlan(strips, shape, parallel_for, bitmap.data, entries.data, counts.data);
   }
   const auto values =
       Empty<uint32_t>("uint32", segments, flashjax::kSegmentWords, flashjax::kLanes);
   {
     nb::gil_scoped_release release;
-    flashjax::LscdFill(load, shape, parallel_for, bitmap.data, entries.data, segments, values.data);
+    flashjax::LscdFill(strips, shape, parallel_for, bitmap.data, entries.data, segments,
+                       values.data);
   }
   return nb::make_tuple(bitmap.array, entries.array, values.array, counts.array);
 }

@@ -84,7 +84,8 @@ Chain ChainStrips(const LscdShape& shape, int64_t chain) {
 
 // Row by row of the dense matrix, so that a page is visited once for all strips.
 StripLoader DenseStrips(const uint16_t* dense, const LscdShape& shape) {
-  return [dense, shape](int64_t first, int64_t strips, uint16_t* tiles, uint16_t* masks) {
+  const auto load = [dense, shape](int64_t first, int64_t strips, uint16_t* tiles,
+                                   uint16_t* masks) {
     TileWriter writer(tiles, masks);
     uint16_t padded[kStepK * kStripRows];
     for (int64_t step = 0; step < shape.steps(); ++step) {
@@ -105,10 +106,11 @@ StripLoader DenseStrips(const uint16_t* dense, const LscdShape& shape) {
       }
     }
   };
+  return {load, true};
 }
 
 StripLoader RowStrips(const SparseRows& rows) {
-  return [&rows](int64_t first, int64_t strips, uint16_t* tiles, uint16_t* masks) {
+  const auto load = [&rows](int64_t first, int64_t strips, uint16_t* tiles, uint16_t* masks) {
     const LscdShape shape{rows.rows(), rows.k()};
     for (int64_t strip = 0; strip < strips; ++strip) {
       const int64_t row = (first + strip) * kStripRows;
@@ -137,9 +139,10 @@ StripLoader RowStrips(const SparseRows& rows) {
       }
     }
   };
+  return {load, false};
 }
 
-int64_t LscdPlan(const StripLoader& load, const LscdShape& shape, const ParallelFor& parallel_for,
+int64_t LscdPlan(const StripLoader& strips, const LscdShape& shape, const ParallelFor& parallel_for,
                  uint32_t* bitmap, uint32_t* entries, uint32_t* counts) {
   const LscdKernels& kernels = Kernels();
   const int64_t steps = shape.steps(), chains = shape.chains();
@@ -153,7 +156,7 @@ int64_t LscdPlan(const StripLoader& load, const LscdShape& shape, const Parallel
   parallel_for.run(chains, [&](int64_t i) {
     const Chain chain = ChainStrips(shape, i);
     const Scratch masks(new uint16_t[chain.strips * steps * kStreams]);
-    load(chain.first, chain.strips, nullptr, masks.get());
+    strips.load(chain.first, chain.strips, nullptr, masks.get());
     segments[i] = kernels.plan_chain(masks.get(), chain.strips * steps, steps, shape.spread(),
                                      bitmap + chain.first * bitmap_words,
                                      entries + chain.first * entries_words, counts + chain.first);
@@ -170,7 +173,7 @@ int64_t LscdPlan(const StripLoader& load, const LscdShape& shape, const Parallel
   return base;
 }
 
-void LscdFill(const StripLoader& load, const LscdShape& shape, const ParallelFor& parallel_for,
+void LscdFill(const StripLoader& strips, const LscdShape& shape, const ParallelFor& parallel_for,
               const uint32_t* bitmap, const uint32_t* entries, int64_t segments, uint32_t* values) {
   if (segments == 0) return;
   const LscdKernels& kernels = Kernels();
@@ -183,10 +186,18 @@ void LscdFill(const StripLoader& load, const LscdShape& shape, const ParallelFor
     const int64_t end =
         i + 1 < chains ? entries[(chain.first + chain.strips) * entries_words] : segments;
     if (begin == end) return;
-    const Scratch tiles(new uint16_t[chain.strips * steps * kTileSize]);
-    load(chain.first, chain.strips, tiles.get(), nullptr);
-    kernels.fill_chain(tiles.get(), chain.strips * steps, bitmap + chain.first * bitmap_words,
-                       end - begin, values + begin * kSegmentSize);
+    const int64_t at_once = strips.by_chain ? chain.strips : 1;
+    const Scratch tiles(new uint16_t[at_once * steps * kTileSize]);
+    int64_t done = 0;
+    const auto next = [&](const uint16_t** next_tiles) {
+      const int64_t count = std::min(at_once, chain.strips - done);
+      strips.load(chain.first + done, count, tiles.get(), nullptr);
+      done += count;
+      *next_tiles = tiles.get();
+      return count * steps;
+    };
+    kernels.fill_chain(next, chain.strips * steps, bitmap + chain.first * bitmap_words, end - begin,
+                       values + begin * kSegmentSize);
   });
 }
 

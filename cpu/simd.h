@@ -4,6 +4,7 @@
 #define FLASHJAX_CPU_SIMD_H_
 
 #include <cstdint>
+#include <functional>
 
 #include "cpu/lscd_layout.h"
 
@@ -71,6 +72,9 @@ struct TransposedJob {
 // written.
 inline constexpr int kUnpackStrips = 8;
 
+// Gives the tiles of the steps that follow in a chain, and how many: whole groups of them.
+using TileSource = std::function<int64_t(const uint16_t** tiles)>;
+
 // Streams are numbered q = 4 row + t = 32 stream + lane; a tile is uint16 [64 q][16 positions],
 // what a step of a strip holds.
 struct LscdKernels {
@@ -81,9 +85,9 @@ struct LscdKernels {
   // counted from the chain's start) and counts. Returns the number of segments.
   int64_t (*plan_chain)(uint16_t* masks, int64_t total, int64_t strip_steps, int spread,
                         uint32_t* bitmap, uint32_t* entries, uint32_t* counts);
-  // Writes a chain's segments from its bitmap and its tiles [total].
-  void (*fill_chain)(const uint16_t* tiles, int64_t total, const uint32_t* bitmap, int64_t segments,
-                     uint32_t* values);
+  // Writes a chain's segments from its bitmap and its tiles, of `total` steps.
+  void (*fill_chain)(const TileSource& next, int64_t total, const uint32_t* bitmap,
+                     int64_t segments, uint32_t* values);
   // Writes the columns of some strips of the dense (K, M), as the bits or as floats.
   void (*unpack_strips)(const LscdMatrix& w, int64_t first, int64_t strips, bool to_float,
                         void* dense);

@@ -201,14 +201,17 @@ FLASHJAX_INLINE void StoreSegment(const uint16_t* streams, int64_t stride, uint3
 #endif
 }
 
-FLASHJAX_TARGET void FillChain(const uint16_t* tiles, int64_t total, const uint32_t* bitmap,
+FLASHJAX_TARGET void FillChain(const TileSource& next, int64_t total, const uint32_t* bitmap,
                                int64_t segments, uint32_t* values) {
   // Streams are at most kRingSegments segments apart, and a group adds at most 64 words.
   constexpr int kWords = 16 * kSegmentWords, kStride = kWords + kStreamPositions;
   constexpr int kGroupWords = kGroupSteps * kStreamPositions;
   uint16_t streams[kStreams * kStride];
   int32_t n[kStreams] = {};  // words in `streams`
+  const uint16_t* tiles = nullptr;
+  int64_t given = 0;  // steps of tiles
   for (int64_t u = 0; u < total; u += kGroupSteps, bitmap += kLanes * kGroupSteps) {
+    if (u == given) given += next(&tiles);
     for (int j = 0; j < kGroupSteps; ++j, tiles += kStreams * kStreamPositions) {
       uint16_t masks[kStreams];
       for (int lane = 0; lane < kLanes; ++lane) {
