@@ -14,7 +14,6 @@ ffi::Error Matmul(cudaStream_t stream, ffi::AnyBuffer x, Words bitmap, Words ent
                   ffi::AnyBuffer bias, ffi::RemainingArgs layer, ffi::Result<ffi::AnyBuffer> y,
                   bool relu) {
   FLASHJAX_RETURN_IF_ERROR(CheckDtype(kOp, "x", x, {ffi::F16, ffi::BF16}));
-  FLASHJAX_RETURN_IF_ERROR(CheckDtype(kOp, "y", *y, {x.element_type(), ffi::F32}));
   FLASHJAX_RETURN_IF_ERROR(CheckShape(kOp, "x", x, {-1, -1}));
   GatherMatmulArgs args{};
   args.n = x.dimensions()[0];
@@ -27,16 +26,10 @@ ffi::Error Matmul(cudaStream_t stream, ffi::AnyBuffer x, Words bitmap, Words ent
                     ShapeText(x.dimensions()));
   }
   FLASHJAX_RETURN_IF_ERROR(PackedArgs(kOp, shape, bitmap, entries, values, layer, &args.packed));
-  args.is_stacked_bias = args.packed.layer != nullptr && bias.dimensions().size() == 2;
-  FLASHJAX_RETURN_IF_ERROR(CheckBias(kOp, bias, x.element_type(),
-                                     args.is_stacked_bias ? args.packed.layers : 0, args.m));
+  FLASHJAX_RETURN_IF_ERROR(
+      ReadEpilogue(kOp, x.element_type(), bias, args.packed.layers, relu, *y, &args.epilogue));
   args.x = x.untyped_data();
-  args.bias = bias.element_count() > 0 ? bias.untyped_data() : nullptr;
-  args.y = y->untyped_data();
   args.is_bfloat16 = x.element_type() == ffi::BF16;
-  args.is_float_output = y->element_type() == ffi::F32;
-  args.is_float_bias = bias.element_type() == ffi::F32;
-  args.has_relu = relu;
   if (const char* missing = GatherKernelUnavailable()) {
     return ffi::Error(ffi::ErrorCode::kUnimplemented,
                       std::string(kOp) + ": the layout of the weights needs " + missing +

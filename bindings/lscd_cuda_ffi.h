@@ -4,6 +4,7 @@
 
 #include "bindings/cuda_status.h"
 #include "bindings/lscd_packed_ffi.h"
+#include "cuda/epilogue_args.h"
 #include "cuda/lscd_packed_args.h"
 
 namespace flashjax {
@@ -29,13 +30,28 @@ inline ::xla::ffi::Error PackedArgs(const char* op, const LscdShape& shape, cons
   return ::xla::ffi::Error::Success();
 }
 
-// A bias of x's type or float32: (m,), (layers, m) where there are layers, or empty for none.
-inline ::xla::ffi::Error CheckBias(const char* op, const ::xla::ffi::AnyBuffer& bias,
-                                   ::xla::ffi::DataType x_type, int64_t layers, int64_t m) {
-  FLASHJAX_RETURN_IF_ERROR(CheckDtype(op, "bias", bias, {x_type, ::xla::ffi::DataType::F32}));
-  if (layers > 0) return CheckShape(op, "bias", bias, {layers, m});
-  if (bias.element_count() == 0) return ::xla::ffi::Error::Success();
-  return CheckShape(op, "bias", bias, {m});
+// Fills `args` from y (n, m), of x's type or float32, and from a bias of x's type or float32: (m,),
+// also (layers, m) if there are layers, or empty for none; or says what does not fit.
+inline ::xla::ffi::Error ReadEpilogue(const char* op, ::xla::ffi::DataType x_type,
+                                      const ::xla::ffi::AnyBuffer& bias, int64_t layers, bool relu,
+                                      ::xla::ffi::AnyBuffer& y, EpilogueArgs* args) {
+  using ::xla::ffi::DataType;
+  const int64_t m = y.dimensions()[1];
+  const bool is_stacked = layers > 0 && bias.dimensions().size() == 2;
+  FLASHJAX_RETURN_IF_ERROR(CheckDtype(op, "y", y, {x_type, DataType::F32}));
+  FLASHJAX_RETURN_IF_ERROR(CheckDtype(op, "bias", bias, {x_type, DataType::F32}));
+  if (is_stacked) {
+    FLASHJAX_RETURN_IF_ERROR(CheckShape(op, "bias", bias, {layers, m}));
+  } else if (bias.element_count() > 0) {
+    FLASHJAX_RETURN_IF_ERROR(CheckShape(op, "bias", bias, {m}));
+  }
+  *args = {y.untyped_data(),
+           bias.element_count() > 0 ? bias.untyped_data() : nullptr,
+           y.element_type() == DataType::F32,
+           bias.element_type() == DataType::F32,
+           is_stacked,
+           relu};
+  return ::xla::ffi::Error::Success();
 }
 
 }  // namespace flashjax

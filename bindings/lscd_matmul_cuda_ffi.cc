@@ -13,7 +13,6 @@ ffi::Error Matmul(cudaStream_t stream, ffi::AnyBuffer x, Words bitmap, Words ent
                   ffi::AnyBuffer bias, ffi::RemainingArgs layer, ffi::Result<ffi::AnyBuffer> y,
                   ffi::Result<ffi::Buffer<ffi::U8>> workspace, int64_t kernel, bool relu) {
   FLASHJAX_RETURN_IF_ERROR(CheckDtype(kOp, "x", x, {ffi::F16, ffi::BF16}));
-  FLASHJAX_RETURN_IF_ERROR(CheckDtype(kOp, "y", *y, {x.element_type(), ffi::F32}));
   FLASHJAX_RETURN_IF_ERROR(CheckShape(kOp, "x", x, {-1, -1}));
   const int64_t n = x.dimensions()[0], k = x.dimensions()[1];
   FLASHJAX_RETURN_IF_ERROR(CheckShape(kOp, "y", *y, {n, -1}));
@@ -21,25 +20,19 @@ ffi::Error Matmul(cudaStream_t stream, ffi::AnyBuffer x, Words bitmap, Words ent
   LscdMatmulArgs args{};
   FLASHJAX_RETURN_IF_ERROR(
       PackedArgs(kOp, LscdShape{m, k}, bitmap, entries, values, layer, &args.packed));
-  args.is_stacked_bias = args.packed.layer != nullptr && bias.dimensions().size() == 2;
   FLASHJAX_RETURN_IF_ERROR(
-      CheckBias(kOp, bias, x.element_type(), args.is_stacked_bias ? args.packed.layers : 0, m));
+      ReadEpilogue(kOp, x.element_type(), bias, args.packed.layers, relu, *y, &args.epilogue));
   if (kernel < 0 || kernel > static_cast<int64_t>(LscdKernel::kWgmma)) {
     return Mismatch(kOp, "kernel", "0 (auto), 1 (mma) or 2 (wgmma)", std::to_string(kernel));
   }
 
   args.x = x.untyped_data();
-  args.bias = bias.element_count() > 0 ? bias.untyped_data() : nullptr;
-  args.y = y->untyped_data();
   args.workspace = workspace->untyped_data();
   args.workspace_bytes = workspace->size_bytes();
   args.n = n;
   args.m = m;
   args.k = k;
   args.is_bfloat16 = x.element_type() == ffi::BF16;
-  args.is_float_output = y->element_type() == ffi::F32;
-  args.is_float_bias = bias.element_type() == ffi::F32;
-  args.has_relu = relu;
   args.kernel = static_cast<LscdKernel>(kernel);
   if (const char* missing = LscdKernelUnavailable(args)) {
     return ffi::Error(ffi::ErrorCode::kUnimplemented,

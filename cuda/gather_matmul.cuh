@@ -32,12 +32,9 @@ inline constexpr int kSharedBytes = kXBytes + (kMaxWarps + kMaxStrips) * kSumByt
 struct GatherProduct {
   PackedGather packed;
   const uint16_t* x;
-  const void* bias;
-  void* y;
+  Epilogue epilogue;
   int n, m, k;
   int strips_per_cluster;
-  int bias_stride;  // of a stack of biases, else 0
-  bool is_float, is_float_bias, has_relu;
 };
 
 // Adds a chunk's products to the sums; `column` is the address of the column of the value before.
@@ -185,10 +182,7 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes, 1)
   const int own = panel + threadIdx.x / (2 * kLanes) * w.panels, half = threadIdx.x / kLanes % 2;
   const uint32_t row = own < strips ? w.entry(first_strip + own).row(lane) : p.m;
   const bool owns = row < static_cast<uint32_t>(p.m);
-  float bias = 0;
-  if (owns && p.bias != nullptr) {
-    bias = LoadBias<T>(p.bias, p.is_float_bias, int64_t{w.layer} * p.bias_stride + row);
-  }
+  const float bias = owns ? LoadBias<T>(p.epilogue, w.layer, static_cast<int>(row)) : 0.0f;
   LoadX(p, window.x, window.y, x_address);
   __syncthreads();
 
@@ -226,11 +220,11 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes, 1)
       const int64_t at = int64_t{n} * p.m + row;
       if (n >= p.n) break;
       float result = results[j] + bias;
-      if (p.has_relu) result = Relu(result);
-      if (p.is_float) {
-        static_cast<float*>(p.y)[at] = result;
+      if (p.epilogue.has_relu) result = Relu(result);
+      if (p.epilogue.is_float) {
+        static_cast<float*>(p.epilogue.y)[at] = result;
       } else {
-        static_cast<T*>(p.y)[at] = FromFloat<T>(result);
+        static_cast<T*>(p.epilogue.y)[at] = FromFloat<T>(result);
       }
     }
   }

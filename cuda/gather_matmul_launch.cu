@@ -80,15 +80,10 @@ cudaError_t LaunchGatherMatmul(const GatherMatmulArgs& args, cudaStream_t stream
   GatherProduct product{};
   product.packed = MakePackedGather(args.packed, shape);
   product.x = static_cast<const uint16_t*>(args.x);
-  product.bias = args.bias;
-  product.y = args.y;
+  product.epilogue = MakeEpilogue(args.epilogue, args.m);
   product.n = static_cast<int>(args.n);
   product.m = static_cast<int>(args.m);
   product.k = static_cast<int>(args.k);
-  product.bias_stride = args.is_stacked_bias ? product.m : 0;
-  product.is_float = args.is_float_output;
-  product.is_float_bias = args.is_float_bias;
-  product.has_relu = args.has_relu;
   return args.is_bfloat16 ? LaunchKernel<__nv_bfloat16>(product, stream)
                           : LaunchKernel<__half>(product, stream);
 }

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cuda/epilogue_args.h"
 #include "cuda/gather_packed_args.h"
 
 namespace flashjax::gather {
@@ -13,14 +14,9 @@ namespace flashjax::gather {
 struct GatherMatmulArgs {
   const void* x;  // (n, k), float16 or bfloat16; 4-byte aligned
   GatherPackedArgs packed;
-  const void* bias;  // (m,), the type of x or float32; or nullptr
-  void* y;           // (n, m), the type of x or float32
-  int64_t n, m, k;   // n up to kTokens; k a multiple of 8 that rounds up W's columns
+  EpilogueArgs epilogue;
+  int64_t n, m, k;  // n up to kTokens; k a multiple of 8 that rounds up W's columns
   bool is_bfloat16;
-  bool is_float_output;
-  bool is_float_bias;
-  bool is_stacked_bias;  // (layers, m): a bias for each matrix of the stack
-  bool has_relu;         // y is max(0, x W^T + bias)
 };
 
 // What the current device lacks for this kernel, or nullptr.

@@ -56,15 +56,11 @@ struct Problem {
     return static_cast<const uint8_t*>(args.x) + n0 * args.k * 2;
   }
   Output output(int64_t n0, int64_t n) const {
-    const int64_t size = args.is_float_output ? 4 : 2;
     Output out{};
-    out.y = static_cast<uint8_t*>(args.y) + n0 * args.m * size;
-    out.bias = args.bias;
+    out.epilogue = MakeEpilogue(args.epilogue, args.m);
+    const int64_t size = out.epilogue.is_float ? 4 : 2;
+    out.epilogue.y = static_cast<uint8_t*>(args.epilogue.y) + n0 * args.m * size;
     out.n = static_cast<int>(n);
-    out.is_float = args.is_float_output;
-    out.is_float_bias = args.is_float_bias;
-    out.has_relu = args.has_relu;
-    out.bias_stride = args.is_stacked_bias ? static_cast<int>(args.m) : 0;
     return out;
   }
 };

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cuda/epilogue_args.h"
 #include "cuda/lscd_packed_args.h"
 
 namespace flashjax {
@@ -16,16 +17,11 @@ enum class LscdKernel : int64_t { kAuto = 0, kMma = 1, kWgmma = 2 };
 struct LscdMatmulArgs {
   const void* x;  // (n, k), float16 or bfloat16
   LscdPackedArgs packed;
-  const void* bias;  // (m,), the type of x or float32; or nullptr
-  void* y;           // (n, m), the type of x or float32; 4-byte aligned
-  void* workspace;   // 16-byte aligned; its contents do not matter
+  EpilogueArgs epilogue;
+  void* workspace;  // 16-byte aligned; its contents do not matter
   size_t workspace_bytes;
   int64_t n, m, k;  // k may exceed W's columns by what rounds it up to the layout's
   bool is_bfloat16;
-  bool is_float_output;
-  bool is_float_bias;
-  bool is_stacked_bias;  // (layers, m): a bias for each matrix of the stack
-  bool has_relu;         // y is max(0, x W^T + bias)
   LscdKernel kernel;
 };
 

@@ -31,13 +31,8 @@
 namespace flashjax {
 
 struct Output {
-  void* y;           // (n, m), row-major
-  const void* bias;  // (m,), or one for each matrix of a stack; or nullptr
-  int bias_stride;   // between those of a stack, else 0
+  Epilogue epilogue;
   int n;
-  bool is_float;       // y is float32 instead of the weight's type
-  bool is_float_bias;  // bias is float32 instead of the weight's type
-  bool has_relu;
   uint64_t* flags;
   uint64_t ticket;
   float4* partials;
@@ -140,9 +135,7 @@ struct Share {
 
 template <typename T>
 __device__ __forceinline__ float Bias(const Output& out, const PackedWeight& w, int row) {
-  if (out.bias == nullptr || row >= w.m) return 0.0f;
-  const int64_t index = int64_t{w.layer} * out.bias_stride + row;
-  return LoadBias<T>(out.bias, out.is_float_bias, index);
+  return row < w.m ? LoadBias<T>(out.epilogue, w.layer, row) : 0.0f;
 }
 
 // Writes a warp's 16 x kTileN accumulators, of columns from `column` on: of each 8 columns and half
@@ -153,7 +146,7 @@ __device__ __forceinline__ void StoreFloats(const float* acc, const float bias[2
                                             const Output& out, int m, int strip, int column,
                                             int lane) {
   const int row = strip * kStripRows + lane / 4, first = column + 2 * (lane % 4);
-  float* y = static_cast<float*>(out.y) + int64_t{first} * m + row;
+  float* y = static_cast<float*>(out.epilogue.y) + int64_t{first} * m + row;
 #pragma unroll
   for (int j = 0; j < kTileN / 8; ++j, y += int64_t{8} * m) {
 #pragma unroll
@@ -190,7 +183,7 @@ __device__ __forceinline__ void StoreHalves(const float* acc, const float bias[2
                                             const Output& out, int m, int strip, int column,
                                             int lane) {
   constexpr int kTogether = kTileN == 8 ? 1 : 2;  // parts of 8 columns
-  uint16_t* y = static_cast<uint16_t*>(out.y);
+  uint16_t* y = static_cast<uint16_t*>(out.epilogue.y);
   const bool aligned = m % 8 == 0 && reinterpret_cast<uintptr_t>(y) % 16 == 0;
 #pragma unroll
   for (int j = 0; j < kTileN / 8; j += kTogether) {
@@ -287,12 +280,12 @@ __device__ __forceinline__ void StoreTile(float* acc, const Output& out, const P
   if (strip >= w.strips) return;
   const int row = strip * kStripRows + lane / 4, column = share.ColumnTile(tile) * kTileN;
   float bias[2] = {Bias<T>(out, w, row), Bias<T>(out, w, row + 8)};
-  if (out.has_relu) {
+  if (out.epilogue.has_relu) {
 #pragma unroll
     for (int i = 0; i < kTileN / 2; ++i) acc[i] = Relu(acc[i] + bias[i / 2 % 2]);
     bias[0] = bias[1] = 0.0f;
   }
-  if (out.is_float) {
+  if (out.epilogue.is_float) {
     StoreFloats<kTileN>(acc, bias, out, w.m, strip, column, lane);
   } else {
     StoreHalves<T, kTileN>(acc, bias, out, w.m, strip, column, lane);

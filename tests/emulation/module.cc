@@ -72,18 +72,18 @@ int emulated_matmul(const void* x, const uint32_t* bitmap, const uint32_t* entri
   flashjax::LscdMatmulArgs args{};
   args.x = x;
   args.packed = {bitmap, entries, values, layer, layers, segments};
-  args.bias = bias;
-  args.y = y;
+  args.epilogue.bias = bias;
+  args.epilogue.y = y;
   args.workspace = workspace;
   args.workspace_bytes = static_cast<size_t>(workspace_bytes);
   args.n = n;
   args.m = m;
   args.k = k;
   args.is_bfloat16 = is_bfloat16;
-  args.is_float_output = is_float_output;
-  args.is_float_bias = is_float_bias;
-  args.is_stacked_bias = is_stacked_bias;
-  args.has_relu = has_relu;
+  args.epilogue.is_float_output = is_float_output;
+  args.epilogue.is_float_bias = is_float_bias;
+  args.epilogue.is_stacked_bias = is_stacked_bias;
+  args.epilogue.has_relu = has_relu;
   args.kernel = static_cast<flashjax::LscdKernel>(kernel);
   return flashjax::LaunchLscdMatmul(args, nullptr);
 }
@@ -105,16 +105,16 @@ int emulated_gather_matmul(const void* x, const uint32_t* bitmap, const uint32_t
   flashjax::gather::GatherMatmulArgs args{};
   args.x = x;
   args.packed = {bitmap, entries, values, layer, layers, chunks};
-  args.bias = bias;
-  args.y = y;
+  args.epilogue.bias = bias;
+  args.epilogue.y = y;
   args.n = n;
   args.m = m;
   args.k = k;
   args.is_bfloat16 = is_bfloat16;
-  args.is_float_output = is_float_output;
-  args.is_float_bias = is_float_bias;
-  args.is_stacked_bias = is_stacked_bias;
-  args.has_relu = has_relu;
+  args.epilogue.is_float_output = is_float_output;
+  args.epilogue.is_float_bias = is_float_bias;
+  args.epilogue.is_stacked_bias = is_stacked_bias;
+  args.epilogue.has_relu = has_relu;
   return flashjax::gather::LaunchGatherMatmul(args, nullptr);
 }
 
