@@ -172,7 +172,7 @@ def show_folder(folder: Path, as_json: bool, every_tensor: bool) -> None:
 
 def _print_packed_when_loaded(console: Console, tensors: list[TensorInfo]) -> None:
     """Says what becomes of a pruned model that is stored as others store it."""
-    from flashjax.models.opt.params import AUTO_SPARSITY
+    from flashjax.models.opt.loading import AUTO_SPARSITY
 
     dense = [t.sparsity for t in tensors if t.sparsity and not t.stored_sparse]
     count = sum(sparsity >= AUTO_SPARSITY for sparsity in dense)

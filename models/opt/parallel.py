@@ -15,6 +15,7 @@ whole on every device.
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -173,3 +174,10 @@ def transpose(matrix: np.ndarray) -> np.ndarray:
         rows = slice(i, i + _BLOCK_ROWS)
         result[:, rows] = source[rows].T
     return transposed
+
+
+def transpose_anywhere(matrix: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+    """The same by JAX's default device, unless that is the CPU."""
+    if jax.default_backend() == "cpu":
+        return transpose(np.asarray(matrix))
+    return jnp.asarray(matrix).T
