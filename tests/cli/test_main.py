@@ -16,6 +16,12 @@ def test_version(cli):
     assert cli("--version").out == f"flashjax {fj.__version__}\n"
 
 
+def test_is_a_module_to_run():
+    command = [sys.executable, "-m", "flashjax", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"flashjax {fj.__version__}\n"
+
+
 COMMANDS = ["", "generate", "prune", "eval", "info", "bench", "bench generate"]
 
 
