@@ -16,7 +16,8 @@ flags are cleared for it (cuda/lscd_stream_k.cuh says why they need not be).
 
 Writes `benchmarks/results/sanitize-DEVICE.json` when all tests of a tool ended: its
 errors, warnings, tests, and the first lines of what it found. What takes longer than
-`--minutes` is ended, and the tool recorded as not finished.
+`--minutes` is ended, and the tool recorded as not finished. What is there of tools that
+are not run this time stays; each tool's result has the commit it is of.
 """
 
 import collections
@@ -34,6 +35,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import report
 import typer
+
+from flashjax.cli.environment import environment
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -216,6 +219,16 @@ def total(tool: str, count: int, parts: list[dict]) -> dict:
     }
 
 
+def of_other_tools(earlier: dict, chosen: list[str]) -> list[dict]:
+    """The results in a file of tools that are not going to be run."""
+    facts = {
+        "commit": earlier.get("environment", {}).get("commit"),
+        "arguments": earlier.get("arguments"),
+    }
+    results = earlier.get("results", [])
+    return [facts | result for result in results if result["tool"] not in chosen]
+
+
 def clean(result: dict) -> bool:
     """Whether all tests of a tool passed and it found nothing."""
     passed = result["finished"] and result["exit_statuses"] == [0]
@@ -244,7 +257,8 @@ def main(
     tests = collect(arguments)
     processes = -(-len(tests) // together)
     deals = [tests[i::processes] for i in range(processes)]
-    results = []
+    commit = environment().get("commit")
+    results = of_other_tools(report.load(name), chosen)
     parts: dict[str, list[dict]] = {tool: [] for tool in chosen}
     with ThreadPoolExecutor(workers) as pool:
         runs = {
@@ -257,14 +271,13 @@ def main(
             parts[tool].append(run.result())
             if len(parts[tool]) < len(deals):
                 continue
-            results.append(total(tool, len(tests), parts[tool]))
+            result = total(tool, len(tests), parts[tool])
+            results.append({**result, "commit": commit, "arguments": arguments})
             print(results[-1], flush=True)
             seconds = round(time.monotonic() - began, 1)
-            path = report.save(
-                name, {"arguments": arguments, "seconds": seconds, "results": results}
-            )
+            path = report.save(name, {"seconds": seconds, "results": results})
     print(f"written to {path}")
-    raise SystemExit(not all(map(clean, results)))
+    raise SystemExit(not all(clean(r) for r in results if r["tool"] in chosen))
 
 
 if __name__ == "__main__":

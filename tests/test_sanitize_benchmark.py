@@ -74,6 +74,16 @@ def test_no_errors(sanitize, tmp_path):
     assert result["finished"]
 
 
+def test_other_tools_stay(sanitize, tmp_path):
+    _, earlier = run(sanitize, tmp_path, "memcheck,racecheck")
+    code, results = run(sanitize, tmp_path, "memcheck")
+    assert code == 0  # of the tool that was run
+    results = {result["tool"]: result for result in results}
+    assert sorted(results) == ["memcheck", "racecheck"]
+    assert results["racecheck"] in earlier
+    assert all("commit" in result for result in results.values())
+
+
 def test_errors(sanitize, tmp_path):
     code, results = run(sanitize, tmp_path, "memcheck,racecheck")
     assert code == 1

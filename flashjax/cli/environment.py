@@ -43,11 +43,16 @@ def environment() -> dict[str, Any]:
     return {name: fact for name, fact in facts.items() if fact}
 
 
+def results_path(folder: Path, name: str, device: str) -> Path:
+    """`NAME-DEVICE.json` in the folder."""
+    stem = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    return folder / f"{name}-{stem}.json"
+
+
 def save_results(folder: Path, name: str, content: dict[str, Any]) -> Path:
     """Writes `NAME-DEVICE.json` with the environment and returns its path."""
     facts = environment()
-    device = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
-    path = folder / f"{name}-{device}.json"
+    path = results_path(folder, name, facts["device"])
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"environment": facts, **content}, indent=1)
     # One result a line.
