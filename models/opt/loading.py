@@ -77,8 +77,8 @@ def load(
     place = parallel or _OneDevice(tokens)
     with _Loader(model, place, 1 if in_order else _MAKERS) as loader:
         sizes = {name: stored.read_bytes(name, as_rows) for name in stored.names}
-        tensors = read_ahead(read, sizes, readers, in_order)
-        for stored_name, (array, fits) in tensors:
+        # No name for what this iterates over: an error would keep it, and its threads.
+        for stored_name, (array, fits) in read_ahead(read, sizes, readers, in_order):
             target = stored.targets[stored.names[stored_name]]
             if not fits:
                 too_large.append(stored_name)
