@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,12 @@ from .reader import INDEX_NAME, WEIGHTS_NAME
 
 
 class CheckpointWriter:
-    """Writes tensors into a folder's safetensors, sharded, holding one shard at most.
+    """Writes tensors into a folder's safetensors, sharded.
 
-    Use it inside atomic_folder(), and call close() once everything was added.
+    A shard is written while the next one is added: two are held at most. Use it as a
+    context manager inside atomic_folder(), and call close() once everything was added.
+    What goes wrong while a shard is written is raised by what is called next. When the
+    context has ended, by an error too, nothing is being written any more.
     """
 
     def __init__(self, folder: str | os.PathLike[str], shard_bytes: int = 1 << 30):
@@ -32,6 +36,14 @@ class CheckpointWriter:
         self._entries: dict[str, SparseEntry] = {}
         self._shards: list[list[str]] = []
         self._total_bytes = 0
+        self._pool = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown()
 
     def add(self, name: str, array: np.ndarray) -> None:
         """Adds a dense tensor."""
@@ -51,6 +63,7 @@ class CheckpointWriter:
         """
         if self._tensors or not self._shards:
             self._flush()
+        self._wait()
         if len(self._shards) == 1:
             self._part(0).rename(self._folder / WEIGHTS_NAME)
             return self._total_bytes
@@ -73,12 +86,27 @@ class CheckpointWriter:
             self._flush()
 
     def _flush(self) -> None:
-        save_tensors(self._part(len(self._shards)), self._tensors, self._entries)
+        self._wait()
+        path = self._part(len(self._shards))
+        self._writing = self._pool.submit(_write, path, self._tensors, self._entries)
         self._shards.append(list(self._tensors))
         self._tensors, self._entries = {}, {}
 
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+
     def _part(self, index: int) -> Path:
         return self._folder / f"part-{index:05}.safetensors"
+
+
+def _write(
+    path: Path, tensors: dict[str, np.ndarray], entries: dict[str, SparseEntry]
+) -> None:
+    save_tensors(path, tensors, entries)
+    # Here nobody waits for the disk; at the end all would.
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def save_tensors(

@@ -26,7 +26,7 @@ from .modeling import OPT, check_dtype
 from .parallel import TensorParallel, transpose_anywhere
 from .tokenizer import load_tokenizer, save_tokenizer
 
-# A file's tensors are held until it is written.
+# The tensors of two files are held: of one that is written and of the next.
 _SHARD_BYTES = 1 << 30
 
 
@@ -142,10 +142,10 @@ def save_pretrained(
         (temporary / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
         if tokenizer is not None:
             save_tokenizer(tokenizer, model.config, temporary)
-        writer = CheckpointWriter(temporary, shard_bytes=shard_bytes)
-        for name, tensor, sparse in _tensors(model):
-            (writer.add_sparse if sparse else writer.add)(name, tensor)
-        writer.close()
+        with CheckpointWriter(temporary, shard_bytes=shard_bytes) as writer:
+            for name, tensor, sparse in _tensors(model):
+                (writer.add_sparse if sparse else writer.add)(name, tensor)
+            writer.close()
 
 
 def _tensors(model: OPT) -> Iterator[tuple[str, np.ndarray, bool]]:

@@ -27,8 +27,10 @@ AUDITED = ("open", "os.", "shutil.", "ctypes.")
 def save(target: Path, version: int) -> None:
     weight = np.full((48, 64), version, np.float16)
     weight[::2] = 0
-    with atomic_folder(target, overwrite=True) as folder:
-        writer = CheckpointWriter(folder, shard_bytes=1000)
+    with (
+        atomic_folder(target, overwrite=True) as folder,
+        CheckpointWriter(folder, shard_bytes=1000) as writer,
+    ):
         for name in "abc":
             writer.add_sparse(name, weight)
             writer.add(f"{name}.bias", np.full(64, version, np.float32))

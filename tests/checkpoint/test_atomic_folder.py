@@ -3,6 +3,8 @@
 import errno
 import os
 import resource
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -153,8 +155,10 @@ def test_disk_full(tmp_path, monkeypatch, existing, where):
 
 
 def save(target, size, overwrite=False):
-    with atomic_folder(target, overwrite=overwrite) as folder:
-        tensors = CheckpointWriter(folder)
+    with (
+        atomic_folder(target, overwrite=overwrite) as folder,
+        CheckpointWriter(folder) as tensors,
+    ):
         tensors.add("a", np.ones(size, np.float32))
         tensors.close()
 
@@ -174,3 +178,41 @@ def test_a_file_that_does_not_fit(tmp_path, small_files_only):
         save(target, 1_000_000, overwrite=True)
     assert siblings(target) == ["model"]
     assert (target / "config.json").read_text() == "old"
+
+
+def test_what_fails_while_a_shard_is_written(tmp_path, monkeypatch):
+    begun = threading.Event()
+
+    def full(*unused):
+        begun.wait()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer, "save_tensors", full)
+    with CheckpointWriter(tmp_path, shard_bytes=1) as tensors:
+        tensors.add("a", np.ones(3))  # does not wait
+        begun.set()
+        with pytest.raises(OSError, match="No space"):
+            tensors.add("b", np.ones(3))
+        with pytest.raises(OSError, match="No space"):
+            tensors.close()
+
+
+def test_an_error_waits_for_the_shard_that_is_written(tmp_path, monkeypatch):
+    begun, ended = threading.Event(), []
+
+    def slow(*unused):
+        begun.set()
+        time.sleep(0.1)
+        ended.append(True)
+
+    monkeypatch.setattr(writer, "_write", slow)
+
+    def interrupted():
+        with CheckpointWriter(tmp_path, shard_bytes=1) as tensors:
+            tensors.add("a", np.ones(3))
+            begun.wait()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert ended

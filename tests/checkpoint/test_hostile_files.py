@@ -24,12 +24,12 @@ from flashjax.checkpoint import (
 
 def write(folder, shard_bytes=1 << 30):
     rng = np.random.default_rng(0)
-    writer = CheckpointWriter(folder, shard_bytes)
-    for name, dtype in (("a", np.float16), ("b", ml_dtypes.bfloat16)):
-        dense = rng.standard_normal((7, 9)) * (rng.random((7, 9)) < 0.4)
-        writer.add_sparse(name, dense.astype(dtype))
-        writer.add(f"{name}.bias", np.ones(7, np.float32))
-    writer.close()
+    with CheckpointWriter(folder, shard_bytes) as writer:
+        for name, dtype in (("a", np.float16), ("b", ml_dtypes.bfloat16)):
+            dense = rng.standard_normal((7, 9)) * (rng.random((7, 9)) < 0.4)
+            writer.add_sparse(name, dense.astype(dtype))
+            writer.add(f"{name}.bias", np.ones(7, np.float32))
+        writer.close()
     return folder
 
 
