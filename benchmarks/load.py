@@ -5,8 +5,9 @@
 A model of random weights is made and stored once, in a temporary folder or in
 --folder, which is then kept and used again. Reading is `read` into one buffer, file by
 file, after asking the system to forget the file (where it does not, both come from
-memory). Loading is `opt.from_pretrained` in a process of its own, until all weights are
-on the device; its time is without that of starting Python and JAX.
+memory). Loading is `opt.from_pretrained` in a process of its own, as making is, so that
+the device is free. It lasts until all weights are there; starting Python and JAX is not
+in its time.
 
 Prints and writes `benchmarks/results/load-DEVICE.json`.
 """
@@ -71,27 +72,44 @@ def load(folder: str) -> dict[str, float]:
     }
 
 
+def store(model: str, sparsity: float, folder: str) -> dict[str, float]:
+    """Runs in a process of its own."""
+    began = time.perf_counter()
+    made = jax.block_until_ready(random_opt(find_config(model), sparsity))
+    seconds = time.perf_counter() - began
+    opt.save_pretrained(made, None, folder)
+    return {"made": seconds, "stored": time.perf_counter() - began - seconds}
+
+
+def in_process(*arguments: object) -> dict[str, float]:
+    """What this script prints when it is called so."""
+    command = [sys.executable, __file__, *map(str, arguments)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main(
     model: Annotated[str, typer.Option(help="A size of OPT.")] = "opt-1.3b",
     sparsity: Annotated[float, typer.Option()] = 0.8,
     folder: Annotated[pathlib.Path | None, typer.Option(help="Kept.")] = None,
     repetitions: Annotated[int, typer.Option()] = 3,
     name: Annotated[str, typer.Option(help="Stem of the result.")] = "load",
-    only_load: Annotated[bool, typer.Option(hidden=True)] = False,
+    only: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Times loading a sparse checkpoint beside reading its files."""
-    if only_load:
+    if only == "store":
+        print(json.dumps(store(model, sparsity, str(folder))))
+        return
+    if only == "load":
         print(json.dumps(load(str(folder))))
         return
     with tempfile.TemporaryDirectory() as temporary:
         stored = folder or pathlib.Path(temporary, "model")
+        making = ("--model", model, "--sparsity", sparsity, "--folder", stored)
+        made: dict[str, float] = {}
         if not stored.exists():
-            began = time.perf_counter()
-            made = random_opt(find_config(model), sparsity)
-            print(f"made in {time.perf_counter() - began:.1f} s")
-            opt.save_pretrained(made, None, stored)
-            print(f"and stored in {time.perf_counter() - began:.1f} s")
-            del made
+            made = in_process("--only", "store", *making)
+            print("made in {made:.1f} s, stored in {stored:.1f} s".format(**made))
         paths = sorted(stored.glob("*.safetensors"))
         size = sum(path.stat().st_size for path in paths)
         reads, loads = [], []
@@ -101,9 +119,7 @@ def main(
             reads.append(read_files(paths))
             for path in paths:
                 forget(path)
-            command = [sys.executable, __file__, "--only-load", "--folder", str(stored)]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            loads.append(json.loads(done.stdout.splitlines()[-1]))
+            loads.append(in_process("--only", "load", "--folder", stored))
             print(f"read in {reads[-1]:.2f} s, loaded in {loads[-1]['seconds']:.2f} s")
     best = min(loads, key=lambda r: r["seconds"])
     content = {
@@ -117,6 +133,8 @@ def main(
         "host_bytes_before": best["host_bytes_before"],
         "cores": os.cpu_count(),
     }
+    if made:
+        content["store_seconds"] = round(made["stored"], 3)
     print(content)
     print(f"written to {report.save(name, content)}")
 

@@ -40,12 +40,17 @@ from flashjax.cli.environment import environment
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-# Small shapes, every kernel by name; the sanitizers are hundreds of times slower.
+# Every kernel by name, and the op in every transformation; small shapes, as the
+# sanitizers are hundreds of times slower.
 TESTS = (
     "tests/test_cuda_kernels.py",
     "tests/test_activation.py",
     "tests/test_gather.py",
     "tests/test_decode_attention.py",
+    "tests/test_matmul.py",
+    "tests/test_sparse_matrix.py",
+    "tests/test_trainable_matrix.py",
+    "tests/transforms",
     "-k",
     "not test_shares_of_blocks and not test_large and not xla",
 )
