@@ -150,11 +150,15 @@ def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
 
 
 class RequestTimes(NamedTuple):
-    """Median seconds of a request's prefill, of one of its steps, and of all of it."""
+    """Median seconds of a request's prefill, of one of its steps, and of all of it.
+
+    `compiling` is that of the first one, which is compiled unless a cache has it.
+    """
 
     prefill: float
     step: float
     whole: float
+    compiling: float
 
 
 def time_requests(
@@ -163,18 +167,19 @@ def time_requests(
     """Times of requests that are alike, and the memory of one."""
     options = opt.GenerationConfig(max_new_tokens=new, eos_token_id=-1)
     request = make_request(model.config, ids, None, options)
+    began = time.perf_counter()
     compile_request(model, request)
+    compiling = time.perf_counter() - began
     with MemoryWatch() as memory:
         compile_request(model, request)
     times = []
     for _ in range(repetitions):
         began = time.perf_counter()
         request = make_request(model.config, ids, None, options)
-        prefill, steps = time_request(model, request)
-        whole = time.perf_counter() - began
-        times.append(RequestTimes(prefill, steps / (new - 1), whole))
-    medians = map(statistics.median, zip(*times, strict=True))
-    return RequestTimes(*medians), memory
+        prefilled, steps = time_request(model, request)
+        times.append((prefilled, steps / (new - 1), time.perf_counter() - began))
+    prefill, step, whole = map(statistics.median, zip(*times, strict=True))
+    return RequestTimes(prefill, step, whole, compiling), memory
 
 
 def measure(
@@ -204,6 +209,7 @@ def measure(
         "prefill_ms": round(times.prefill * 1e3, 3),
         "step_ms": round(times.step * 1e3, 4),
         "request_ms": round(times.whole * 1e3, 3),
+        "compile_seconds": round(times.compiling, 2),
         "prefill_tokens_per_s": round(batch * prompt / times.prefill, 1),
         "decode_tokens_per_s": round(batch / times.step, 1),
         "tokens_per_s": round(batch * new / times.whole, 1),

@@ -34,6 +34,7 @@ def test_generate(cli, sparse_folder, tmp_path):
         bound = r["step_bytes"] / content["read_gb_per_s"] / 1e6
         assert r["bound_ms"] == pytest.approx(bound, rel=0.05, abs=1e-3)
         assert r["request_ms"] > 0
+        assert r["compile_seconds"] > 0
         assert r["request_peak_bytes"] is None  # CPUs do not count
     assert content["environment"]["platform"] == "cpu"
 
