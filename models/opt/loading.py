@@ -37,7 +37,6 @@ AUTO_SPARSITY = 0.5
 HALVES = (jnp.float16, jnp.bfloat16)
 # Tensors that are read at a time; checksums take longer than reading.
 _READERS = 8
-_AHEAD = 1 / 32  # of all bytes: about a layer
 # Matrices that are packed at a time: copying one to the device leaves the cores idle.
 _MAKERS = 3
 
@@ -77,8 +76,11 @@ def load(
     place = parallel or _OneDevice(tokens)
     with _Loader(model, place, 1 if in_order else _MAKERS) as loader:
         sizes = {name: stored.read_bytes(name, as_rows) for name in stored.names}
+        most = sum(sizes.values()) // config.num_layers  # about a layer
         # No name for what this iterates over: an error would keep it, and its threads.
-        for stored_name, (array, fits) in read_ahead(read, sizes, readers, in_order):
+        for stored_name, (array, fits) in read_ahead(
+            read, sizes, most, readers, in_order
+        ):
             target = stored.targets[stored.names[stored_name]]
             if not fits:
                 too_large.append(stored_name)
@@ -105,13 +107,16 @@ def load(
 
 
 def read_ahead(
-    read: Callable[[str], Any], sizes: dict[str, int], readers: int, in_order: bool
+    read: Callable[[str], Any],
+    sizes: dict[str, int],
+    most: int,
+    readers: int,
+    in_order: bool,
 ) -> Iterator[tuple[str, Any]]:
     """(name, what was read) while others are being read, as it comes or in order.
 
-    More than two are read at a time as long as their sizes are `_AHEAD` of all.
+    More than two are read at a time as long as their sizes are `most` together.
     """
-    most = _AHEAD * sum(sizes.values())
     following = collections.deque(sizes)
     pending: dict[Future[Any], str] = {}
     with ThreadPoolExecutor(readers) as pool:

@@ -402,7 +402,7 @@ def test_reads_ahead(readers, in_order):
             started.append(name)
         return int(name)
 
-    for name, number in read_ahead(read, sizes, readers, in_order):
+    for name, number in read_ahead(read, sizes, 700, readers, in_order):
         assert int(name) == number
         taken.append(name)
         with lock:
@@ -419,7 +419,7 @@ def test_error_while_reading_ahead():
             raise CheckpointError("broken")
 
     with pytest.raises(CheckpointError, match="broken"):
-        for _ in read_ahead(read, {str(i): 1 for i in range(50)}, 4, False):
+        for _ in read_ahead(read, {str(i): 1 for i in range(50)}, 4, 4, False):
             pass
 
 
