@@ -14,7 +14,7 @@ import pytest
 
 # Cases for each of the fuzz tests (tests/fuzz), chosen by --hypothesis-profile. The
 # default draws the same ones every time; the others go on where luck takes them.
-_PROFILES = {"default": 160, "nightly": 17_000, "gpu": 2_080}
+_PROFILES = {"default": 160, "nightly": 13_000, "gpu": 1_104}
 
 for _name, _cases in _PROFILES.items():
     hypothesis.settings.register_profile(

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 import flashjax as fj
-from flashjax import gather, layouts
+from flashjax import gather, layouts, matmul_impl
 
 HALVES = ("float16", "bfloat16")
 
@@ -159,13 +159,14 @@ def random_x(shape: tuple[int, ...], dtype: str, seed=1) -> np.ndarray:
     return rng.standard_normal(shape, np.float32).astype(jnp.dtype(dtype))
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def _dense_half_product(x, dense, bias, dtype):
+@functools.partial(jax.jit, static_argnames=("dtype", "activation"))
+def _dense_half_product(x, dense, bias, dtype, activation):
     y = jnp.dot(x.astype(dtype), dense, preferred_element_type=dtype)
-    return y if bias is None else y + bias.astype(dtype)[None]
+    y = y if bias is None else y + bias.astype(dtype)[None]
+    return jax.nn.relu(y) if activation == "relu" else y
 
 
-def check_product(y, x, dense, bias=None):
+def check_product(y, x, dense, bias=None, activation=None):
     """Compares with float64, by the rounding of y and float32 accumulation.
 
     And by the project's measure: the largest error is at most twice that of the dense
@@ -178,6 +179,8 @@ def check_product(y, x, dense, bias=None):
     if bias is not None:
         bias64 = np.asarray(bias).astype(np.float64)
         expected, magnitude = expected + bias64, magnitude + np.abs(bias64)
+    if activation == "relu":
+        expected = np.maximum(expected, 0)
     assert got.shape == expected.shape
     error = np.abs(got - expected)
     info = jnp.finfo(y.dtype)
@@ -188,11 +191,37 @@ def check_product(y, x, dense, bias=None):
     )
     if not expected.size or not dense.size or y.dtype not in (dense.dtype, np.float32):
         return
-    half = _dense_half_product(
-        x.reshape(-1, dense.shape[0]), dense, bias, jnp.dtype(dense.dtype)
-    )
+    rows = x.reshape(-1, dense.shape[0])
+    half = _dense_half_product(rows, dense, bias, jnp.dtype(dense.dtype), activation)
     half_error = np.abs(np.asarray(half).reshape(got.shape) - expected).max()
     assert error.max() <= 2 * half_error + float(jnp.finfo(jnp.float32).eps)
+
+
+def kernel_product(kernel, x, w, bias=None):
+    """The product by one of the CUDA kernels of the default layout, by name."""
+    x_dtype = np.dtype(x.dtype)
+    call = matmul_impl.Call(
+        shape=w.shape,
+        dtype=w.dtype,
+        x_dtype=x_dtype,
+        bias_dtype=None if bias is None else np.dtype(bias.dtype),
+        out_dtype=x_dtype,
+        implementation="cuda",
+    )
+    operands = matmul_impl.Operands(jnp.asarray(x), bias, w.packed, None)
+    return _kernel_product(kernel, call, operands)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _kernel_product(kernel, call, operands):
+    return matmul_impl._cuda(call, operands, kernel=kernel)
+
+
+def skip_without(kernel):
+    """Skips a test of a CUDA kernel where the GPU is none for it."""
+    capability = float(jax.devices()[0].compute_capability)
+    if kernel != "mma" and int(capability) != 9:
+        pytest.skip(f"the wgmma kernel needs a Hopper GPU, this one is sm {capability}")
 
 
 def packed_and_x(shape, sparsity, rows, dtype, seed=0):

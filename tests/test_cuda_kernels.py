@@ -1,14 +1,12 @@
 """Each CUDA kernel by name, whichever the launcher would choose, and the GPU packer."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import flashjax as fj
-from flashjax import _native, matmul_impl
+from flashjax import _native
 
 from . import op_cases
 
@@ -18,26 +16,9 @@ KERNELS = ("mma", "wgmma")
 ROWS = (1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257)
 
 
-def kernel_product(kernel, x, w, bias=None):
-    x_dtype = np.dtype(x.dtype)
-    call = matmul_impl.Call(
-        shape=w.shape,
-        dtype=w.dtype,
-        x_dtype=x_dtype,
-        bias_dtype=None if bias is None else np.dtype(bias.dtype),
-        out_dtype=x_dtype,
-        implementation="cuda",
-    )
-    product = functools.partial(matmul_impl._cuda, call, kernel=kernel)
-    operands = matmul_impl.Operands(jnp.asarray(x), bias, w.packed, None)
-    return jax.jit(product)(operands)
-
-
 @pytest.fixture(params=KERNELS)
 def kernel(request):
-    capability = float(jax.devices()[0].compute_capability)
-    if request.param != "mma" and int(capability) != 9:
-        pytest.skip(f"the wgmma kernel needs a Hopper GPU, this one is sm {capability}")
+    op_cases.skip_without(request.param)
     return request.param
 
 
@@ -48,7 +29,7 @@ def kernel(request):
 def test_rows(kernel, rows, dtype, m):
     dense = op_cases.random_dense(1096, m, 0.7, dtype)
     x = op_cases.random_x((rows, 1096), dtype)
-    y = kernel_product(kernel, x, fj.SparseMatrix.from_dense(dense))
+    y = op_cases.kernel_product(kernel, x, fj.SparseMatrix.from_dense(dense))
     op_cases.check_product(y, x, dense)
 
 
@@ -58,7 +39,7 @@ def test_rows(kernel, rows, dtype, m):
 def test_tiles_of_columns(kernel, rows, dtype):
     dense = op_cases.random_dense(1096, 3210, 0.7, dtype)
     x = op_cases.random_x((rows, 1096), dtype)
-    y = kernel_product(kernel, x, fj.SparseMatrix.from_dense(dense))
+    y = op_cases.kernel_product(kernel, x, fj.SparseMatrix.from_dense(dense))
     op_cases.check_product(y, x, dense)
 
 
@@ -68,7 +49,7 @@ def test_shares_of_blocks(kernel, shape):
     dense = op_cases.random_dense(*shape, 0.6, "float16")
     bias = jnp.linspace(-1, 1, shape[1], dtype=jnp.float32)
     x = op_cases.random_x((5, shape[0]), "float16")
-    y = kernel_product(kernel, x, fj.SparseMatrix.from_dense(dense), bias)
+    y = op_cases.kernel_product(kernel, x, fj.SparseMatrix.from_dense(dense), bias)
     op_cases.check_product(y, x, dense, bias)
 
 
@@ -78,7 +59,7 @@ def test_bias(kernel, dtype, bias_dtype):
     dense = op_cases.random_dense(300, 75, 0.7, dtype)
     bias = jnp.asarray(op_cases.random_x((75,), bias_dtype, seed=3))
     x = op_cases.random_x((3, 300), dtype)
-    y = kernel_product(kernel, x, fj.SparseMatrix.from_dense(dense), bias)
+    y = op_cases.kernel_product(kernel, x, fj.SparseMatrix.from_dense(dense), bias)
     op_cases.check_product(y, x, dense, bias)
 
 
@@ -86,7 +67,7 @@ def test_bias(kernel, dtype, bias_dtype):
 def test_patterns(kernel, pattern):
     dense = op_cases.pattern_dense(pattern, 1100, 300, "bfloat16")
     x = op_cases.random_x((9, 1100), "bfloat16")
-    y = kernel_product(kernel, x, fj.SparseMatrix.from_dense(dense))
+    y = op_cases.kernel_product(kernel, x, fj.SparseMatrix.from_dense(dense))
     op_cases.check_product(y, x, dense)
 
 
@@ -111,9 +92,11 @@ def test_repeats_bit_for_bit(kernel, rows):
     dense = op_cases.random_dense(7168, 2048, 0.6, "float16")
     w = fj.SparseMatrix.from_dense(dense)
     x = op_cases.random_x((rows, 7168), "float16")
-    first = np.asarray(kernel_product(kernel, x, w))
+    first = np.asarray(op_cases.kernel_product(kernel, x, w))
     for _ in range(5):
-        np.testing.assert_array_equal(first, np.asarray(kernel_product(kernel, x, w)))
+        np.testing.assert_array_equal(
+            first, np.asarray(op_cases.kernel_product(kernel, x, w))
+        )
 
 
 @pytest.mark.parametrize("dtype", op_cases.HALVES)

@@ -7,7 +7,9 @@ matrices is drawn anew for every case.
 import dataclasses
 import functools
 import itertools
+import math
 import random
+from typing import Any
 
 import hypothesis
 import jax
@@ -19,7 +21,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 import flashjax as fj
-from flashjax import reference
+from flashjax import gather, packing, reference
 
 # (K, M): nothing, ones, primes, a tile and an entry and one less and one more.
 SHAPES = [
@@ -54,6 +56,7 @@ CASES = settings.default.max_examples
 PARTS = 8 if CASES > 1000 else 1
 in_parts = pytest.mark.parametrize("part", range(PARTS))
 of_a_part = settings(max_examples=CASES // PARTS)
+few = settings(max_examples=CASES // PARTS // 8)
 
 
 def given(*strategies):
@@ -75,13 +78,38 @@ given.cases = 0
 
 @dataclasses.dataclass(frozen=True)
 class Signature:
-    """What a call is compiled for: x (rows, K) times w (K, M), and a bias or none."""
+    """What a call is compiled for: x (*lead, K) times w (K, M), and how."""
 
     shape: tuple[int, int]
-    rows: int
+    lead: tuple[int, ...]
     w_dtype: str
     x_dtype: str
-    has_bias: bool
+    bias_dtype: str | None
+    out_dtype: str | None
+    activation: str | None
+    is_stacked: bool  # w is the second one of a stack
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.lead)
+
+    @property
+    def is_empty(self) -> bool:
+        return 0 in (*self.shape, self.rows)
+
+    @property
+    def reaches_kernel(self) -> bool:
+        """Whether the CUDA kernels multiply, and no expanded matrix."""
+        return not self.is_empty and self.x_dtype == self.w_dtype
+
+    def options(self, bias: np.ndarray | None) -> dict[str, Any]:
+        """Those of sparse_matmul."""
+        return {
+            "bias": bias,
+            "activation": self.activation,
+            "preferred_element_type": self.out_dtype,
+            "layer": 1 if self.is_stacked else None,
+        }
 
 
 def _shapes_and_rows():
@@ -94,17 +122,56 @@ def _shapes_and_rows():
     return SHAPES + more, ROWS + MORE_ROWS
 
 
+def _lead(rows: int, rng: random.Random) -> tuple[int, ...]:
+    """A shape of so many rows."""
+    if rows == 0:
+        return rng.choice([(0,), (3, 0), (0, 4)])
+    parts = [n for n in range(2, rows) if rows % n == 0]
+    choices: list[tuple[int, ...]] = [(rows,), (rows,), (1, rows), (rows, 1)]
+    if rows == 1:
+        choices.append(())
+    if parts:
+        n = rng.choice(parts)
+        choices += [(n, rows // n), (n, 1, rows // n)]
+    return rng.choice(choices)
+
+
+def every_signature() -> list[Signature]:
+    """All of a profile: each shape and number of rows often, and few of nothing."""
+    rng = random.Random(0)
+    shapes, rows = _shapes_and_rows()
+    some = [[s for s in shapes if 0 not in s], [n for n in rows if n]]
+    for values in some:
+        rng.shuffle(values)
+    turns = [itertools.cycle(values) for values in some]
+    signatures = []
+    for i in range(CASES // 6):
+        shape, count = map(next, turns)
+        if i % 20 == 7:
+            shape = rng.choice([s for s in shapes if 0 in s])
+        elif i % 20 == 17:
+            count = 0
+        w_dtype = op_cases.HALVES[i % 2]
+        x_dtype = w_dtype if i % 3 else rng.choice(FLOATS)
+        signatures.append(
+            Signature(
+                shape,
+                _lead(count, rng),
+                w_dtype,
+                x_dtype,
+                bias_dtype=rng.choice([None, "float32", x_dtype]),
+                out_dtype=rng.choice([None, None, "float32"]),
+                activation=rng.choice([None, None, "relu"]),
+                is_stacked=rng.random() < 0.2,
+            )
+        )
+    return signatures
+
+
 @functools.cache
 def signatures(part: int) -> st.SearchStrategy[Signature]:
     """A part's: in all one for every six cases of a test."""
-    every = [
-        Signature(*values)
-        for values in itertools.product(
-            *_shapes_and_rows(), op_cases.HALVES, FLOATS, (False, True)
-        )
-    ]
-    random.Random(0).shuffle(every)
-    return st.sampled_from(every[: CASES // 6][part::PARTS])
+    return st.sampled_from(every_signature()[part::PARTS])
 
 
 def _uniform(k, m, rng):
@@ -150,12 +217,14 @@ def matrix(pattern: str, shape, dtype: str, scale: float, seed: int) -> np.ndarr
 
 
 def operands(call: Signature, scale: float, seed: int):
-    """x (rows, K) and a bias (M,) or None."""
+    """x (*lead, K) and a bias (M,) or None."""
     rng = np.random.default_rng(seed + 1)
-    x = rng.standard_normal((call.rows, call.shape[0])).astype(jnp.dtype(call.x_dtype))
-    if not call.has_bias:
+    x = rng.standard_normal((*call.lead, call.shape[0]))
+    x = x.astype(jnp.dtype(call.x_dtype))
+    if call.bias_dtype is None:
         return x, None
-    return x, (rng.standard_normal(call.shape[1]) * scale).astype(np.float32)
+    bias = rng.standard_normal(call.shape[1]) * scale
+    return x, bias.astype(jnp.dtype(call.bias_dtype))
 
 
 def put_specials(array: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -168,30 +237,79 @@ def put_specials(array: np.ndarray, count: int, seed: int) -> np.ndarray:
     return array
 
 
-def packed(dense: np.ndarray) -> fj.SparseMatrix:
+def packed(dense: np.ndarray, is_exact: bool = False) -> fj.SparseMatrix:
     """Packs a matrix, with as many segments as if it had no zeros.
 
-    A shape then has one size of `values`, whatever the pattern, and one compilation.
+    A shape then has one size of `values`, whatever the pattern, and one compilation. If
+    it is exact, nothing follows the values, as it usually is.
     """
     w = fj.SparseMatrix.from_dense(dense)
+    if is_exact:
+        return w
     shapes = reference.leaf_shapes(dense.shape)
     strips, groups = shapes["bitmap"][:2]
-    missing = 4 * strips * groups - len(w.values)
-    values = np.pad(np.asarray(w.values), ((0, missing), (0, 0), (0, 0)))
-    return dataclasses.replace(w, values=jnp.asarray(values))
+    return _padded(w, 4 * strips * groups, ("values",))
+
+
+def _padded(w: fj.SparseMatrix, size: int, names: tuple[str, ...]) -> fj.SparseMatrix:
+    leaves = {name: np.asarray(getattr(w, name)) for name in names}
+    return dataclasses.replace(
+        w,
+        **{
+            name: jnp.asarray(np.pad(leaf, ((0, size - len(leaf)), (0, 0), (0, 0))))
+            for name, leaf in leaves.items()
+        },
+    )
+
+
+def packed_for(call: Signature, dense: np.ndarray, is_exact: bool) -> fj.SparseMatrix:
+    """The same, as the second one of a stack if the call wants one."""
+    w = packed(dense, is_exact)
+    if not call.is_stacked:
+        return w
+    return fj.SparseMatrix.stack([packed(dense[::-1, ::-1]), w])
+
+
+def packed_for_few_tokens(dense: np.ndarray, layout: str) -> fj.SparseMatrix:
+    """In the gather layout, or with closer streams, whether or not it is worth while.
+
+    What cannot have the gather layout gets closer streams.
+    """
+    if layout == "gather" and dense.size and gather.pack(dense) is not None:
+        w = op_cases.gather_matrix(dense)
+        chunks = 1 << max(0, len(w.values) - 1).bit_length()  # few compilations
+        return _padded(w, chunks, ("bitmap", "values"))
+    leaves = packing._pack_on_host(dense, 0, for_few_tokens=True)
+    leaves = map(jnp.asarray, leaves)
+    return fj.SparseMatrix(*leaves, shape=dense.shape, dtype=dense.dtype)
 
 
 def in_every_order(x: np.ndarray) -> dict[str, np.ndarray | jax.Array]:
     """The same array with other strides, and on the device."""
-    wide = np.zeros((2 * x.shape[0], 3 * x.shape[1]), x.dtype)
-    wide[1::2, ::3] = x
+    wide = np.zeros([2 * n for n in x.shape], x.dtype)
+    places = (slice(1, None, 2),) * x.ndim
+    wide[places] = x
+    back = (slice(None, None, -1),) * x.ndim
     return {
         "contiguous": x,
         "fortran": np.asfortranarray(x),
-        "strided": wide[1::2, ::3],
-        "reversed": x[::-1, ::-1].copy()[::-1, ::-1],
+        "strided": wide[places],
+        "reversed": x[back].copy()[back],
         "device": jnp.asarray(x),
     }
 
 
 orders = st.sampled_from(["contiguous", "fortran", "strided", "reversed", "device"])
+
+# What makes x inside a program, where XLA chooses its layout, of an array that is x
+# after what stands beside it: (x of the array, the array of x).
+VIEWS = {
+    "transposed": (jnp.transpose, np.transpose),
+    "reversed": (lambda a: a[..., ::-1], lambda x: x[..., ::-1]),
+    "every other": (lambda a: a[..., ::2], lambda x: np.repeat(x, 2, axis=-1)),
+    "a slice": (
+        lambda a: a[..., 3:],
+        lambda x: np.pad(x, [(0, 0)] * (x.ndim - 1) + [(3, 0)]),
+    ),
+}
+views = st.sampled_from(list(VIEWS))
