@@ -15,7 +15,7 @@ Every read of memory that was not written is an error to initcheck, so the works
 flags are cleared for it (cuda/lscd_stream_k.cuh says why they need not be).
 
 Writes `benchmarks/results/sanitize-DEVICE.json` when all tests of a tool ended: its
-errors, warnings, tests, and the first lines of what it found. What takes longer than
+errors, warnings, tests, and what it found, by kernel and kind. What takes longer than
 `--minutes` is ended, and the tool recorded as not finished. What is there of tools that
 are not run this time stays; each tool's result has the commit it is of.
 """
@@ -57,7 +57,7 @@ TESTS = (
 KERNELS = "flashjax"  # in their names, which are in its namespace
 FAST_COMPILE = "--xla_gpu_autotune_level=0"
 OUTCOMES = ("PASSED", "FAILED", "ERROR", "SKIPPED")  # as pytest prints them
-_SHOWN = 40  # lines of findings that are kept
+_SHOWN = 40  # kinds of findings that are kept
 _LAST = 3  # and of what a process printed that did not end well
 _TRIES = 6  # processes for the same tests
 _PYTEST_STATUSES = (0, 1, 2, 3, 4, 5)
@@ -79,18 +79,25 @@ def records(log: str) -> list[list[str]]:
     return found
 
 
+def kind(record: list[str]) -> str:
+    """What is alike in records of one kind: the accesses and the kernels' names."""
+    text = "; ".join(record[:3])
+    text = re.sub(rf"void {KERNELS}::(\w+)<.*?\)(?=\+0x)", r"\1", text)
+    return re.sub(r"\+0x[0-9a-f]+| \[\d+ hazards?\]|0x[0-9a-f]+", "", text)
+
+
 def summarise(logs: list[str], ours_alone: bool = False) -> dict:
-    """Errors and warnings in the logs of a tool's processes, and how findings begin.
+    """Errors, warnings and kinds of findings in the logs of a tool's processes.
 
     With `ours_alone` what is reported of other kernels than this project's is left out.
     """
     counts = {"errors": 0, "warnings": 0}
-    findings = []
+    findings: collections.Counter[str] = collections.Counter()
     for log in logs:
         reported = records(log)
         if ours_alone:
             reported = [r for r in reported if any(KERNELS in line for line in r)]
-        findings += [line for record in reported for line in record]
+        findings.update(map(kind, reported))
         if "SUMMARY" not in log or ours_alone:
             # The process was ended, or the summary counts what does not matter.
             warned = sum(record[0].startswith("Warning:") for record in reported)
@@ -103,7 +110,7 @@ def summarise(logs: list[str], ours_alone: bool = False) -> dict:
         for errors, warnings in races:
             counts["errors"] += int(errors)
             counts["warnings"] += int(warnings)
-    return counts | {"findings": findings[:_SHOWN]}
+    return counts | {"findings": findings}
 
 
 def run_within(seconds: float, command: list[str], **kwargs) -> int | None:
@@ -177,7 +184,8 @@ def run_tests(tool: str, tests: list[str], deadline: float) -> dict:
     }
     found = summarise(logs, ours_alone=tool == "initcheck")
     if not logs and status in _PYTEST_STATUSES:
-        found = {"errors": 1, "warnings": 0, "findings": ["no log"]}
+        no_log = collections.Counter(["no log"])
+        found = {"errors": 1, "warnings": 0, "findings": no_log}
     # Where tests failed, or were ended.
     ended = lines[-_LAST:] if status != 0 or not logs else []
     return {"exit_status": status, "outcomes": outcomes, "ended": ended, **found}
@@ -185,7 +193,8 @@ def run_tests(tool: str, tests: list[str], deadline: float) -> dict:
 
 def run_until_ended(tool: str, tests: list[str], deadline: float) -> dict:
     """The same; again with what has not ended when it dies, not by a time limit."""
-    result: dict = {"outcomes": {}, "errors": 0, "warnings": 0, "findings": []}
+    found: collections.Counter[str] = collections.Counter()
+    result: dict = {"outcomes": {}, "errors": 0, "warnings": 0, "findings": found}
     for died in range(_TRIES):
         # What died at its very end has its last test run again, for the log.
         left = [test for test in tests if test not in result["outcomes"]]
@@ -210,6 +219,7 @@ def total(tool: str, count: int, parts: list[dict]) -> dict:
         outcome for part in parts for outcome in part["outcomes"].values()
     )
     statuses = {part["exit_status"] for part in parts}
+    found = sum((part["findings"] for part in parts), collections.Counter())
     return {
         "tool": tool,
         "finished": sum(outcomes.values()) == count and None not in statuses,
@@ -219,7 +229,7 @@ def total(tool: str, count: int, parts: list[dict]) -> dict:
         "died": sum(part["died"] for part in parts),
         "errors": sum(part["errors"] for part in parts),
         "warnings": sum(part["warnings"] for part in parts),
-        "findings": [line for part in parts for line in part["findings"]][:_SHOWN],
+        "findings": [f"{count} x {text}" for text, count in found.most_common(_SHOWN)],
         "ended": [line for part in parts for line in part["ended"]],
     }
 

@@ -30,8 +30,17 @@ def program(shape, seed, device):
     return run, operands, results
 
 
+# The same on the CPU and, with -m gpu, on GPUs: on JAX's default devices.
+everywhere = pytest.mark.parametrize(
+    "platform", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)]
+)
+
+
+@everywhere
 @pytest.mark.parametrize("devices", [1, 2])
-def test_two_programs_in_two_threads(devices):
+def test_two_programs_in_two_threads(devices, platform):
+    if len(jax.devices()) < devices:
+        pytest.skip(f"needs {devices} GPUs, found {len(jax.devices())}")
     programs = [
         program((700, 130), 1, jax.devices()[0]),
         program((513, 257), 2, jax.devices()[devices - 1]),
@@ -47,7 +56,8 @@ def test_two_programs_in_two_threads(devices):
         list(threads.map(repeat, [0, 1, 0, 1], timeout=300))
 
 
-def test_packing_in_many_threads():
+@everywhere
+def test_packing_in_many_threads(platform):
     matrices = [op_cases.random_dense(600, 90, 0.6, "bfloat16", i) for i in range(4)]
 
     def round_trip(i):
@@ -58,17 +68,20 @@ def test_packing_in_many_threads():
         list(threads.map(round_trip, range(40), timeout=300))
 
 
-def resident_bytes() -> int:
+def bytes_in_use() -> tuple[int, int]:
+    """Of the host, and of the device where JAX counts them."""
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    on_device = (jax.devices()[0].memory_stats() or {}).get("bytes_in_use", 0)
+    return pages * os.sysconf("SC_PAGE_SIZE"), on_device
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+@everywhere
 @pytest.mark.parametrize(
     "calls", [10_000, pytest.param(100_000, marks=pytest.mark.nightly)]
 )
-def test_memory_stays_flat(calls):
+def test_memory_stays_flat(calls, platform):
     _, w, x = op_cases.packed_and_x((256, 256), 0.7, 4, "float16")
     x = jnp.asarray(x) / 16
     step = jax.jit(fj.sparse_matmul)
@@ -84,7 +97,9 @@ def test_memory_stays_flat(calls):
         np.testing.assert_array_equal(y, first)
 
     soak(calls // 5)
-    before = resident_bytes()
+    before = bytes_in_use()
     soak(calls)
+    host, device = np.subtract(bytes_in_use(), before)
     # A kilobyte a call would be ten times as much.
-    assert resident_bytes() - before < calls * 100 + (4 << 20)
+    assert host < calls * 100 + (4 << 20)
+    assert device <= 0

@@ -1,12 +1,25 @@
-"""A matrix of more than 2**31 elements. Takes about 7 GB of memory."""
+"""More than 2**31 elements, in a matrix and in a stack. Takes about 7 GB of memory.
+
+`pytest -m "nightly and gpu" tests/test_large.py` has them on a GPU.
+"""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import op_cases
 import pytest
 
 import flashjax as fj
 
+pytestmark = pytest.mark.nightly
+
 K, M = 40_000, 70_000
+
+
+@pytest.fixture(scope="module", autouse=True, params=op_cases.DEFAULTS)
+def platform(request):
+    with op_cases.on_platform(request.param[1]):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -20,20 +33,18 @@ def nonzeros():
 
 
 @pytest.fixture(scope="module")
-def packed(nonzeros):
+def packed(nonzeros, platform):
     dense = np.zeros((K, M), np.float16)
     rows, columns, values = nonzeros
     dense[rows, columns] = values
     return fj.SparseMatrix.from_dense(dense)
 
 
-@pytest.mark.nightly
 def test_counts(packed, nonzeros):
     assert packed.size > 2**31
     assert packed.nnz == nonzeros[2].size
 
 
-@pytest.mark.nightly
 def test_products(packed, nonzeros):
     rows, columns, values = nonzeros
     rng = np.random.default_rng(1)
@@ -49,9 +60,33 @@ def test_products(packed, nonzeros):
         np.testing.assert_array_equal(dx[i], wanted)
 
 
-@pytest.mark.nightly
 def test_unpacks(packed, nonzeros):
     dense = np.asarray(packed.to_dense())
     rows, columns, values = nonzeros
     np.testing.assert_array_equal(dense[rows, columns], values)
     assert np.count_nonzero(dense.view(np.uint16)) == values.size
+
+
+def test_stack():
+    """Its values are more than 4 GiB; every layer has its own."""
+    size, layers = 16_384, 18
+    rng = np.random.default_rng(2)
+    x = rng.integers(-3, 4, (2, size)).astype(np.float16)
+    dense = rng.integers(-3, 4, (size, size)).astype(np.float16)
+    last = np.where(dense > 1, dense, np.float16(0))
+    w = fj.SparseMatrix.from_dense(dense)
+    stack = fj.SparseMatrix.stack(
+        [w] * (layers - 1) + [fj.SparseMatrix.from_dense(last)]
+    )
+    assert layers * w.size > 2**31
+    assert stack.values.nbytes > 2**32
+
+    @jax.jit
+    def product(x, stack, layer):
+        return fj.sparse_matmul(
+            x, stack, layer=layer, preferred_element_type=jnp.float32
+        )
+
+    for layer, matrix in ((0, dense), (layers - 2, dense), (layers - 1, last)):
+        wanted = x.astype(np.float32) @ matrix.astype(np.float32)
+        np.testing.assert_array_equal(product(x, stack, layer), wanted)

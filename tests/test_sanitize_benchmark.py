@@ -90,7 +90,7 @@ def test_errors(sanitize, tmp_path):
     memory, races = sorted(results, key=lambda r: r["tool"])
     assert (memory["errors"], races["errors"]) == (0, 4)
     assert races["warnings"] == 8
-    assert races["findings"] == ["Race reported"] * 4
+    assert races["findings"] == ["4 x Race reported"]
 
 
 def test_ended(sanitize, tmp_path):
@@ -107,7 +107,7 @@ def test_ended(sanitize, tmp_path):
 def test_no_log(sanitize, tmp_path):
     code, (result,) = run(sanitize, tmp_path, "synccheck")
     assert code == 1
-    assert result["findings"] == ["no log"] * 2
+    assert result["findings"] == ["2 x no log"]
     assert result["ended"][2::3] == ["2 passed in 1.00s"] * 2
 
 
@@ -149,3 +149,24 @@ def test_unknown_tool(sanitize):
     done = CliRunner().invoke(sanitize.app, ["--tools", "heapcheck"])
     assert done.exit_code != 0
     assert "heapcheck" in str(done.exception)
+
+
+def test_findings_of_one_kind(sanitize):
+    """Kernels of several types, at several places: one line."""
+    log = "".join(
+        f"""========= Warning: Race reported between Write access at void \
+flashjax::LscdKernel<{dtype}, (int)8, flashjax::PackedWeight>(CUtensorMap_st, T3)+0x1560
+=========     and Read access at void \
+flashjax::LscdKernel<{dtype}, (int)8, flashjax::PackedWeight>(CUtensorMap_st, T3)+{at} \
+[4 hazards]
+=========
+"""
+        for dtype, at in (("__half", "0x2800"), ("__nv_bfloat16", "0x3b0"))
+    )
+    found = sanitize.summarise([log])
+    assert (found["errors"], found["warnings"]) == (0, 2)
+    text = (
+        "Warning: Race reported between Write access at LscdKernel; and Read access at "
+        "LscdKernel"
+    )
+    assert found["findings"] == {text: 2}
