@@ -1,6 +1,8 @@
 """What the documentation holds: pages and their fenced blocks."""
 
 import dataclasses
+import re
+import shlex
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,3 +53,15 @@ def blocks(page: Path, *languages: str) -> list[Block]:
             before = line
     assert opened is None, f"{name(page)}:{opened and opened.line}: not closed"
     return [block for block in found if block.language in languages]
+
+
+def commands(page):
+    """The words of each command of a page."""
+    for block in blocks(page, "console", "sh"):
+        text = block.text.replace("\\\n", " ")
+        for line in text.splitlines():
+            words = shlex.split(line, comments=True)
+            while words and re.match(r"[A-Z_]+=", words[0]):
+                del words[0]  # a variable of the environment
+            if words:
+                yield words

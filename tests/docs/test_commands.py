@@ -2,7 +2,6 @@
 
 import importlib
 import re
-import shlex
 import tomllib
 
 import doc_pages as pages
@@ -22,14 +21,8 @@ FOLDERS = "benchmarks|bindings|cpu|cuda|docs|examples|flashjax|models|tests"
 
 def commands():
     for page in PAGES:
-        for block in pages.blocks(page, "console", "sh"):
-            text = block.text.replace("\\\n", " ")
-            for line in text.splitlines():
-                words = shlex.split(line, comments=True)
-                while words and re.match(r"[A-Z_]+=", words[0]):
-                    del words[0]  # a variable of the environment
-                if words:
-                    yield pytest.param(words, id=f"{pages.name(page)}: {line[:60]}")
+        for words in pages.commands(page):
+            yield pytest.param(words, id=f"{pages.name(page)}: {' '.join(words)[:60]}")
 
 
 @pytest.mark.parametrize("words", list(commands()))
@@ -53,6 +46,8 @@ def test_command(words):
 def check_flashjax(command, arguments):
     """Parses the arguments as the command line does, without running it."""
     name = "flashjax"
+    if arguments[0] in {option for p in command.params for option in p.opts}:
+        return
     while hasattr(command, "commands"):
         name, *arguments = arguments
         assert name in command.commands, f"no command {name}"
