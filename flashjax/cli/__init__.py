@@ -1,4 +1,4 @@
-"""The command line ``flashjax``: generate, prune, info.
+"""The command line ``flashjax``: generate, prune, eval, info, bench.
 
 Only typer is imported before a command runs, so that --help is fast.
 """

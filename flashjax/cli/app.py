@@ -1,7 +1,6 @@
 """The commands and their options; what they do is in a module each."""
 
 import contextlib
-import enum
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from flashjax.cli.bench import bench
-from flashjax.cli.errors import reported
+from flashjax.cli.choices import CacheDtype, Dtype, Format, Implementation, Method
+from flashjax.cli.errors import UsageError, reported
 from flashjax.cli.signals import ending_signals
 
 app = typer.Typer(
@@ -20,45 +20,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(bench, name="bench")
-
-
-class Dtype(enum.StrEnum):
-    """Dtypes of a model."""
-
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-    FLOAT32 = "float32"
-
-
-class CacheDtype(enum.StrEnum):
-    """Dtypes of keys and values other than the model's."""
-
-    FLOAT8 = "float8_e4m3fn"
-
-
-class Implementation(enum.StrEnum):
-    """Implementations of the sparse product."""
-
-    CPU = "cpu"
-    CUDA = "cuda"
-    XLA = "xla"
-
-
-class Method(enum.StrEnum):
-    """Ways to choose the weights that become zero."""
-
-    MAGNITUDE = "magnitude"
-    WANDA = "wanda"
-    SPARSEGPT = "sparsegpt"
-    ALPS = "alps"
-
-
-class Format(enum.StrEnum):
-    """Forms of a stored model."""
-
-    FLASHJAX = "flashjax"
-    HF = "hf"
-
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 # Of options whose value may also come from the model's generation_config.json.
@@ -96,7 +57,9 @@ def _options(
         typer.Option("--no-cache", help="Keep no compiled programs for later runs."),
     ] = False,
 ) -> None:
-    if not no_cache:
+    if no_cache:
+        os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+    else:
         _keep_compiled()
 
 
@@ -146,7 +109,10 @@ def generate(
         bool, typer.Option("--overwrite", help="Replace an existing --output.")
     ] = False,
     logprobs: Annotated[
-        bool, typer.Option("--logprobs", help="Write log-probabilities to --output.")
+        bool,
+        typer.Option(
+            "--logprobs", help="Log-probabilities, too, in --output or --json."
+        ),
     ] = False,
     max_new_tokens: Annotated[
         int | None,
@@ -195,14 +161,23 @@ def generate(
         typer.Option(help="Of the sparse product.", show_default="the best"),
     ] = None,
     batch: Annotated[
-        int, typer.Option("--batch", "-b", help="Prompts that are continued at once.")
+        int,
+        typer.Option(
+            "--batch", "-b", help="Prompts that are continued at once.", min=1
+        ),
     ] = 8,
     stream: Annotated[
-        bool, typer.Option("--stream/--no-stream", help="Print tokens as they come.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Print tokens as they come.",
+            show_default="stream",
+        ),
+    ] = None,
     ignore_eos: Annotated[
         bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")
     ] = False,
+    json: Json = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Print nothing but the texts.")
     ] = False,
@@ -233,17 +208,34 @@ def generate(
         "batch": batch,
         "quiet": quiet,
     }
+    if implementation and (dense or dtype is Dtype.FLOAT32):
+        raise UsageError(
+            "--implementation: expected no --dense or --dtype float32 beside it, which "
+            "leave no sparse layers"
+        )
+    if json and (stream or input or output):
+        raise UsageError("--json: expected no --stream, --input or --output beside it")
     if (input is None) != (output is None):
-        raise ValueError("--input and --output: expected both, got one")
+        raise UsageError("--input and --output: expected both, got one")
     if input is None or output is None:
-        if resume or overwrite or logprobs:
-            raise ValueError(
-                "--resume, --overwrite and --logprobs: expected --input and --output"
-            )
-        command.run(model, prompts=prompt or [], file=file, stream=stream, **common)
+        if resume or overwrite:
+            raise UsageError("--resume, --overwrite: expected --input and --output")
+        if logprobs and not json:
+            raise UsageError("--logprobs: expected --json, or --input and --output")
+        if not prompt and file is None:
+            raise UsageError("expected --prompt, --file or --input, got none")
+        command.run(
+            model,
+            prompts=prompt or [],
+            file=file,
+            stream=stream is not False,
+            logprobs=logprobs,
+            as_json=json,
+            **common,
+        )
         return
     if prompt or file:
-        raise ValueError("--input: expected no --prompt or --file beside it")
+        raise UsageError("--input: expected no --prompt or --file beside it")
     command.run_file(
         model,
         source=input,
@@ -412,10 +404,11 @@ def info(
         typer.Option(help="Size (opt-66b) or folder whose memory is predicted."),
     ] = None,
     sparsity: Annotated[
-        float, typer.Option("--sparsity", "-s", help="Of --config; 0 is dense.")
+        float,
+        typer.Option("--sparsity", "-s", help="Of --config; 0 is dense.", min=0, max=1),
     ] = 0.0,
     batch: Annotated[
-        int, typer.Option("--batch", "-b", help="Texts at once, of --config.")
+        int, typer.Option("--batch", "-b", help="Texts at once, of --config.", min=1)
     ] = 1,
     length: Annotated[
         int | None,
@@ -429,7 +422,7 @@ def info(
     dtype: Annotated[Dtype, typer.Option(help="Of --config.")] = Dtype.FLOAT16,
     cache_dtype: Cache = None,
     devices: Annotated[
-        int, typer.Option(help="Devices that share the model of --config.")
+        int, typer.Option(help="Devices that share the model of --config.", min=1)
     ] = 1,
     memory: Annotated[
         float | None, typer.Option(help="GB of a device.", show_default="this one's")
@@ -442,7 +435,7 @@ def info(
     """
     if config is not None:
         if folder is not None or tensors:
-            raise ValueError("--config: expected no folder or --tensors beside it")
+            raise UsageError("--config: expected no folder or --tensors beside it")
         from flashjax.cli import predict
 
         predict.run(

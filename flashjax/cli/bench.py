@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from flashjax.cli.choices import CacheDtype, Dtype
 from flashjax.cli.errors import reported
 
 bench = typer.Typer(
@@ -29,11 +30,11 @@ def generate(
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt.", min=1)] = 64,
     new: Annotated[int, typer.Option(help="Tokens to generate.", min=2)] = 64,
     dtype: Annotated[
-        str, typer.Option(help="float16 or bfloat16; dense alone also float32.")
-    ] = "float16",
+        Dtype, typer.Option(help="Of the model; float32 of dense ones alone.")
+    ] = Dtype.FLOAT16,
     cache_dtype: Annotated[
-        str | None,
-        typer.Option(help="Of keys and values: float8_e4m3fn.", show_default="--dtype"),
+        CacheDtype | None,
+        typer.Option(help="Of keys and values.", show_default="--dtype"),
     ] = None,
     repetitions: Annotated[int, typer.Option(help="Of every timing.", min=1)] = 5,
     out: Annotated[
@@ -58,8 +59,8 @@ def generate(
         batches=command.numbers("--batch", batch, int),
         prompt=prompt,
         new=new,
-        dtype=dtype,
-        cache_dtype=cache_dtype,
+        dtype=dtype.value,
+        cache_dtype=cache_dtype.value if cache_dtype else None,
         repetitions=repetitions,
         out=out,
         name=name,

@@ -29,8 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 from flashjax.cli.environment import save_results
+from flashjax.cli.errors import UsageError
 from flashjax.cli.memory_watch import MemoryWatch, memory_bytes
-from flashjax.cli.predict import find_config
+from flashjax.cli.predict import check_sparse_dtype, find_config
 from flashjax.cli.progress import progress_bar
 from flashjax.models import opt
 from flashjax.models.opt.generate import compile_request, time_request
@@ -62,6 +63,7 @@ def run(
     Raises:
       ValueError: an option does not fit.
     """
+    check_sparse_dtype(dtype, sparsities)
     config = find_config(model)
     if layers > config.num_layers:
         raise ValueError(
@@ -139,12 +141,12 @@ def numbers(option: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
     """The values of an option that is a list.
 
     Raises:
-      ValueError: one of them is no number.
+      UsageError: one of them is no number.
     """
     try:
         return list(dict.fromkeys(kind(part) for part in text.split(",")))
     except ValueError:
-        raise ValueError(
+        raise UsageError(
             f"{option}: expected numbers with commas between them, got {text!r}"
         ) from None
 

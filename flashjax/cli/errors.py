@@ -3,6 +3,7 @@
 import errno
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +11,18 @@ from typing import Any
 import typer
 
 EXIT_ERROR = 1
+EXIT_USAGE = 2  # what typer ends with at an option that it does not know
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
+
+# Where messages of the Python API name options, which are flags here.
+_OPTIONS = re.compile(
+    r"(?<!-)\b(?:overwrite|resume)(?= (?:replaces|starts|goes on))|(?<=by )resume\b"
+)
+
+
+class UsageError(ValueError):
+    """A command line that is wrong whatever the files are that it names."""
 
 
 def reported(command: Callable[..., None]) -> Callable[..., None]:
@@ -30,23 +41,37 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             typer.echo("flashjax: interrupted", err=True)
             raise typer.Exit(EXIT_INTERRUPTED) from None
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+        except BaseException as error:
+            if _is_broken_pipe(error):
                 # The reader of our output has gone; nothing is left to say to it.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 raise typer.Exit(EXIT_BROKEN_PIPE) from None
+            if not isinstance(error, Exception) and not _is_panic(error):
+                raise
             if kwargs.get("debug"):
                 raise
             typer.echo(f"flashjax: error: {describe(error)}", err=True)
-            raise typer.Exit(EXIT_ERROR) from None
+            usage = isinstance(error, UsageError)
+            raise typer.Exit(EXIT_USAGE if usage else EXIT_ERROR) from None
 
     return run
 
 
-def describe(error: Exception) -> str:
+def _is_broken_pipe(error: BaseException | None) -> bool:
+    if isinstance(error, SystemExit):  # which rich makes of it
+        error = error.__context__
+    return isinstance(error, OSError) and error.errno == errno.EPIPE
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether Rust code (tokenizers, safetensors) gave up: each has such a type."""
+    return type(error).__name__ == "PanicException"
+
+
+def describe(error: BaseException) -> str:
     """One line for an error, naming its type where the message alone says little."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(lines)
+    text = _OPTIONS.sub(r"--\g<0>", " ".join(lines))
     if isinstance(error, MemoryError):
         return f"out of memory: {text}" if text else "out of memory"
     if isinstance(error, OSError) and error.strerror and error.filename:

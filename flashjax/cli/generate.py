@@ -1,6 +1,7 @@
 """``flashjax generate``."""
 
 import dataclasses
+import json
 import sys
 import time
 import warnings
@@ -19,12 +20,14 @@ from flashjax.cli import report
 from flashjax.cli.progress import progress_bar
 from flashjax.models import opt
 from flashjax.models.opt.batch_file import (
+    Job,
     check_target,
     continue_input,
     partial_path,
     read_input,
+    run_jobs,
 )
-from flashjax.models.opt.generate import compile_request
+from flashjax.models.opt.generate import compile_request, run_request
 from flashjax.models.opt.generation_request import check_length, end_ids, make_request
 from flashjax.models.opt.hf_folder import local_folder
 from flashjax.models.opt.tokenizer import require_tokenizer
@@ -34,9 +37,31 @@ from flashjax.models.opt.tokenizer import require_tokenizer
 class _Speed:
     """Tokens and seconds of the batches so far; compilation is apart."""
 
+    batch: int
     tokens: int = 0
     seconds: float = 0.0
     compile_seconds: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def line(self) -> str:
+        return (
+            f"{self.rate:.1f} tokens/s ({self.tokens} tokens in {self.seconds:.2f} s "
+            f"at a batch of {self.batch}, prefill included; before it "
+            f"{self.compile_seconds:.1f} s of compilation)"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "tokens_per_s": round(self.rate, 1),
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 3),
+            "compile_seconds": round(self.compile_seconds, 2),
+            "batch": self.batch,
+        }
 
 
 def run(
@@ -51,6 +76,8 @@ def run(
     implementation: str | None,
     batch: int,
     stream: bool,
+    logprobs: bool,
+    as_json: bool,
     quiet: bool,
 ) -> None:
     """Continues prompts and prints the texts.
@@ -66,13 +93,13 @@ def run(
       implementation: of the sparse product, None for the best.
       batch: number of prompts that are continued at once.
       stream: print tokens as they come.
+      logprobs: add the tokens and their log-probabilities to the JSON.
+      as_json: print JSON.
       quiet: print the texts alone.
 
     Raises:
-      ValueError: there is no prompt, or something does not fit.
+      ValueError: something does not fit.
     """
-    if batch < 1:
-        raise ValueError(f"--batch: expected at least 1, got {batch}")
     prompts = [*prompts, *read_prompts(file)]
     _check_prompts(prompts)
     folder, config = _read_config(name, options)
@@ -83,18 +110,37 @@ def run(
         check_length(model_config, len(ids), config.max_new_tokens)
     model = load(folder, dtype, cache_dtype, dense, implementation)
 
+    speed = _Speed(batch=min(batch, len(prompts)))
+    if as_json:
+        with progress_bar(disable=quiet) as advance:
+            results = []
+            for result in _results(
+                model, tokenizer, prompts, encoded, config, speed, logprobs
+            ):
+                results.append(result)
+                advance("prompts", len(results), len(prompts))
+        content = {
+            "model": name,
+            "dtype": dtype,
+            "results": results,
+            "device": report.device_line(model),
+            "speed": speed.to_json(),
+            "weights": report.measure(model).to_json(),
+        }
+        print(json.dumps(content, indent=2))
+        return
+
     console = Console(highlight=False, soft_wrap=True)
-    speed = _Speed()
     for start in range(0, len(prompts), batch):
         rows = slice(start, start + batch)
-        printer = _Printer(console, tokenizer, prompts, start)
+        printer = _Printer(console, tokenizer, prompts, start, headers=not quiet)
         _run_batch(
             model, encoded[rows], config, printer, speed, stream=stream, warm=not quiet
         )
     if not quiet:
         lines = [
             ("device", report.device_line(model)),
-            ("speed", _speed_line(speed, min(batch, len(prompts)))),
+            ("speed", speed.line()),
             *report.weight_lines(report.measure(model)),
         ]
         console.print()
@@ -122,8 +168,6 @@ def run_file(
 
     The other arguments are those of run().
     """
-    if batch < 1:
-        raise ValueError(f"--batch: expected at least 1, got {batch}")
     check_target(source, target, resume=resume, overwrite=overwrite)
     folder, config = _read_config(name, options)
     # Before the weights are read, which may take minutes.
@@ -209,8 +253,6 @@ def _read_config(
 
 
 def _check_prompts(prompts: list[str]) -> None:
-    if not prompts:
-        raise ValueError("expected --prompt, --file or --input, got none")
     for number, prompt in enumerate(prompts, 1):
         if not prompt:
             raise ValueError(f"expected prompts with text, got an empty one: {number}")
@@ -251,16 +293,23 @@ class _Printer:
     """Prints a batch: the first row as it comes, the others when they are complete."""
 
     def __init__(
-        self, console: Console, tokenizer: Any, prompts: list[str], start: int
+        self,
+        console: Console,
+        tokenizer: Any,
+        prompts: list[str],
+        start: int,
+        *,
+        headers: bool,
     ):
         self._console = console
         self._tokenizer = tokenizer
         self._prompts = prompts
         self._start = start
+        self._headers = headers and len(prompts) > 1
 
     def open(self, row: int) -> None:
         index = self._start + row
-        if len(self._prompts) > 1:
+        if self._headers:
             if index:
                 self._console.print()
             self._console.print(f"[dim]\\[{index + 1}/{len(self._prompts)}][/dim]")
@@ -313,6 +362,36 @@ def _run_batch(
         printer.row(i, encoded[i], new_tokens[i])
 
 
+def _results(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[str],
+    encoded: list[list[int]],
+    config: opt.GenerationConfig,
+    speed: _Speed,
+    logprobs: bool,
+) -> Iterator[dict[str, Any]]:
+    """What --output says of each prompt, and the prompt; the draws are run()'s."""
+    for start in range(0, len(prompts), speed.batch):
+        rows = range(start, min(start + speed.batch, len(prompts)))
+        jobs = [
+            Job(i, None, encoded[i], config.max_new_tokens, config.seed, i - start)
+            for i in rows
+        ]
+        # Filled up, as run_jobs() does, so that one program serves.
+        filled = [encoded[i] for i in rows]
+        filled += filled[-1:] * (speed.batch - len(rows))
+        token_ids, mask = opt.pad_prompts(filled)
+        speed.compile_seconds += _compile(model, token_ids, mask, config, logprobs)
+        began = time.perf_counter()
+        done = list(run_jobs(model, tokenizer, config, jobs, logprobs, speed.batch))
+        speed.seconds += time.perf_counter() - began
+        for job, result in done:
+            del result["id"]
+            speed.tokens += result["new_tokens"]
+            yield {"prompt": prompts[job.index], **result}
+
+
 def until_end(tokens: Iterable[int], ends: set[int]) -> Iterator[int]:
     """The tokens up to and with the first end token."""
     for token in tokens:
@@ -322,18 +401,19 @@ def until_end(tokens: Iterable[int], ends: set[int]) -> Iterator[int]:
 
 
 def _compile(
-    model: Any, token_ids: np.ndarray, mask: np.ndarray, config: opt.GenerationConfig
+    model: Any,
+    token_ids: np.ndarray,
+    mask: np.ndarray,
+    config: opt.GenerationConfig,
+    logprobs: bool = False,
 ) -> float:
     """Compiles what is timed later; the seconds that it took."""
     began = time.perf_counter()
-    compile_request(model, make_request(model.config, token_ids, mask, config))
+    request = make_request(model.config, token_ids, mask, config)
+    if logprobs:  # programs of their own, which compile_request() does not know
+        limits = np.minimum(request.settings.limits, 2)
+        settings = request.settings._replace(limits=limits)
+        run_request(model, request._replace(settings=settings), logprobs)
+    else:
+        compile_request(model, request)
     return time.perf_counter() - began
-
-
-def _speed_line(speed: _Speed, batch: int) -> str:
-    rate = speed.tokens / speed.seconds if speed.seconds else 0.0
-    return (
-        f"{rate:.1f} tokens/s ({speed.tokens} tokens in {speed.seconds:.2f} s at a "
-        f"batch of {batch}, prefill included; before it {speed.compile_seconds:.1f} s "
-        "of compilation)"
-    )

@@ -2,11 +2,13 @@
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from flashjax.cli.errors import UsageError
 from flashjax.cli.report import format_bytes
 from flashjax.models.opt import OPTConfig
 from flashjax.models.opt.memory import MemoryPrediction, predict
@@ -37,6 +39,15 @@ def find_config(name: str) -> OPTConfig:
     return getattr(OPTConfig, f"opt_{size}")()
 
 
+def check_sparse_dtype(dtype: str, sparsities: Iterable[float]) -> None:
+    """Raises UsageError if there are no sparse weights of the dtype, but should be."""
+    if dtype == "float32" and any(sparsities):
+        raise UsageError(
+            "--dtype: expected float16 or bfloat16, got float32, which only dense "
+            "weights (--sparsity 0) may have"
+        )
+
+
 def run(
     name: str,
     *,
@@ -56,7 +67,8 @@ def run(
       ValueError: a value does not fit.
     """
     if gigabytes is not None and not gigabytes > 0:
-        raise ValueError(f"--memory: expected more than 0 GB, got {gigabytes}")
+        raise UsageError(f"--memory: expected more than 0 GB, got {gigabytes}")
+    check_sparse_dtype(dtype, [sparsity])
     config = find_config(name)
     if length is None:
         length = config.max_positions

@@ -7,14 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 from rich.console import Console
 from rich.markup import escape
 
 from flashjax.checkpoint import read_json
+from flashjax.cli.errors import UsageError
 from flashjax.cli.progress import progress_bar
 from flashjax.cli.report import format_bytes
 from flashjax.models.opt.calibration import CalibrationText
 from flashjax.models.opt.pruning import PruneResult, prune_pretrained
+from flashjax.models.opt.pruning.settings import Settings
 
 
 def run(
@@ -43,6 +46,7 @@ def run(
     if report is not None:
         _check_report(report)
     budgets: Any = budget if budget in ("uniform", "owl") else read_json(budget)
+    _check_options(options, budgets)
     with progress_bar(disable=quiet) as advance:
         result = prune_pretrained(
             folder,
@@ -63,6 +67,21 @@ def run(
         print(json.dumps(content, indent=1))
     elif not quiet:
         _print(out, options["dtype"], result)
+
+
+def _check_options(options: Mapping[str, Any], budget: Any) -> None:
+    """Raises UsageError if options do not go together, whatever the model is."""
+    dtype = jnp.dtype(options["dtype"])
+    names = ("sparsity", "method", "pattern", "damping", "format")
+    try:
+        Settings(
+            **{name: options[name] for name in names},
+            budget=budget,
+            dtype=dtype,
+            activations=jnp.dtype(options["activations"] or dtype),
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _check_report(report: Path) -> None:

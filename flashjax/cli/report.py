@@ -31,6 +31,16 @@ class WeightBytes:
         """Share of zeros in the sparse layers."""
         return 1 - self.nonzeros / self.elements if self.elements else 0.0
 
+    def to_json(self) -> dict[str, Any]:
+        """The numbers that weight_lines() shows, as JSON values."""
+        return {
+            "sparse_layers": self.layers,
+            "sparsity": self.sparsity if self.layers else None,
+            "sparse_bytes": self.sparse,
+            "sparse_bytes_if_dense": self.dense,
+            "other_bytes": self.other,
+        }
+
 
 def measure(model: Any) -> WeightBytes:
     """Adds up a loaded model's weights."""

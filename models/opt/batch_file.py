@@ -173,7 +173,7 @@ def continue_input(
                 # The whole batch again, so that a resumed run computes the same.
                 if any(job.index not in done for job in rows):
                     size = min(batch, len(jobs))
-                    results = _run(model, tokenizer, config, rows, logprobs, size)
+                    results = run_jobs(model, tokenizer, config, rows, logprobs, size)
                     for job, result in results:
                         if job.index not in done:
                             done[job.index] = result
@@ -301,7 +301,7 @@ def _batches(jobs: list[Job], batch: int) -> Iterator[list[Job]]:
         yield longest_first[start : start + batch]
 
 
-def _run(
+def run_jobs(
     model: OPT,
     tokenizer: Any,
     config: GenerationConfig,
@@ -309,6 +309,16 @@ def _run(
     logprobs: bool,
     size: int,
 ) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """What an output says of each job, in their order.
+
+    Args:
+      model: the model.
+      tokenizer: its tokenizer.
+      config: how all are continued.
+      jobs: that are continued at once.
+      logprobs: add the tokens and their log-probabilities.
+      size: rows of the program that does it, as many as there are jobs or more.
+    """
     filler = dataclasses.replace(jobs[-1], max_new_tokens=1)
     filled = [*jobs, *[filler] * (size - len(jobs))]
     token_ids, mask = pad_prompts([job.tokens for job in filled])

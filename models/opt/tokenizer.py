@@ -46,6 +46,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         # What the file was trained with; prompts must never be cut or padded by it.
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        _check_post_processor(tokenizer, path)
         # The file of a fast GPT-2 tokenizer knows nothing of OPT's BOS token.
         if settings.get("add_bos_token") is True:
             _add_bos(tokenizer, _token(settings, "bos_token"))
@@ -120,6 +121,24 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         if (folder / name).is_file():
             settings |= read_json(folder / name)
     return settings
+
+
+def _check_post_processor(tokenizer: Tokenizer, path: Path) -> None:
+    """Encodes an empty text: loading checks no tokens that every text gets."""
+    try:
+        tokenizer.encode("")
+    except BaseException as error:
+        # A panic of Rust code is no Exception; signals of the command line neither.
+        if not isinstance(error, Exception) and not _is_panic(error):
+            raise
+        raise CheckpointError(
+            f"{path}: expected a tokenizer that encodes texts, got one that fails "
+            f"({error}): its post_processor may name a token that it does not define"
+        ) from error
+
+
+def _is_panic(error: BaseException) -> bool:
+    return type(error).__name__ == "PanicException"
 
 
 def _token(settings: dict[str, Any], key: str) -> str:

@@ -106,14 +106,22 @@ def test_a_folder_that_cannot_be_made(cli, sparse_folder, tmp_path, monkeypatch)
     ("args", "message"),
     [
         (["--model", "opt-7b"], "expected a model folder or one of"),
-        (["--sparsity", "0,x"], "--sparsity: expected numbers"),
         (["--batch", "1,0"], "batch of at least 1, got 0"),
         (["--layers", "13"], "--layers: expected up to 12"),
         (["--prompt", "2000", "--new", "100"], "2048 positions, got 2100"),
-        (["--dtype", "float32"], "float16 or bfloat16, got float32"),
-        (["--cache-dtype", "int8"], "float16 or float8_e4m3fn, got 'int8'"),
     ],
 )
 def test_bad_options(cli, args, message, tmp_path):
     assert_error(cli("bench", "generate", *args, "--out", tmp_path), message)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--sparsity", "0,x"], "--sparsity: expected numbers"),
+        (["--dtype", "float32"], "float16 or bfloat16, got float32"),
+    ],
+)
+def test_usage(cli, args, message):
+    assert_error(cli("bench", "generate", *args).usage_error(), message)

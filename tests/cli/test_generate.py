@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cli_support import assert_error
+from cli_support import assert_error, run_process
 
 from flashjax.cli import generate as command
 from flashjax.models import opt
@@ -56,11 +56,11 @@ def test_cache_dtype(cli, sparse_folder):
 def test_several_prompts(cli, sparse_folder, stream, batch):
     args = [a for p in PROMPTS for a in ("--prompt", p)]
     result = generate(cli, sparse_folder, *args, "-q", stream, "--batch", batch)
-    blocks = [
-        f"[{i + 1}/3]\n{text}\n"
-        for i, text in enumerate(expected_texts(sparse_folder, PROMPTS))
-    ]
-    assert result.out == "\n".join(blocks)
+    texts = expected_texts(sparse_folder, PROMPTS)
+    assert result.out == "".join(f"{text}\n" for text in texts)
+    result = generate(cli, sparse_folder, *args, stream, "--batch", batch)
+    blocks = [f"[{i}/3]\n{text}\n" for i, text in enumerate(texts, 1)]
+    assert result.out.startswith("\n".join(blocks) + "\ndevice:")
 
 
 def test_report(cli, sparse_folder):
@@ -132,7 +132,6 @@ def test_bad_folders(cli, bad_folder):
 @pytest.mark.parametrize(
     ("options", "messages"),
     [
-        ([], ["expected --prompt, --file or --input, got none"]),
         (["-p", ""], ["expected prompts with text, got an empty one"]),
         (["-p", "x", "-p", "\udcff"], ["expected UTF-8 text in prompt 2"]),
         (["-p", "x" * 70], ["64 positions", "71 tokens"]),
@@ -143,16 +142,40 @@ def test_bad_folders(cli, bad_folder):
         (["-p", "x", "-t", "1", "--top-p", "1.5"], ["top_p", "1.5"]),
         (["-p", "x", "-t", "1", "--top-k", "0"], ["top_k", "0"]),
         (["-p", "x", "--seed", "-1"], ["seed", "-1"]),
-        (["-p", "x", "--batch", "0"], ["--batch: expected at least 1, got 0"]),
-        (
-            ["-p", "x", "-n", "8", "--dense", "--implementation", "cpu"],
-            ["sparse layers, got none"],
-        ),
         (["-p", "x", "-n", "8", "--implementation", "cuda"], ["'cuda' cannot run"]),
     ],
 )
 def test_bad_options(cli, sparse_folder, options, messages):
     assert_error(cli("generate", sparse_folder, *options), *messages)
+
+
+def test_an_implementation_without_sparse_layers(cli, dense_folder):
+    result = generate(cli, dense_folder, "-p", "x", "--implementation", "cpu")
+    assert_error(result, "sparse layers, got none")
+
+
+FILES = ("-i", "in", "-o", "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "expected --prompt, --file or --input, got none"),
+        (["-i", "in"], "expected both, got one"),
+        ([*FILES, "-p", "x"], "no --prompt or --file beside it"),
+        (["-p", "x", "--resume"], "expected --input and --output"),
+        (["-p", "x", "--logprobs"], "expected --json, or --input and --output"),
+        (["-p", "x", "--json", "--stream"], "--json: expected no --stream"),
+        ([*FILES, "--json"], "--json: expected no --stream, --input"),
+        (["-p", "x", "--dense", "--implementation", "cpu"], "expected no --dense"),
+        (
+            ["-p", "x", "--dtype", "float32", "--implementation", "cpu"],
+            "--dtype float32 beside it",
+        ),
+    ],
+)
+def test_options_that_do_not_go_together(cli, options, message):
+    assert_error(cli("generate", "model", *options).usage_error(), message)
 
 
 @pytest.mark.parametrize(
@@ -230,19 +253,18 @@ def test_a_late_prompt_that_is_too_long_is_found_first(cli, sparse_folder):
 
 @pytest.mark.usefixtures("no_weights_read")
 @pytest.mark.parametrize(
-    ("line", "options", "message"),
+    ("line", "message"),
     [
-        ('{"prompt": 3}', [], "line 2: expected a prompt with text, got 3"),
-        (json.dumps({"prompt": "z" * 70}), [], "64 positions"),
-        ('{"prompt": "y"}', ["--batch", 0], "batch"),
+        ('{"prompt": 3}', "line 2: expected a prompt with text, got 3"),
+        (json.dumps({"prompt": "z" * 70}), "64 positions"),
     ],
 )
 def test_what_is_wrong_with_an_input_is_found_first(
-    cli, sparse_folder, tmp_path, line, options, message
+    cli, sparse_folder, tmp_path, line, message
 ):
     (tmp_path / "in").write_text('{"prompt": "x"}\n' + line)
     files = ("-i", tmp_path / "in", "-o", tmp_path / "out")
-    assert_error(generate(cli, sparse_folder, *files, *options), message)
+    assert_error(generate(cli, sparse_folder, *files), message)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -275,7 +297,7 @@ class TestFiles:
         texts = [p + line["text"] for p, line in zip(PROMPTS, out, strict=True)]
         assert texts == expected_texts(sparse_folder, PROMPTS)
         again = generate(cli, sparse_folder, *files)
-        assert_error(again, "expected a new file, got one that exists")
+        assert_error(again, "got one that exists (--overwrite replaces it)")
         again = generate(cli, sparse_folder, *files, "--overwrite", "-q", "--logprobs")
         assert (again.code, again.out, again.err) == (0, "", "")
         assert len(json.loads(target.read_text().split("\n")[0])["logprobs"]) == 8
@@ -287,13 +309,13 @@ class TestFiles:
         def interrupt(*unused):
             raise KeyboardInterrupt
 
-        run = batch_file._run
+        run = batch_file.run_jobs
 
         def run_once(*args):
-            monkeypatch.setattr(batch_file, "_run", interrupt)
+            monkeypatch.setattr(batch_file, "run_jobs", interrupt)
             return run(*args)
 
-        monkeypatch.setattr(batch_file, "_run", run_once)
+        monkeypatch.setattr(batch_file, "run_jobs", run_once)
         result = generate(cli, sparse_folder, "-i", source, "-o", target, "-b", 1)
         assert result.code == 130
         assert "1 lines are done and kept in" in result.err
@@ -309,7 +331,7 @@ class TestFiles:
         def interrupt(*unused):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(batch_file, "_run", interrupt)
+        monkeypatch.setattr(batch_file, "run_jobs", interrupt)
         result = generate(cli, sparse_folder, "-i", source, "-o", target)
         assert (result.code, result.err) == (130, "flashjax: interrupted\n")
         assert os.listdir(tmp_path) == ["in"]
@@ -333,15 +355,89 @@ class TestFiles:
         assert_error(generate(cli, sparse_folder, *files), "got a device or pipe")
         assert target.is_fifo()
 
-    @pytest.mark.parametrize(
-        ("args", "message"),
-        [
-            (["-i", "in"], "expected both, got one"),
-            (["-i", "in", "-o", "out", "-p", "x"], "no --prompt or --file beside it"),
-            (["-p", "x", "--resume"], "expected --input and --output"),
-            (["-i", "in", "-o", "out"], "expected a file of JSON lines"),
-        ],
-    )
-    def test_bad_options(self, cli, sparse_folder, tmp_path, args, message):
-        args = [str(tmp_path / a) if a in ("in", "out") else a for a in args]
-        assert_error(cli("generate", sparse_folder, *args), message)
+    def test_no_input(self, cli, sparse_folder, tmp_path):
+        files = ("-i", tmp_path / "in", "-o", tmp_path / "out")
+        result = cli("generate", sparse_folder, *files)
+        assert_error(result, "expected a file of JSON lines")
+
+
+class TestJson:
+    """One document on standard output."""
+
+    PROMPTS = (*PROMPTS, "caf\u00e9 \U0001f600\n")
+
+    def args(self):
+        return [a for p in self.PROMPTS for a in ("-p", p)]
+
+    @pytest.mark.parametrize("batch", [1, 3, 8])
+    def test_results(self, cli, sparse_folder, batch):
+        result = generate(cli, sparse_folder, *self.args(), "--json", "-b", batch)
+        assert (result.code, result.err) == (0, "")
+        content = json.loads(result.out)
+        texts = [r["prompt"] + r["text"] for r in content["results"]]
+        assert texts == expected_texts(sparse_folder, self.PROMPTS)
+        for r in content["results"]:
+            assert list(r) == ["prompt", "text", "new_tokens", "finish_reason"]
+            assert (r["new_tokens"], r["finish_reason"]) == (8, "length")
+        speed, weights = content["speed"], content["weights"]
+        assert (speed["tokens"], speed["batch"]) == (32, min(batch, 4))
+        assert min(speed["tokens_per_s"], speed["seconds"]) > 0
+        assert weights["sparse_layers"] == 8
+        assert weights["sparsity"] == pytest.approx(0.7, abs=0.01)
+        assert weights["sparse_bytes"] < weights["sparse_bytes_if_dense"] == 131072
+
+    def test_results_are_those_of_a_file(self, cli, sparse_folder, tmp_path):
+        lines = [json.dumps({"prompt": p}) + "\n" for p in self.PROMPTS]
+        (tmp_path / "in").write_text("".join(lines))
+        files = ("-i", tmp_path / "in", "-o", tmp_path / "out")
+        options = ("-n", 20, "-t", 1, "--seed", 3, "--logprobs")
+        assert cli("generate", sparse_folder, *files, *options).code == 0
+        expected = (tmp_path / "out").read_text().splitlines()
+        result = cli("generate", sparse_folder, *self.args(), "--json", *options)
+        results = json.loads(result.out)["results"]
+        for prompt, line, found in zip(self.PROMPTS, expected, results, strict=True):
+            want = json.loads(line)
+            del want["id"]
+            logprobs = want.pop("logprobs")
+            assert found.pop("prompt") == prompt
+            assert found.pop("logprobs") == pytest.approx(logprobs, abs=2e-3)
+            assert found == want
+
+    def test_draws_are_those_of_the_texts(self, cli, sparse_folder):
+        options = ("-t", 1, "--seed", 3, "-b", 2)
+        texts = generate(cli, sparse_folder, *self.args(), "-q", *options).out
+        result = generate(cli, sparse_folder, *self.args(), "--json", *options)
+        results = json.loads(result.out)["results"]
+        assert texts == "".join(f"{r['prompt']}{r['text']}\n" for r in results)
+
+    def test_piped(self, sparse_folder):
+        args = (*self.args(), "-n", 4, "--no-stream", "--json")
+        done = run_process("generate", sparse_folder, *args)
+        assert (done.returncode, done.stderr) == (0, "")
+        results = json.loads(done.stdout)["results"]
+        assert [r["prompt"] for r in results] == list(self.PROMPTS)
+
+    def test_no_tokens(self, cli, sparse_folder):
+        result = cli("generate", sparse_folder, "-p", "x", "-n", 0, "--json")
+        content = json.loads(result.out)
+        assert content["results"][0]["text"] == ""
+        assert content["speed"]["tokens_per_s"] == 0
+
+    def test_dense(self, cli, dense_folder):
+        result = generate(cli, dense_folder, "-p", "x", "--json")
+        weights = json.loads(result.out)["weights"]
+        assert (weights["sparse_layers"], weights["sparsity"]) == (0, None)
+        assert weights["other_bytes"] > 0
+
+
+def test_tokenizer_that_panics(sparse_folder, tmp_path):
+    folder = shutil.copytree(sparse_folder, tmp_path / "model")
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["post_processor"]["special_tokens"] = {}
+    path.write_text(json.dumps(content))
+    done = run_process("generate", folder, "-p", "x", "--json")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]  # Rust's own note comes first
+    assert last.startswith(f"flashjax: error: {path}: expected a tokenizer that")

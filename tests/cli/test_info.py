@@ -125,14 +125,24 @@ def test_prediction_of_a_folder(cli, sparse_folder):
     ("args", "message"),
     [
         (["--config", "opt-7b"], "expected a model folder or one of opt-125m"),
-        (["--config", "opt-125m", "-s", "2"], "sparsity from 0 to 1, got 2.0"),
         (["--config", "opt-125m", "--length", "3000"], "2048 positions, got 3000"),
-        (["--config", "opt-125m", "--memory", "0"], "more than 0 GB"),
-        (["folder", "--config", "opt-125m"], "no folder or --tensors"),
     ],
 )
 def test_bad_predictions(cli, args, message):
     assert_error(cli("info", *args), message)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--memory", "0"], "more than 0 GB"),
+        (["--dtype", "float32", "-s", "0.5"], "float16 or bfloat16, got float32"),
+        (["folder"], "no folder or --tensors"),
+    ],
+)
+def test_usage_of_predictions(cli, args, message):
+    result = cli("info", "--config", "opt-125m", *args)
+    assert_error(result.usage_error(), message)
 
 
 def test_header_that_lies_about_the_values(cli, sparse_folder, tmp_path):

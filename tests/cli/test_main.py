@@ -6,10 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from cli_support import run_process
 
 import flashjax as fj
-from flashjax.cli.errors import describe
+from flashjax.cli.errors import describe, reported
 
 
 def test_version(cli):
@@ -85,7 +86,16 @@ finally:
 
 @pytest.mark.parametrize(
     "args",
-    [["nonsense"], ["generate"], ["generate", "x", "--batch", "two"], ["prune", "x"]],
+    [
+        ["nonsense"],
+        ["generate"],
+        ["generate", "x", "--batch", "two"],
+        ["generate", "x", "--batch", "0"],
+        ["prune", "x"],
+        ["info", "--config", "opt-125m", "-s", "2"],
+        ["bench", "generate", "--dtype", "foo"],
+        ["bench", "generate", "--cache-dtype", "int8"],
+    ],
 )
 def test_usage_errors(cli, args):
     result = cli(*args)
@@ -117,10 +127,53 @@ def test_debug_shows_the_traceback(cli, tmp_path):
         (KeyError("x"), "KeyError: 'x' (--debug shows where)"),
         (RuntimeError("x"), "RuntimeError: x (--debug shows where)"),
         (ValueError(), "ValueError:  (--debug shows where)"),
+        (ValueError("(overwrite replaces it)"), "(--overwrite replaces it)"),
+        (ValueError("(--overwrite replaces it)"), "(--overwrite replaces it)"),
+        (
+            ValueError("(resume goes on with it, overwrite starts again)"),
+            "(--resume goes on with it, --overwrite starts again)",
+        ),
+        (ValueError("go on by resume"), "go on by --resume"),
     ],
 )
 def test_describe(error, text):
     assert describe(error) == text
+
+
+class PanicException(BaseException):
+    """What Rust's panics are in Python, by name."""
+
+
+def test_a_panic_is_an_error():
+    @reported
+    def command():
+        raise PanicException("no entry found")
+
+    with pytest.raises(typer.Exit) as ended:
+        command()
+    assert ended.value.exit_code == 1
+
+
+@pytest.mark.parametrize("kind", [SystemExit, GeneratorExit])
+def test_what_is_no_error_goes_through(kind):
+    @reported
+    def command():
+        raise kind
+
+    with pytest.raises(kind):
+        command()
+
+
+@pytest.mark.parametrize("form", ["", "--json"])
+def test_exit_code_when_the_reader_has_gone(sparse_folder, form):
+    command = f"{sys.executable} -m flashjax.cli info {sparse_folder} {form}"
+    result = subprocess.run(
+        ["bash", "-c", command + " | true; exit ${PIPESTATUS[0]}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (141, "")
 
 
 def test_reader_that_goes_away(sparse_folder):
@@ -142,6 +195,7 @@ def test_reader_that_goes_away(sparse_folder):
     [
         ([], None, "{home}/flashjax/jax"),
         (["--no-cache"], None, None),
+        (["--no-cache"], "elsewhere", None),
         ([], "elsewhere", "elsewhere"),
     ],
 )

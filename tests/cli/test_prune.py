@@ -118,7 +118,8 @@ main()
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert os.listdir(tmp_path) == ["out.partial"]
-    assert_error(cli("prune", *args), "unfinished run (1 of 2 layers done)", "resume")
+    again = cli("prune", *args)
+    assert_error(again, "unfinished run (1 of 2 layers done)", "by --resume")
     other = cli("prune", *args, "--resume", "--damping", 0.1)
     assert_error(other, "damping was None, is 0.1")
     result = cli("prune", *args, "--resume")
@@ -159,13 +160,25 @@ def test_calibration_folder(cli, dense_folder, tmp_path):
         (["--samples", 0], ["calibration samples", "got 0"]),
         (["--method", "wanda", "--length", 65], ["64 positions, got 65"]),
         (["--method", "wanda", "--calibration", "nothing"], ["No such file"]),
-        (["--pattern", "5:4"], ["expected a pattern as '2:4'", "'5:4'"]),
-        (["--damping", 1], ["damping: the method magnitude has none"]),
-        (["--dtype", "float32"], ["format 'hf' stores it"]),
     ],
 )
 def test_bad_options(cli, dense_folder, tmp_path, options, messages):
     assert_error(cli("prune", dense_folder, tmp_path / "out", *options), *messages)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "messages"),
+    [
+        (["--pattern", "5:4"], ["expected a pattern as '2:4'", "'5:4'"]),
+        (["--damping", 1], ["damping: the method magnitude has none"]),
+        (["--dtype", "float32"], ["format 'hf' stores it"]),
+        (["--activations", "bfloat16"], ["float16 like the weights, or float32"]),
+    ],
+)
+def test_usage(cli, dense_folder, tmp_path, options, messages):
+    result = cli("prune", dense_folder, tmp_path / "out", *options)
+    assert_error(result.usage_error(), *messages)
     assert os.listdir(tmp_path) == []
 
 
@@ -221,7 +234,7 @@ def test_bad_folders(cli, bad_folder, tmp_path):
 @pytest.mark.parametrize("sparsity", ["nan", "inf", "-0.1", "1.01"])
 def test_bad_sparsity(cli, dense_folder, tmp_path, sparsity):
     result = cli("prune", dense_folder, tmp_path / "out", f"--sparsity={sparsity}")
-    assert_error(result, "expected sparsity from 0 to 1, got")
+    assert_error(result.usage_error(), "expected sparsity from 0 to 1, got")
     assert os.listdir(tmp_path) == []
 
 
@@ -229,7 +242,8 @@ def test_existing_output(cli, dense_folder, tmp_path):
     out = tmp_path / "out"
     assert cli("prune", dense_folder, out, "-s", 0.5).code == 0
     before = (out / "model.safetensors").read_bytes()
-    assert_error(cli("prune", dense_folder, out, "-s", 0.9), "expected a new or empty")
+    again = cli("prune", dense_folder, out, "-s", 0.9)
+    assert_error(again, "expected a new or empty", "(--overwrite replaces it)")
     assert (out / "model.safetensors").read_bytes() == before
     assert cli("prune", dense_folder, out, "-s", 0.9, "--overwrite").code == 0
     assert (out / "model.safetensors").read_bytes() != before

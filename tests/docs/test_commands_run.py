@@ -54,5 +54,5 @@ def test_commands_of(page, folder):
     for arguments in flashjax_commands(page):
         if arguments[0] == "prune":  # the page makes it
             shutil.rmtree(folder / arguments[2], ignore_errors=True)
-        result = CliRunner().invoke(app, ["--no-cache", *arguments])
+        result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, (arguments, result.output, result.exception)

@@ -105,7 +105,7 @@ def test_batches_do_not_matter(model, tokenizer, source, tmp_path, batch):
 def test_resume(model, tokenizer, source, tmp_path, monkeypatch, torn):
     whole, target = tmp_path / "whole", tmp_path / "out"
     opt.generate_file(model, tokenizer, source, whole, config=OPTIONS, batch=2)
-    run, calls = batch_file._run, []
+    run, calls = batch_file.run_jobs, []
 
     def interrupted(*args):
         calls.append([job.index for job in args[3]])
@@ -113,7 +113,7 @@ def test_resume(model, tokenizer, source, tmp_path, monkeypatch, torn):
             raise KeyboardInterrupt
         yield from run(*args)
 
-    monkeypatch.setattr(batch_file, "_run", interrupted)
+    monkeypatch.setattr(batch_file, "run_jobs", interrupted)
     again = {"config": OPTIONS, "batch": 2}
     with pytest.raises(KeyboardInterrupt):
         opt.generate_file(model, tokenizer, source, target, **again)
@@ -237,14 +237,14 @@ def test_kill_and_resume(tmp_path, tokenizer):
     script = """
 import sys
 from flashjax.models.opt import batch_file
-run, calls = batch_file._run, []
+run, calls = batch_file.run_jobs, []
 def waiting(*args):
     calls.append(0)
     if len(calls) == 3:
         print("here", flush=True)
         sys.stdin.read()
     return run(*args)
-batch_file._run = waiting
+batch_file.run_jobs = waiting
 from flashjax.cli import main
 main()
 """

@@ -8,7 +8,11 @@ from tokenizers import Tokenizer, processors
 
 from flashjax.checkpoint import CheckpointError
 from flashjax.models.opt import OPTConfig
-from flashjax.models.opt.tokenizer import load_tokenizer, save_tokenizer
+from flashjax.models.opt.tokenizer import (
+    _check_post_processor,
+    load_tokenizer,
+    save_tokenizer,
+)
 
 DATA = Path(__file__).parent / "data"
 
@@ -96,6 +100,27 @@ def test_damaged_files(folder):
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: expected a tokenizer"):
         load_tokenizer(folder)
+
+
+def test_post_processor_with_a_token_that_is_not_defined(folder):
+    tokenizer = load_tokenizer(folder)
+    path = folder / "tokenizer.json"
+    tokenizer.save(str(path))
+    content = json.loads(path.read_text())
+    content["post_processor"]["special_tokens"] = {}
+    path.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: expected a tokenizer"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_what_ends_the_process_goes_through(kind):
+    class Ending:
+        def encode(self, text):
+            raise kind
+
+    with pytest.raises(kind):
+        _check_post_processor(Ending(), Path("tokenizer.json"))
 
 
 def test_result_is_a_plain_tokenizer(folder):
