@@ -49,11 +49,13 @@ multi-gpu: $(VENV)/.installed ## OPT-175B on 1, 2 and 4 GPUs, measured and writt
 
 nightly: $(VENV)/.installed ## the tests that take minutes or gigabytes, and a night of fuzzing
 	@$(PY) -m pytest -m nightly $(PYTEST_ARGS)
-	@$(PYTEST) tests/fuzz --hypothesis-profile=nightly $(PYTEST_ARGS)
+	@$(PYTEST) tests/fuzz tests/checkpoint/test_hostile_files.py --hypothesis-profile=nightly \
+	  $(PYTEST_ARGS)
 
 # The tests of native code, in an environment of their own. Python is not built with the
 # sanitizers, so their library comes first, and the C++ library that it wraps second.
-SANITIZED = tests/cpu tests/test_native.py tests/fuzz tests/emulation
+SANITIZED = tests/cpu tests/test_native.py tests/fuzz tests/emulation \
+  tests/checkpoint/test_hostile_files.py
 SANITIZE = FLASHJAX_SANITIZE=address,undefined
 RUN_SANITIZED = env $(SANITIZE) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
   LD_PRELOAD="$(foreach lib,libasan libstdc++,$(shell $(CXX) -print-file-name=$(lib).so))"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import textwrap
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -98,8 +99,8 @@ def test_typing_marker_is_installed():
     assert (Path(fj.__file__).parent / "py.typed").is_file()
 
 
-def test_source_archive_builds_elsewhere(tmp_path):
-    """It holds what CMake and the wheel need, and nothing that was built."""
+def test_content_of_the_source_archive(tmp_path):
+    """What CMake and the wheel need, nothing that was built; .ci/run builds from it."""
     pytest.importorskip("scikit_build_core", reason="builds the archive")
     archive = run_python(
         f"""
@@ -132,3 +133,83 @@ def test_source_archive_builds_elsewhere(tmp_path):
     for name in names:
         assert not name.startswith(("build/", ".venv", ".git/"))
         assert not name.endswith((".so", ".o", ".pyc"))
+
+
+WHEEL = (
+    "flashjax/__init__.py",
+    "flashjax/_cpu.abi3.so",
+    "flashjax/_cuda.abi3.so",
+    "flashjax/models/opt/__init__.py",
+    "flashjax/py.typed",
+    "flashjax-0.1.0.dist-info/licenses/LICENSE",
+)
+
+
+def check_wheel(tmp_path, names, *options, listed=None):
+    """Runs .ci/check_wheel.py with a cuobjdump that lists these, or with none."""
+    wheel = tmp_path / "flashjax-0.1.0-cp312-abi3-linux_x86_64.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in names:
+            archive.writestr(name, b"")
+    if listed:
+        program = tmp_path / "cuobjdump"
+        files = {f"--list-{kind}": text for kind, text in listed.items()}
+        program.write_text(
+            f"#!{sys.executable}\nimport sys\nprint({files!r}[sys.argv[1]])\n"
+        )
+        program.chmod(0o755)
+    return subprocess.run(
+        [sys.executable, ROOT / ".ci/check_wheel.py", wheel, *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PATH": str(tmp_path), "CUDA_HOME": ""},
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda names: names, None),
+        (lambda names: names - {"flashjax/py.typed"}, "py.typed is missing"),
+        (lambda names: names - {"flashjax/_cpu.abi3.so"}, "module _cpu is missing"),
+        (lambda names: names - {WHEEL[-1]}, "the licence is missing"),
+        (lambda names: names | {"tests/conftest.py"}, "tests is there"),
+    ],
+)
+def test_check_of_wheels(tmp_path, change, problem):
+    result = check_wheel(tmp_path, change(set(WHEEL)))
+    assert result.returncode == (problem is not None), result.stderr
+    assert f"{problem or ': ok'}\n" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("elf", "ptx", "problem"),
+    [
+        (("sm_80", "sm_90a"), ("sm_80",), None),
+        (("sm_80",), ("sm_80",), "CUDA elf: expected ['sm_80', 'sm_90a'], got"),
+        (("sm_80", "sm_90a"), (), "CUDA ptx: expected ['sm_80'], got []"),
+    ],
+)
+def test_check_of_machine_code(tmp_path, elf, ptx, problem):
+    listed = {
+        "elf": "\n".join(f"ELF file 1: _cuda.abi3.1.{arch}.cubin" for arch in elf),
+        "ptx": "\n".join(f"PTX file 1: _cuda.abi3.1.{arch}.ptx" for arch in ptx),
+    }
+    result = check_wheel(tmp_path, WHEEL, "--cuda", listed=listed)
+    assert result.returncode == (problem is not None), result.stderr
+    assert (problem or ": ok\n") in result.stdout
+
+
+def test_check_of_the_cuda_module_without_cuobjdump(tmp_path):
+    if Path("/usr/local/cuda/bin/cuobjdump").exists():
+        pytest.skip("there is a cuobjdump")
+    assert "needs cuobjdump" in check_wheel(tmp_path, WHEEL, "--cuda").stderr
+    options = "--cuda", "--cuobjdump-optional"
+    result = check_wheel(tmp_path, WHEEL, *options)
+    assert result.returncode == 0, result.stderr
+    assert "the machine code is not looked at" in result.stdout
+    without = set(WHEEL) - {"flashjax/_cuda.abi3.so"}
+    result = check_wheel(tmp_path, without, *options)
+    assert result.returncode == 1
+    assert "the module _cuda is missing" in result.stdout

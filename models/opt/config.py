@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -145,8 +146,9 @@ class OPTConfig:
             if not all(i is None or _is_int(i) for i in ids):
                 problems.append(f"{name} must be an integer or None, got {value!r}")
         std = self.init_std
-        if isinstance(std, bool) or not isinstance(std, int | float) or not std >= 0:
-            problems.append(f"init_std must be a number >= 0, got {std!r}")
+        is_number = isinstance(std, int | float) and not isinstance(std, bool)
+        if not is_number or not 0 <= std <= sys.float_info.max:
+            problems.append(f"init_std must be a finite number >= 0, got {std!r}")
         if not problems and self.hidden_size % self.num_heads:
             problems.append(
                 f"hidden_size must be a multiple of num_heads, got "

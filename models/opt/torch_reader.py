@@ -1,6 +1,7 @@
 """Reads pytorch_model*.bin; needs torch, which is an optional dependency."""
 
 import os
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ class TorchReader:
           folder: holds pytorch_model.bin or pytorch_model.bin.index.json with shards.
 
         Raises:
-          CheckpointError: torch is missing, or a file is missing, damaged or no state
-            dict.
+          CheckpointError: torch is missing or older than 2.6, or a file is missing,
+            damaged or no state dict.
         """
         self._folder = Path(folder)
         self._torch = _import_torch(self._folder)
@@ -169,4 +170,20 @@ def _import_torch(folder: Path) -> Any:
             f"{folder}: the weights are in PyTorch's format, which needs torch: "
             "pip install 'flashjax[torch]', or convert them to safetensors"
         ) from error
+    version = str(torch.__version__)
+    if not _is_safe(version):
+        raise CheckpointError(
+            f"{folder}: the weights are in PyTorch's format, which needs torch 2.6 or "
+            "newer, as older ones can be made to run code of the file "
+            f"(CVE-2025-32434), got torch {version}: pip install 'flashjax[torch]', or "
+            "convert them to safetensors"
+        )
     return torch
+
+
+def _is_safe(version: str) -> bool:
+    """Whether `weights_only` holds what it promises: from 2.6.0 on."""
+    found = re.match(r"(\d+)\.(\d+)(\.0(?:a|b|rc|\.dev))?", version)
+    if found is None:
+        return False
+    return (int(found[1]), int(found[2]), found[3] is None) >= (2, 6, True)

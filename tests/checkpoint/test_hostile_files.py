@@ -3,16 +3,19 @@
 import contextlib
 import json
 import os
+import shutil
 import struct
+import warnings
 
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from opt_folders import DATA
 
 import flashjax as fj
-from flashjax import checkpoint, checkpoint_files
+from flashjax import _native, checkpoint, checkpoint_files
 from flashjax.checkpoint import (
     INDEX_NAME,
     WEIGHTS_NAME,
@@ -20,6 +23,11 @@ from flashjax.checkpoint import (
     CheckpointReader,
     CheckpointWriter,
 )
+from flashjax.models import opt
+from flashjax.sparse_rows import SparseRows
+
+# Of each profile's (tests/conftest.py) examples, for what takes longer: 100 of 160.
+some_examples = settings(max_examples=settings.default.max_examples * 5 // 8)
 
 
 def write(folder, shard_bytes=1 << 30):
@@ -47,9 +55,17 @@ def load_all(folder) -> dict[str, np.ndarray]:
             assert loaded[name].shape == shape
             assert loaded[name].dtype == dtype
             if name in reader.sparse:
-                w = fj.SparseMatrix.from_dense(loaded[name])
-                assert w.nnz == np.count_nonzero(loaded[name])
+                check_packing(reader.load_rows(name), loaded[name])
     return loaded
+
+
+def check_packing(rows, dense):
+    """As `opt.from_pretrained` packs what is stored sparse: without expanding it."""
+    w = fj.SparseMatrix.from_rows(rows)
+    assert w.nnz == np.count_nonzero(dense)
+    expanded = _native.cpu.pack(np.ascontiguousarray(dense.T).view(np.uint16))
+    for ours, theirs in zip(rows.pack(), expanded, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def loads_or_refuses(folder) -> dict[str, np.ndarray] | None:
@@ -293,3 +309,106 @@ def test_lying_shapes_of_arrays(size):
     arrays = checkpoint.to_arrays(fj.SparseMatrix.from_dense(np.eye(2).astype("f2")))
     with pytest.raises(CheckpointError):
         checkpoint.from_arrays(arrays | {"shape": np.array(size)})
+
+
+# Of a part: rows, and bytes of the bitmap, bits and values too many or too few.
+slips = st.sampled_from([0, 0, 0, 0, 1, -1])
+row_parts = st.tuples(st.integers(0, 40), slips, st.integers(0, 1), slips)
+
+
+@given(
+    st.lists(row_parts, min_size=1, max_size=3),
+    st.integers(0, 70),
+    st.none() | st.lists(st.integers(-1, 40), min_size=1),
+    st.integers(0, 2**32 - 1),
+)
+def test_rows_that_may_not_belong_together(parts, columns, order, seed):
+    """The native code by itself, without the checks that a reader makes first."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for count, more_bytes, more_bits, more_values in parts:
+        bits = rng.random(count * columns + more_bits) < 0.3
+        bitmap = np.packbits(bits, bitorder="little")
+        bitmap = np.resize(bitmap, max(0, bitmap.size + more_bytes))
+        values = rng.standard_normal(max(0, bits.sum() + more_values))
+        made.append((bitmap, values.astype(np.float16), count))
+    rows = SparseRows(tuple(made), columns, order and np.array(order, np.int64))
+    try:
+        dense = rows.to_dense()
+    except ValueError as error:
+        with pytest.raises(ValueError, match="stored rows: ") as again:
+            rows.pack()
+        assert str(again.value) == str(error)  # noqa: PT017
+        return
+    assert dense.shape == rows.shape
+    check_packing(rows, dense)
+
+
+JSON_FILES = {
+    "config.json": ["quantization_config", "word_embed_proj_dim"],
+    "generation_config.json": ["max_length", "do_sample", "num_beams", "seed"],
+    "tokenizer_config.json": ["unk_token", "add_prefix_space"],
+}
+ODD = [0, -1, 2**31, 2**63, 10**400, 1e308, "\ud800", "relu", [[1], [2, 3]]]
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from(ODD),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@pytest.fixture
+def opt_folder(tmp_path):
+    folder = shutil.copytree(DATA / "pre_norm", tmp_path / "opt")
+    shutil.copytree(DATA / "tokenizer", folder, dirs_exist_ok=True)
+    options = {
+        "do_sample": True,
+        "temperature": 0.5,
+        "top_k": 7,
+        "top_p": 0.9,
+        "max_new_tokens": 9,
+        "min_new_tokens": 1,
+        "repetition_penalty": 1.5,
+        "eos_token_id": [2, 3],
+        "pad_token_id": 1,
+    }
+    (folder / "generation_config.json").write_text(json.dumps(options))
+    tokens = {"add_bos_token": True, "bos_token": {"content": "</s>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
+    return folder
+
+
+@pytest.mark.parametrize("name", JSON_FILES)
+def test_any_json_of_a_model_is_read_or_refused(opt_folder, name):
+    path = opt_folder / name
+    good = path.read_bytes()
+    keys = st.sampled_from([*json.loads(good), *JSON_FILES[name]])
+    changes = st.dictionaries(keys, json_values | st.just(...), min_size=1, max_size=2)
+    changed = st.builds(
+        lambda changes: {
+            k: v for k, v in (json.loads(good) | changes).items() if v is not ...
+        },
+        changes,
+    )
+    contents = (changed | json_values).map(lambda value: json.dumps(value).encode())
+
+    @some_examples
+    @given(contents | damages().map(lambda damage: damage(good)))
+    def check(content):
+        path.write_bytes(content)
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                opt.GenerationConfig.from_pretrained(opt_folder)
+                opt.from_pretrained(opt_folder)
+        except ValueError as error:  # CheckpointError is one
+            assert 10 < len(str(error)) < 2000  # noqa: PT017
+
+    check()

@@ -133,6 +133,7 @@ def test_projection_size_defaults_to_hidden_size():
         ("eos_token_id", (2, "3")),
         ("init_std", -0.1),
         ("init_std", float("nan")),
+        ("init_std", 10**400),
     ],
 )
 def test_wrong_value_is_named(field, value):
