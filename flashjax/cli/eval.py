@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
-from flashjax.cli.progress import progress_bar
+from flashjax.cli.progress import progress_bar, reading_weights
 from flashjax.cli.report import device_line
 from flashjax.models import opt
 from flashjax.models.opt.evaluation import perplexity
@@ -34,7 +34,8 @@ def run(
     opt.OPTConfig.from_hf(local)
     # Before the weights are read, which may take minutes.
     ids = np.asarray(require_tokenizer(local).encode(document).ids, np.int32)
-    model, _ = opt.from_pretrained(local, dtype=dtype)
+    with reading_weights(disable=quiet) as progress:
+        model, _ = opt.from_pretrained(local, dtype=dtype, progress=progress)
     started = time.perf_counter()
     with progress_bar(disable=quiet) as advance:
         found = perplexity(

@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from flashjax import nn
 from flashjax.cli import report
-from flashjax.cli.progress import progress_bar
+from flashjax.cli.progress import progress_bar, reading_weights
 from flashjax.models import opt
 from flashjax.models.opt.batch_file import (
     Job,
@@ -108,7 +108,7 @@ def run(
     encoded = [tokenizer.encode(prompt).ids for prompt in prompts]
     for ids in encoded:
         check_length(model_config, len(ids), config.max_new_tokens)
-    model = load(folder, dtype, cache_dtype, dense, implementation)
+    model = load(folder, dtype, cache_dtype, dense, implementation, quiet)
 
     speed = _Speed(batch=min(batch, len(prompts)))
     if as_json:
@@ -173,7 +173,7 @@ def run_file(
     # Before the weights are read, which may take minutes.
     tokenizer = require_tokenizer(folder)
     read = read_input(source, tokenizer, opt.OPTConfig.from_hf(folder), config)
-    model = load(folder, dtype, cache_dtype, dense, implementation)
+    model = load(folder, dtype, cache_dtype, dense, implementation, quiet)
     done = 0
     began = time.perf_counter()
     try:
@@ -216,18 +216,21 @@ def load(
     cache_dtype: str | None,
     dense: bool,
     implementation: str | None,
+    quiet: bool,
 ) -> opt.OPT:
     """Loads a model as the options of the command say.
 
     Raises:
       ValueError: there is no layer for the implementation.
     """
-    model, _ = opt.from_pretrained(
-        folder,
-        dtype=jnp.dtype(dtype),
-        sparse=False if dense else "auto",
-        cache_dtype=cache_dtype,
-    )
+    with reading_weights(disable=quiet) as progress:
+        model, _ = opt.from_pretrained(
+            folder,
+            dtype=jnp.dtype(dtype),
+            sparse=False if dense else "auto",
+            cache_dtype=cache_dtype,
+            progress=progress,
+        )
     layers = [layer for _, layer in nn.sparse_layers(model)]
     if implementation is not None and not layers:
         raise ValueError(

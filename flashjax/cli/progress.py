@@ -15,7 +15,9 @@ from rich.progress import (
 
 
 @contextlib.contextmanager
-def progress_bar(*, disable: bool) -> Iterator[Callable[[str, int, int], None]]:
+def progress_bar(
+    *, disable: bool, transient: bool = False
+) -> Iterator[Callable[[str, int, int], None]]:
     """Shows a bar with the time left from the first call of what it yields.
 
     Not before, so that errors of the input come alone; and on a terminal alone, since
@@ -23,6 +25,7 @@ def progress_bar(*, disable: bool) -> Iterator[Callable[[str, int, int], None]]:
 
     Args:
       disable: show nothing.
+      transient: take it away at the end.
 
     Yields:
       A function of what is being done, how much is done and how much there is.
@@ -36,7 +39,7 @@ def progress_bar(*, disable: bool) -> Iterator[Callable[[str, int, int], None]]:
     )
     console = Console(stderr=True)
     disable = disable or not console.is_terminal
-    bar = Progress(*columns, console=console, disable=disable)
+    bar = Progress(*columns, console=console, disable=disable, transient=transient)
     task = bar.add_task("", start=False, total=None)
 
     def advance(what: str, done: int, total: int) -> None:
@@ -50,3 +53,10 @@ def progress_bar(*, disable: bool) -> Iterator[Callable[[str, int, int], None]]:
     finally:
         if bar.live.is_started:
             bar.stop()
+
+
+@contextlib.contextmanager
+def reading_weights(*, disable: bool) -> Iterator[Callable[[int, int], None]]:
+    """The bar of `opt.from_pretrained(progress=)`."""
+    with progress_bar(disable=disable, transient=True) as advance:
+        yield lambda done, total: advance("reading weights", done, total)

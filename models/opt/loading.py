@@ -48,6 +48,7 @@ def load(
     parallel: TensorParallel | None,
     fuse_qkv: bool,
     tokens: int | None,
+    progress: Callable[[int, int], None] | None,
 ) -> OPT:
     """Reads an open checkpoint into a model.
 
@@ -76,11 +77,15 @@ def load(
     place = parallel or _OneDevice(tokens)
     with _Loader(model, place, 1 if in_order else _MAKERS) as loader:
         sizes = {name: stored.read_bytes(name, as_rows) for name in stored.names}
-        most = sum(sizes.values()) // config.num_layers  # about a layer
+        done, total = 0, sum(sizes.values())
+        most = total // config.num_layers  # about a layer
         # No name for what this iterates over: an error would keep it, and its threads.
         for stored_name, (array, fits) in read_ahead(
             read, sizes, most, readers, in_order
         ):
+            done += sizes[stored_name]
+            if progress is not None:
+                progress(done, total)
             target = stored.targets[stored.names[stored_name]]
             if not fits:
                 too_large.append(stored_name)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -41,6 +41,7 @@ def from_pretrained(
     fuse_qkv: bool = True,
     cache_dtype: DTypeLike | None = None,
     tokens: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[OPT, Tokenizer | None]:
     """Loads an OPT model and its tokenizer.
 
@@ -66,6 +67,7 @@ def from_pretrained(
         None is `dtype`.
       tokens: how many sequences will mostly be generated at once, if that is known and
         few; see `SparseMatrix.from_dense`. Not with a mesh.
+      progress: called with the bytes that were read, and with all.
 
     Returns:
       The model on the mesh, or else on JAX's default device; and the tokenizer, None
@@ -94,7 +96,7 @@ def from_pretrained(
         parallel = None
         if mesh is not None:
             parallel = TensorParallel.create(stored.config, mesh, axis)
-        model = load(stored, dtype, sparse, parallel, fuse_qkv, tokens)
+        model = load(stored, dtype, sparse, parallel, fuse_qkv, tokens, progress)
         model.cache_dtype = cache_dtype
         return model, tokenizer
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from flashjax.cli.progress import progress_bar
+from flashjax.cli.progress import progress_bar, reading_weights
 
 COLOUR = re.compile(r"\x1b\[[\d;]*\b(3\d|4\d|9\d)\b[\d;]*m")
 
@@ -51,3 +51,21 @@ def test_nothing_before_the_first_call(capfd, monkeypatch):
     with progress_bar(disable=False):
         pass
     assert capfd.readouterr().err == ""
+
+
+def test_reading_weights(capfd, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    with reading_weights(disable=False) as progress:
+        progress(5, 10)
+        progress(10, 10)
+    text = capfd.readouterr().err
+    assert "reading weights" in text
+    assert text.endswith("\x1b[2K")  # the line is cleared
+
+
+def test_commands_show_that_they_read_weights(cli, sparse_folder, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    arguments = ("generate", sparse_folder, "-p", "x", "-n", 2)
+    assert "reading weights" in cli(*arguments).err
+    assert "reading weights" not in cli(*arguments, "-q").err

@@ -413,6 +413,15 @@ def test_reads_ahead(readers, in_order):
     assert largest <= 1
 
 
+def test_progress(folder):
+    calls = []
+    opt.from_pretrained(folder, progress=lambda *call: calls.append(call))
+    done, totals = zip(*calls, strict=True)
+    assert len(set(totals)) == 1
+    assert list(done) == sorted(done)
+    assert done[-1] == totals[0] > 0
+
+
 def test_error_while_reading_ahead():
     def read(name):
         if name == "20":
