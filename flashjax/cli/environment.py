@@ -1,7 +1,9 @@
 """Where and when figures were measured."""
 
+import contextlib
 import datetime
 import functools
+import importlib.metadata
 import json
 import os
 import platform
@@ -31,6 +33,7 @@ def environment() -> dict[str, Any]:
         ),
         "python": platform.python_version(),
         "jax": jax.__version__,
+        "plugin": "" if cpu else _plugins(),
         "flashjax": fj.__version__,
         "commit": _commit(),
         "variables": " ".join(
@@ -64,6 +67,15 @@ def save_results(folder: Path, name: str, content: dict[str, Any]) -> Path:
 def _on_one_line(match: re.Match[str]) -> str:
     line = re.sub(r"\s*\n\s*", " ", match.group(1))
     return "{" + line + "}" if len(line) < 480 else match.group(0)
+
+
+def _plugins() -> str:
+    """What lets JAX use CUDA 12 or 13, with its version."""
+    found = []
+    for name in ("jax-cuda12-plugin", "jax-cuda13-plugin"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(found)
 
 
 @functools.cache  # results that are written make the folder look changed

@@ -53,6 +53,19 @@ def test_variables_of_xla_are_in_the_environment(monkeypatch):
     assert "XLA_PYTHON_CLIENT_ALLOCATOR=cuda_async" in environment()["variables"]
 
 
+def test_the_plugin_for_cuda_is_in_the_environment(monkeypatch):
+    from flashjax.cli import environment
+
+    def version(name):
+        if name != "jax-cuda13-plugin":
+            raise environment.importlib.metadata.PackageNotFoundError
+        return "0.11.2"
+
+    monkeypatch.setattr(environment.importlib.metadata, "version", version)
+    assert environment._plugins() == "jax-cuda13-plugin 0.11.2"
+    assert "plugin" not in environment.environment()  # of a CPU
+
+
 def test_cache_dtype(cli, sparse_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "flashjax.cli.bench_plot", None)
     args = ("--model", sparse_folder, "--sparsity", "0.8", "--batch", 1, "--json")
