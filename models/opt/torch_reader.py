@@ -148,6 +148,12 @@ class TorchReader:
             for name, tensor in tensors.items()
         ):
             raise CheckpointError(f"{path}: expected a state dict of tensors")
+        for name, tensor in tensors.items():
+            if tensor.layout != self._torch.strided:
+                raise CheckpointError(
+                    f"{path}: {name}: expected a dense tensor, zeros included, got "
+                    f"{tensor.layout}"
+                )
         self._file_name, self._tensors = file_name, tensors
 
     def _numpy_dtype(self, name: str, tensor: Any) -> np.dtype:

@@ -98,6 +98,7 @@ class FakeTensor:
     def __init__(self, array, dtype=None):
         self.array, self.shape = array, array.shape
         self.dtype = dtype or f"torch.{array.dtype}"
+        self.layout = "torch.strided"
 
     def detach(self):
         return self
@@ -119,6 +120,7 @@ class FakeTorch(types.ModuleType):
     __version__ = "2.6.0+cpu"
     Tensor = FakeTensor
     bfloat16, int16 = "torch.bfloat16", "torch.int16"
+    strided = "torch.strided"
 
     def __init__(self):
         super().__init__("torch")
@@ -186,6 +188,13 @@ def test_bfloat16_of_the_stand_in(folder, torch):
     tensors[FC1] = FakeTensor(kernel, "torch.bfloat16")
     model, _ = opt.from_pretrained(folder, dtype=jnp.bfloat16)
     np.testing.assert_array_equal(model.layers[0].fc1.kernel[...], kernel.T)
+
+
+def test_sparse_tensor_of_the_stand_in(folder, torch):
+    fake_pickles(folder, torch, "pytorch_model.bin")
+    torch.files["pytorch_model.bin"][FC1].layout = "torch.sparse_coo"
+    with pytest.raises(CheckpointError, match=r"fc1.*expected a dense.*sparse_coo"):
+        opt.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
