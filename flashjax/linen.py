@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from .nn import LINEN_COLLECTION
 from .nn import LinenSparseDense as SparseDense
+from .nn_trainable import frozen_matrix, warn_of_float16
 from .sparse_matrix import SparseMatrix
 from .trainable_matrix import SparsePositions, TrainableMatrix
 
@@ -23,6 +25,8 @@ def trainable(
 
     Their values move from the collection "sparse" to "params", as arrays "kernel"
     (segments, 16, 32, 2), see TrainableMatrix; the positions remain where they were.
+    Biases of these layers become of that dtype, if it is the wider one. Warns of other
+    parameters that are float16, as `flashjax.trainable` does.
 
     Args:
       variables: of a model with SparseDense layers; not modified.
@@ -40,6 +44,9 @@ def trainable(
             if name == _KERNEL and isinstance(child, SparseMatrix):
                 matrix = TrainableMatrix.from_sparse(child, dtype)
                 sparse[name], params[name] = matrix.positions, matrix.values
+                bias = params.get("bias")
+                if bias is not None and bias.dtype.itemsize < matrix.values.itemsize:
+                    params["bias"] = bias.astype(matrix.values.dtype)
                 found = True
             elif isinstance(child, Mapping):
                 sparse[name], params[name] = split(child, params.get(name, {}))
@@ -51,6 +58,11 @@ def trainable(
             "linen.trainable: expected variables with SparseMatrix kernels in the "
             f"collection {LINEN_COLLECTION!r}, got none in {sorted(variables)}"
         )
+    params = jax.tree_util.tree_leaves_with_path(result["params"])
+    warn_of_float16(
+        "linen.trainable",
+        {jax.tree_util.keystr(path): leaf.dtype for path, leaf in params},
+    )
     return result
 
 
@@ -59,6 +71,9 @@ def freeze(variables: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
       variables: what trainable() returned, with other values perhaps; not modified.
+
+    Raises:
+      ValueError: values are NaN, or too large for the matrix' half precision.
     """
 
     def join(sparse, params):
@@ -66,7 +81,7 @@ def freeze(variables: Mapping[str, Any]) -> dict[str, Any]:
         for name, child in sparse.items():
             if name == _KERNEL and isinstance(child, SparsePositions):
                 matrix = TrainableMatrix(child, params.pop(name))
-                sparse[name] = SparseMatrix.from_dense(matrix.to_dense())
+                sparse[name] = frozen_matrix(matrix)
             elif isinstance(child, Mapping):
                 sparse[name], params[name] = join(child, params.get(name, {}))
         return sparse, params

@@ -1,6 +1,8 @@
 """Sparse layers of Flax NNX whose nonzero weights are trained."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -25,11 +27,13 @@ class TrainableSparseDense(SparseDense):
     Attributes:
       values: nnx.Param (segments, 16, 32, 2), see TrainableMatrix.
       positions: SparseWeight that holds SparsePositions.
-      bias: nnx.Param (out_features,) or None.
+      bias: nnx.Param (out_features,) or None; of a half precision no more, if the
+        values are float32.
+      bias_dtype: what it was, and becomes again; None if there is none.
     """
 
     def __init__(self, layer: SparseDense, dtype: DTypeLike = jnp.float32):
-        """Takes over a layer, whose bias it shares.
+        """Takes over a layer, whose bias it shares unless its dtype changes.
 
         Args:
           layer: the layer.
@@ -38,7 +42,11 @@ class TrainableSparseDense(SparseDense):
         matrix = TrainableMatrix.from_sparse(layer.kernel.get_value(), dtype)
         self.values = nnx.Param(matrix.values)
         self.positions = SparseWeight(matrix.positions)
-        self.bias = nnx.data(layer.bias)
+        bias: Any = layer.bias
+        self.bias_dtype = None if bias is None else bias.dtype
+        if bias is not None and bias.dtype.itemsize < matrix.values.dtype.itemsize:
+            bias = _with_dtype(bias, matrix.values.dtype)
+        self.bias = nnx.data(bias)
         self.in_features, self.out_features = matrix.shape
         self.use_bias = layer.use_bias
         self.dtype = layer.dtype
@@ -53,6 +61,12 @@ class TrainableSparseDense(SparseDense):
         return SparseWeight(TrainableMatrix(positions, values))
 
 
+def _with_dtype(bias: Any, dtype: Any) -> Any:
+    if bias is None or bias.dtype == dtype:
+        return bias
+    return nnx.Param(bias[...].astype(dtype))
+
+
 def trainable(
     model: Model,
     predicate: Callable[[str, SparseDense], bool] | None = None,
@@ -64,6 +78,10 @@ def trainable(
 
         model = fj.trainable(model)
         optimizer = nnx.Optimizer(model, optax.adamw(1e-4), wrt=nnx.Param)
+
+    Biases of these layers are float32 meanwhile, too. Warns of other parameters that
+    are float16: what keeps Adam from dividing by zero, 1e-8, is 0 there, and the first
+    step makes them NaN.
 
     Args:
       model: an nnx.Module, or lists, tuples and dicts of them.
@@ -96,7 +114,26 @@ def trainable(
                 f"{type(kernel).__name__}"
             )
     new = {key: TrainableSparseDense(layer, dtype) for key, (_, layer) in found.items()}
-    return replace_layers(model, SparseDense, lambda old: new.get(id(old), old))
+    model = replace_layers(model, SparseDense, lambda old: new.get(id(old), old))
+    params = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    warn_of_float16(
+        "trainable",
+        {".".join(map(str, path)): param.dtype for path, param in params},
+    )
+    return model
+
+
+def warn_of_float16(function: str, dtypes: Mapping[str, Any]) -> None:
+    """Warns if there are parameters that an optimizer's epsilon is 0 beside."""
+    names = [name for name, dtype in dtypes.items() if dtype == jnp.float16]
+    if names:
+        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        warnings.warn(
+            f"{function}: {len(names)} parameters are float16 ({some}): an optimizer "
+            "such as Adam makes them NaN, unless its eps is 1e-4 or so; cast them to "
+            "float32",
+            stacklevel=3,
+        )
 
 
 def _taken(model, predicate):
@@ -118,6 +155,7 @@ def freeze(model: Model) -> Model:
 
     Raises:
       TypeError: the model is none of NNX.
+      ValueError: values are NaN, or too large for the layer's half precision.
     """
     check_model("freeze", model)
     frozen: dict[int, SparseDense] = {}
@@ -125,8 +163,8 @@ def freeze(model: Model) -> Model:
     def swap(layer: TrainableSparseDense) -> SparseDense:
         if id(layer) not in frozen:
             frozen[id(layer)] = SparseDense.from_matrix(
-                SparseMatrix.from_dense(layer.kernel.get_value().to_dense()),
-                layer.bias,
+                frozen_matrix(layer.kernel.get_value()),
+                _with_dtype(layer.bias, layer.bias_dtype),
                 dtype=layer.dtype,
                 preferred_element_type=layer.preferred_element_type,
                 implementation=layer.implementation,
@@ -134,3 +172,20 @@ def freeze(model: Model) -> Model:
         return frozen[id(layer)]
 
     return replace_layers(model, TrainableSparseDense, swap)
+
+
+def frozen_matrix(matrix: TrainableMatrix) -> SparseMatrix:
+    """Rounds and packs trained values.
+
+    Raises:
+      ValueError: some are NaN, or too large for the matrix' half precision.
+    """
+    dense = matrix.to_dense()
+    wrong = int(jnp.sum(~jnp.isfinite(dense)))
+    if wrong:
+        most = float(jnp.finfo(dense.dtype).max)
+        raise ValueError(
+            f"freeze: expected finite values, up to {most:g} for {dense.dtype.name}, "
+            f"got {wrong} others"
+        )
+    return SparseMatrix.from_dense(dense)

@@ -90,9 +90,52 @@ def test_one_layer(x):
     expected = layer(x)
     swapped = fj.trainable(layer)
     assert isinstance(swapped, TrainableSparseDense)
-    assert swapped.bias is layer.bias
+    assert swapped.bias.dtype == jnp.float32
     np.testing.assert_array_equal(swapped(x), expected)
-    np.testing.assert_array_equal(fj.freeze(swapped)(x), expected)
+    frozen = fj.freeze(swapped)
+    assert frozen.bias.dtype == layer.bias.dtype == jnp.float16
+    np.testing.assert_array_equal(frozen(x), expected)
+
+
+def test_a_bias_that_keeps_its_dtype_is_shared(x):
+    layer = fj.SparseDense(40, 9, rngs=nnx.Rngs(0))
+    for dtype in (jnp.float16, jnp.float32):
+        layer.bias = nnx.Param(layer.bias[...].astype(dtype))
+        assert TrainableSparseDense(layer, dtype).bias is layer.bias
+
+
+def test_adam_in_half_precision(x):
+    """Whose epsilon is 0 in float16."""
+    layers = [fj.SparseDense(40, 40, rngs=nnx.Rngs(i)) for i in range(2)]
+    model = fj.trainable(nnx.Sequential(*layers))
+    optimizer = nnx.Optimizer(model, optax.adamw(1e-3), wrt=nnx.Param)
+
+    def loss(model):
+        return jnp.mean((model(x.astype(jnp.float16)) - 1).astype(jnp.float32) ** 2)
+
+    losses = []
+    for _ in range(3):
+        value, gradients = nnx.value_and_grad(loss)(model)
+        with jax.numpy_dtype_promotion("standard"):
+            optimizer.update(model, gradients)
+        losses.append(float(value))
+    assert losses[2] < losses[1] < losses[0]
+
+
+def test_other_parameters_in_float16_are_named():
+    layers = [fj.SparseDense(8, 8, rngs=nnx.Rngs(0))]
+    layers.append(nnx.Linear(8, 8, param_dtype=jnp.float16, rngs=nnx.Rngs(1)))
+    model = nnx.Sequential(*layers)
+    with pytest.warns(UserWarning, match=r"2 parameters are float16 \(layers.1.bias"):
+        fj.trainable(model)
+
+
+@pytest.mark.parametrize("factor", [1e6, np.nan])
+def test_freeze_refuses_what_is_not_finite(factor):
+    layer = fj.trainable(fj.SparseDense(40, 9, rngs=nnx.Rngs(0)))
+    layer.values.set_value(layer.values.get_value() * factor)
+    with pytest.raises(ValueError, match=r"freeze: .*up to 65504 for float16, got \d"):
+        fj.freeze(layer)
 
 
 def test_split_and_merge(net, x):
