@@ -335,6 +335,12 @@ def sparsify(
     found: dict[int, tuple[nnx.Linear, list[str]]] = {}
     for path, layer in layers_of(model, nnx.Linear):
         found.setdefault(id(layer), (layer, []))[1].append(path)
+    if not found and predicate is None and not list(layers_of(model, SparseDense)):
+        warnings.warn(
+            "sparsify: expected a model with nnx.Linear layers, got none: it is as it "
+            "was (nnx.LinearGeneral, of which attention is made, is not taken)",
+            stacklevel=2,
+        )
     taken = {
         key: (layer, paths[0])
         for key, (layer, paths) in found.items()

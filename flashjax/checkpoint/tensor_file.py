@@ -35,6 +35,8 @@ _DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 
+# How a text of Git LFS begins.
+_LFS_POINTER = b"version https://git-lfs"
 # Bytes that are read at a time: the checksum then finds them in the cache.
 _BLOCK = 1 << 20
 # From so many bytes on an array has pages of its own.
@@ -67,6 +69,9 @@ class TensorFile:
         """
         self.path = path
         try:
+            # The library says of a file that it may not read that there is none.
+            if is_lfs_pointer(path):
+                raise ValueError("a Git LFS pointer to one (git lfs pull downloads it)")
             # It checks that names, shapes and places fit the file and each other.
             with safe_open(path, framework="np") as checked:
                 self.metadata: Mapping[str, str] = checked.metadata() or {}
@@ -75,8 +80,9 @@ class TensorFile:
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(size))
         except (SafetensorError, OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise CheckpointError(
-                f"{path}: expected a whole safetensors file, got {error}"
+                f"{path}: expected a whole safetensors file, got {reason}"
             ) from error
         self._stored = {
             name: _Stored(
@@ -154,6 +160,12 @@ class TensorFile:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         except OSError:
             pass  # reading will say what is wrong
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether git has a text in the place of a file, which was not downloaded."""
+    with open(path, "rb") as file:
+        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
 
 
 def _empty(size: int, dtype: np.dtype) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +31,17 @@ Cache = Annotated[
         help="Of keys and values, in half the memory.", show_default="--dtype"
     ),
 ]
+# Options of info.
+_OF_CONFIG = (
+    "sparsity",
+    "batch",
+    "length",
+    "prompt",
+    "dtype",
+    "cache_dtype",
+    "devices",
+    "memory",
+)
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -215,6 +227,13 @@ def generate(
         )
     if json and (stream or input or output):
         raise UsageError("--json: expected no --stream, --input or --output beside it")
+    if str(input) == "-":
+        raise UsageError("--input: expected a file, as /dev/stdin, got -")
+    if str(output) == "-":
+        raise UsageError(
+            "--output: expected a file, got - (--json prints the results of --prompt "
+            "and --file)"
+        )
     if (input is None) != (output is None):
         raise UsageError("--input and --output: expected both, got one")
     if input is None or output is None:
@@ -392,6 +411,7 @@ def evaluate(
 @app.command()
 @reported
 def info(
+    context: typer.Context,
     folder: Annotated[
         Path | None, typer.Argument(help="Model folder; without it, the system.")
     ] = None,
@@ -451,12 +471,24 @@ def info(
             as_json=json,
         )
         return
+    _check_given(context, _OF_CONFIG, "--config")
+    if folder is None:
+        _check_given(context, ("tensors",), "a folder")
     from flashjax.cli import info as command
 
     if folder is None:
         command.show_system(json)
     else:
         command.show_folder(folder, json, tensors)
+
+
+def _check_given(context: typer.Context, names: Iterable[str], needed: str) -> None:
+    """Raises UsageError if an option was given that needs something beside it."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag}: expected {needed} beside it")
 
 
 def main() -> None:

@@ -64,6 +64,8 @@ def run(
       ValueError: an option does not fit.
     """
     check_sparse_dtype(dtype, sparsities)
+    if os.path.basename(name) != name:
+        raise UsageError(f"--name: expected no folder in it (--out), got {name!r}")
     config = find_config(model)
     if layers > config.num_layers:
         raise ValueError(

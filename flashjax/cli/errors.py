@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,8 @@ _OPTIONS = re.compile(
     r"(?<!-)\b(?:overwrite|resume)(?= (?:replaces|starts|goes on))|(?<=by )resume\b"
 )
 
+_BACKENDS = "jax._src.xla_bridge"
+
 
 class UsageError(ValueError):
     """A command line that is wrong whatever the files are that it names."""
@@ -34,6 +37,8 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
+            if sys.stdout is None:  # and the next file to be opened would be it
+                raise ValueError("expected an open standard output, got a closed one")
             command(*args, **kwargs)
             sys.stdout.flush()
         except (typer.Exit, typer.Abort, typer.BadParameter):
@@ -68,17 +73,33 @@ def _is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
-def describe(error: BaseException) -> str:
-    """One line for an error, naming its type where the message alone says little."""
+def describe(error: BaseException, *, hint: bool = True) -> str:
+    """One line for an error, naming its type where the message alone says little.
+
+    Args:
+      error: what was raised.
+      hint: name --debug beside the type.
+    """
+    debug = " (--debug shows where)" if hint else ""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = _OPTIONS.sub(r"--\g<0>", " ".join(lines))
     if isinstance(error, MemoryError):
         return f"out of memory: {text}" if text else "out of memory"
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    platforms = os.environ.get("JAX_PLATFORMS")
+    if not text and platforms and _is_from_backends(error):
+        kind = type(error).__name__
+        return f"JAX found no device with JAX_PLATFORMS={platforms}: {kind}{debug}"
     if isinstance(error, KeyError) or not text:
-        return f"{type(error).__name__}: {text} (--debug shows where)"
+        return f"{type(error).__name__}: {text}{debug}"
     expected = ValueError, OSError, TypeError, NotImplementedError, ImportError
     if isinstance(error, expected):
         return text
-    return f"{type(error).__name__}: {text} (--debug shows where)"
+    return f"{type(error).__name__}: {text}{debug}"
+
+
+def _is_from_backends(error: BaseException) -> bool:
+    """Whether JAX raised it while it started its backends."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_globals.get("__name__") == _BACKENDS

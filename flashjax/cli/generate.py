@@ -21,6 +21,7 @@ from flashjax.cli.progress import progress_bar, reading_weights
 from flashjax.models import opt
 from flashjax.models.opt.batch_file import (
     Job,
+    check_prompt,
     check_target,
     continue_input,
     partial_path,
@@ -28,7 +29,7 @@ from flashjax.models.opt.batch_file import (
     run_jobs,
 )
 from flashjax.models.opt.generate import compile_request, run_request
-from flashjax.models.opt.generation_request import check_length, end_ids, make_request
+from flashjax.models.opt.generation_request import end_ids, make_request
 from flashjax.models.opt.hf_folder import local_folder
 from flashjax.models.opt.tokenizer import require_tokenizer
 
@@ -107,7 +108,7 @@ def run(
     model_config, tokenizer = opt.OPTConfig.from_hf(folder), require_tokenizer(folder)
     encoded = [tokenizer.encode(prompt).ids for prompt in prompts]
     for ids in encoded:
-        check_length(model_config, len(ids), config.max_new_tokens)
+        check_prompt(model_config, ids, config.max_new_tokens)
     model = load(folder, dtype, cache_dtype, dense, implementation, quiet)
 
     speed = _Speed(batch=min(batch, len(prompts)))
@@ -252,7 +253,14 @@ def _read_config(
         config = opt.GenerationConfig.from_pretrained(folder)
     for warning in caught:
         typer.echo(f"flashjax: warning: {warning.message}", err=True)
-    return folder, config.with_options(**options)
+    config = config.with_options(**options)
+    for name in ("top_k", "top_p"):
+        if name in options and not config.temperature:
+            flag = "--" + name.replace("_", "-")
+            typer.echo(
+                f"flashjax: warning: {flag}: no effect at temperature 0", err=True
+            )
+    return folder, config
 
 
 def _check_prompts(prompts: list[str]) -> None:
@@ -274,9 +282,11 @@ def read_prompts(file: Path | None) -> list[str]:
     if file is None:
         return []
     name = "stdin" if str(file) == "-" else str(file)
+    if name == "stdin" and sys.stdin is None:
+        raise ValueError("--file: expected an open standard input, got a closed one")
     try:
         data = sys.stdin.buffer.read() if name == "stdin" else file.read_bytes()
-        text = data.decode("utf-8")
+        text = data.decode("utf-8").removeprefix("\ufeff")  # a byte order mark
     except OSError as error:
         raise ValueError(
             f"--file: expected a text file of prompts, got {name}: {error.strerror}"

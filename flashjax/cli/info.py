@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flashjax.checkpoint import CheckpointError, CheckpointReader, read_json
+from flashjax.cli.errors import describe
 from flashjax.cli.report import device_name, format_bytes
 
 _PACKAGES = ("flashjax", "jax", "jaxlib", "flax", "numpy", "safetensors", "tokenizers")
@@ -34,7 +35,9 @@ def show_system(as_json: bool) -> None:
     table.add_column(overflow="fold")
     for name, version in system["versions"].items():
         table.add_row(name, escape(version))
-    table.add_row("jax backend", system["backend"])
+    problem = system["backend_unavailable_reason"]
+    backend = system["backend"] + (f": {problem}" if problem else "")
+    table.add_row("jax backend", escape(backend))
     for device in system["devices"]:
         table.add_row("device", escape(device))
     table.add_row(
@@ -58,9 +61,16 @@ def system_info() -> dict[str, Any]:
 
     from flashjax import _native
 
-    reason = _native.cuda_unavailable_reason()
+    backend, devices, problem = "none", [], ""
+    try:
+        backend, devices = jax.default_backend(), jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        problem = describe(error, hint=False)
+    try:
+        reason = _native.cuda_unavailable_reason()
+    except AssertionError:  # JAX's own, where it has no backend
+        reason = problem
     build = _native.build_info()
-    backend = jax.default_backend()
     best = {"cpu": "cpu", "gpu": "xla" if reason else "cuda"}.get(backend, "xla")
     simd = _native.cpu.simd()
     states = {
@@ -68,12 +78,16 @@ def system_info() -> dict[str, Any]:
         "cpu": f"ready ({simd})",
         "xla": "ready, on every platform; the reference",
     }
-    states[best] += "; used here unless another is named"
+    if problem:
+        states = dict.fromkeys(states, "cannot run: JAX has no backend")
+    else:
+        states[best] += "; used here unless another is named"
     return {
         "versions": {"python": platform.python_version()}
         | {name: _version(name) for name in _PACKAGES},
         "backend": backend,
-        "devices": [f"{d.id}: {device_name(d)}" for d in jax.devices()],
+        "backend_unavailable_reason": problem,
+        "devices": [f"{d.id}: {device_name(d)}" for d in devices],
         "cpu_count": len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else os.cpu_count(),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import typer
 from rich.console import Console
 from rich.markup import escape
 
@@ -46,18 +47,33 @@ def run(
     if report is not None:
         _check_report(report)
     budgets: Any = budget if budget in ("uniform", "owl") else read_json(budget)
-    _check_options(options, budgets)
-    with progress_bar(disable=quiet) as advance:
-        result = prune_pretrained(
-            folder,
-            out,
-            **options,
-            budget=budgets,
-            calibration=CalibrationText(**calibration),
-            progress=lambda what, done, total: advance(
-                what.removeprefix("model.decoder."), done, total
-            ),
+    settings = _check_options(options, budgets)
+    if calibration["path"] is not None and not settings.needs_calibration:
+        raise UsageError(
+            f"--calibration: the method {settings.method} needs none with this budget"
         )
+    try:
+        with progress_bar(disable=quiet) as advance:
+            result = prune_pretrained(
+                folder,
+                out,
+                **options,
+                budget=budgets,
+                calibration=CalibrationText(**calibration),
+                progress=lambda what, done, total: advance(
+                    what.removeprefix("model.decoder."), done, total
+                ),
+            )
+    except KeyboardInterrupt:
+        whole = out.resolve()
+        partial = whole.with_name(f"{whole.name}.partial")
+        if partial.exists():
+            typer.echo(
+                f"flashjax: the layers that are done are kept in {partial}; "
+                "--resume goes on with the others",
+                err=True,
+            )
+        raise
     content: dict[str, Any] = {"model": folder, "out": str(out)}
     content |= {"options": {**options, "budget": budget}, **dataclasses.asdict(result)}
     content |= {"sparsity": result.sparsity, "matrices": content.pop("reports")}
@@ -69,12 +85,12 @@ def run(
         _print(out, options["dtype"], result)
 
 
-def _check_options(options: Mapping[str, Any], budget: Any) -> None:
+def _check_options(options: Mapping[str, Any], budget: Any) -> Settings:
     """Raises UsageError if options do not go together, whatever the model is."""
     dtype = jnp.dtype(options["dtype"])
     names = ("sparsity", "method", "pattern", "damping", "format")
     try:
-        Settings(
+        return Settings(
             **{name: options[name] for name in names},
             budget=budget,
             dtype=dtype,

@@ -6,6 +6,7 @@ output, in a file that ends in `.partial`; the output itself appears whole, in t
 of the input.
 """
 
+import codecs
 import dataclasses
 import hashlib
 import json
@@ -234,7 +235,8 @@ def read_input(
             f"{source}: expected a file of JSON lines, got: {error.strerror}"
         ) from error
     jobs: list[Job] = []
-    for number, line in enumerate(content.split(b"\n"), 1):
+    lines = content.removeprefix(codecs.BOM_UTF8).split(b"\n")
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -275,7 +277,7 @@ def _parse(
     own = {k: content[k] for k in ("max_new_tokens", "seed") if k in content}
     options = config.with_options(**own)
     tokens = tokenizer.encode(prompt).ids
-    check_length(model, len(tokens), options.max_new_tokens)
+    check_prompt(model, tokens, options.max_new_tokens)
     return Job(
         index=index,
         id=content.get("id", number),
@@ -284,6 +286,16 @@ def _parse(
         seed=options.seed,
         stream=0 if "seed" in own else index,
     )
+
+
+def check_prompt(model: OPTConfig, tokens: Sequence[int], max_new_tokens: int) -> None:
+    """Raises ValueError unless the model has the tokens and positions for them."""
+    check_length(model, len(tokens), max_new_tokens)
+    largest = max(tokens, default=0)
+    if largest >= model.vocab_size:
+        raise ValueError(
+            f"the tokenizer gave token {largest}, the model has {model.vocab_size}"
+        )
 
 
 def _fingerprint(model: OPT) -> str:

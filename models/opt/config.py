@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,6 +54,14 @@ _HF_KEYS = {
     "eos_token_id": "eos_token_id",
     "init_std": "init_std",
 }
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "ffn_size",
+    "num_heads",
+    "max_positions",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,15 +122,7 @@ class OPTConfig:
 
     def _problems(self) -> list[str]:
         problems = []
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_layers",
-            "ffn_size",
-            "num_heads",
-            "max_positions",
-            "word_embed_proj_dim",
-        ):
+        for name in (*_SIZES, "word_embed_proj_dim"):
             value = getattr(self, name)
             if not _is_int(value) or value < 1:
                 problems.append(f"{name} must be a positive integer, got {value!r}")
@@ -204,7 +205,8 @@ class OPTConfig:
         try:
             return cls(**fields)
         except ValueError as error:
-            raise CheckpointError(f"{where}: {error}") from error
+            text = _with_hf_keys(str(error))
+            raise CheckpointError(f"{where}: {text}") from error
 
     def to_hf(self) -> dict[str, Any]:
         """Returns the content of a Hugging Face ``config.json``."""
@@ -268,6 +270,26 @@ class OPTConfig:
     def opt_175b(cls) -> "OPTConfig":
         """OPT-175B: 96 layers of 12288."""
         return cls(hidden_size=12288, num_layers=96, ffn_size=49152, num_heads=96)
+
+
+def sizes_assumed(hf: Mapping[str, Any]) -> dict[str, int]:
+    """What is assumed for the sizes that a Hugging Face configuration lacks."""
+    read = OPTConfig.from_hf(hf)
+    return {
+        _HF_KEYS[name]: getattr(read, name)
+        for name in _SIZES
+        if _HF_KEYS[name] not in hf
+    }
+
+
+def _with_hf_keys(message: str) -> str:
+    """A message of OPTConfig with the names that its fields have in config.json."""
+    names = "|".join(map(re.escape, _HF_KEYS))
+    return re.sub(
+        rf"\b(?:{names})(?= must|=|,)",
+        lambda found: _HF_KEYS[found.group()],
+        message,
+    )
 
 
 def _is_int(value: Any) -> bool:

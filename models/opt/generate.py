@@ -116,6 +116,7 @@ def generate(
       TypeError: an option is no number of the right kind, or there is none of its name.
       ValueError: a shape, dtype or value that does not fit, among them a row without
         a real token, and more tokens than the model has positions.
+      FloatingPointError: log-probabilities are NaN.
     """
     request = _request(model, token_ids, attention_mask, config, options)
     tokens, logprobs = run_request(model, request, return_logprobs)
@@ -161,7 +162,12 @@ def run_request(
     tokens = np.asarray(state.tokens)[:, : request.max_new_tokens]
     if state.logprobs is None:
         return tokens, np.zeros(shape, np.float32)
-    return tokens, np.asarray(state.logprobs)[:, : request.max_new_tokens]
+    scores = np.asarray(state.logprobs)[:, : request.max_new_tokens]
+    if np.isnan(scores).any():
+        raise FloatingPointError(
+            "the model's logits are NaN; try dtype float32 or bfloat16"
+        )
+    return tokens, scores
 
 
 def time_request(model: OPT, request: Request) -> tuple[float, float]:

@@ -48,6 +48,15 @@ class Request(NamedTuple):
     settings: Settings
 
 
+def _check_mesh() -> None:
+    axes = jax.sharding.get_abstract_mesh()
+    if jax.sharding.AxisType.Explicit in axes.axis_types:
+        raise ValueError(
+            "generate: expected a mesh with axes of AxisType.Auto, got one with "
+            f"explicit axes from jax.set_mesh: {axes}"
+        )
+
+
 def make_request(
     config: OPTConfig,
     token_ids: ArrayLike,
@@ -60,6 +69,7 @@ def make_request(
     Raises:
       TypeError, ValueError: see `generate`.
     """
+    _check_mesh()
     prompt, mask = _prompt(config, token_ids, attention_mask)
     batch, length = prompt.shape
     max_new_tokens = options.max_new_tokens

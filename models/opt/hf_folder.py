@@ -20,9 +20,10 @@ from flashjax.checkpoint import (
     CheckpointReader,
     read_json,
 )
+from flashjax.checkpoint.tensor_file import is_lfs_pointer
 from flashjax.sparse_rows import SparseRows
 
-from .config import OPTConfig
+from .config import OPTConfig, sizes_assumed
 from .modeling import POSITION_OFFSET
 from .torch_reader import TorchReader, has_torch_weights
 
@@ -163,11 +164,22 @@ def open_opt(
 def open_weights(folder: Path) -> Iterator[Reader]:
     """Opens the weights of a model folder, safetensors first, then pickles."""
     if not _has_safetensors(folder) and has_torch_weights(folder):
+        for path in sorted(folder.glob("pytorch_model*.bin")):
+            _refuse_pointer(path)
         with TorchReader(folder) as torch_reader:
             yield torch_reader
     else:
         with CheckpointReader(folder) as reader:
             yield reader
+
+
+def _refuse_pointer(path: Path) -> None:
+    with contextlib.suppress(OSError):  # reading will say what is wrong
+        if is_lfs_pointer(path):
+            raise CheckpointError(
+                f"{path}: expected a whole state dict saved by torch, got a Git LFS "
+                "pointer to one (git lfs pull downloads it)"
+            )
 
 
 def _has_safetensors(folder: Path) -> bool:
@@ -339,8 +351,17 @@ def _check(
     if lines:
         raise CheckpointError(
             f"{folder}: the tensors are not those of the OPT that config.json "
-            "describes: " + "; ".join(lines)
+            "describes: " + "; ".join(lines) + _assumed(folder)
         )
+
+
+def _assumed(folder: Path) -> str:
+    """For a message: the sizes that config.json lacks."""
+    assumed = sizes_assumed(read_json(folder / "config.json"))
+    if not assumed:
+        return ""
+    sizes = ", ".join(f"{key} {size}" for key, size in assumed.items())
+    return f". It lacks sizes, for which OPT-125M's were assumed: {sizes}"
 
 
 def listed(found: list[str]) -> str:

@@ -1,6 +1,8 @@
 """The on-disk form, and files that contradict themselves."""
 
+import errno
 import json
+import os
 
 import ml_dtypes
 import numpy as np
@@ -14,6 +16,7 @@ from flashjax.checkpoint import (
     CheckpointError,
     CheckpointReader,
     CheckpointWriter,
+    tensor_file,
 )
 
 HALVES = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
@@ -205,6 +208,25 @@ def test_truncated_file(tmp_path, keep):
     path = tmp_path / checkpoint.WEIGHTS_NAME
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match="expected a whole safetensors file"):
+        CheckpointReader(tmp_path)
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    write(tmp_path, {"a": random_sparse((9, 9), np.float16)}, {"a"})
+
+    def refuse(path, *args):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    # Not by the file's mode: tests may run as root.
+    monkeypatch.setattr(tensor_file, "open", refuse, raising=False)
+    with pytest.raises(CheckpointError, match=r"file, got Permission denied$"):
+        CheckpointReader(tmp_path)
+
+
+def test_a_file_that_git_lfs_did_not_download(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (tmp_path / checkpoint.WEIGHTS_NAME).write_text(pointer)
+    with pytest.raises(CheckpointError, match="got a Git LFS pointer"):
         CheckpointReader(tmp_path)
 
 

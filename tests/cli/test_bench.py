@@ -134,6 +134,7 @@ def test_bad_options(cli, args, message, tmp_path):
     [
         (["--sparsity", "0,x"], "--sparsity: expected numbers"),
         (["--dtype", "float32"], "float16 or bfloat16, got float32"),
+        (["--name", "a/b"], "--name: expected no folder in it (--out), got 'a/b'"),
     ],
 )
 def test_usage(cli, args, message):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cli_support import assert_error, run_process
+from opt_folders import edit_config
 
 from flashjax.cli import generate as command
 from flashjax.models import opt
@@ -164,6 +165,8 @@ FILES = ("-i", "in", "-o", "out")
         (["-i", "in"], "expected both, got one"),
         ([*FILES, "-p", "x"], "no --prompt or --file beside it"),
         (["-p", "x", "--resume"], "expected --input and --output"),
+        (["-i", "-", "-o", "out"], "--input: expected a file, as /dev/stdin, got -"),
+        (["-i", "in", "-o", "-"], "--output: expected a file, got - (--json"),
         (["-p", "x", "--logprobs"], "expected --json, or --input and --output"),
         (["-p", "x", "--json", "--stream"], "--json: expected no --stream"),
         ([*FILES, "--json"], "--json: expected no --stream, --input"),
@@ -241,6 +244,27 @@ def test_generation_config_file(cli, sparse_folder, tmp_path):
         result = cli("generate", folder, "-p", "hello", "-q", "--ignore-eos", *args)
         assert result.out == expected_texts(folder, ["hello"], **options)[0] + "\n"
         assert "ignored, not supported: num_beams=4" in result.err
+
+
+@pytest.mark.parametrize("flag", ["--top-k", "--top-p"])
+def test_filters_without_effect(cli, sparse_folder, flag):
+    result = generate(cli, sparse_folder, "-p", "hello", "-q", flag, 1)
+    assert result.code == 0
+    assert result.err == f"flashjax: warning: {flag}: no effect at temperature 0\n"
+    drawn = generate(cli, sparse_folder, "-p", "hello", "-q", flag, 1, "-t", 1)
+    assert (drawn.code, drawn.err) == (0, "")
+
+
+@pytest.mark.usefixtures("no_weights_read")
+def test_a_token_that_the_model_lacks_is_found_first(cli, sparse_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(sparse_folder, folder)
+    edit_config(folder, vocab_size=50)
+    (tmp_path / "in").write_text('{"prompt": "x"}')
+    files = ("-i", tmp_path / "in", "-o", tmp_path / "out")
+    for args in (("-p", "x"), files):
+        result = generate(cli, folder, *args)
+        assert_error(result, "the tokenizer gave token 91, the model has 50")
 
 
 @pytest.mark.usefixtures("no_weights_read")

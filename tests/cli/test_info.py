@@ -1,11 +1,12 @@
 """``flashjax info``."""
 
 import json
+import os
 import shutil
 
 import jax
 import pytest
-from cli_support import assert_error
+from cli_support import assert_error, run_process
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -27,6 +28,21 @@ def test_system_json(cli):
     assert system["cuda"]["available"] == fj.cuda_available()
     assert len(system["devices"]) == len(jax.devices())
     assert set(system["implementations"]) == {"cpu", "cuda", "xla"}
+
+
+def test_system_without_a_backend(cli):
+    assert describe_backend(cli("info").out) == "cpu"
+    result = run_process("info", env=os.environ | {"JAX_PLATFORMS": "nothing"})
+    assert (result.returncode, result.stderr) == (0, "")
+    row = describe_backend(result.stdout)
+    assert row.startswith("none: RuntimeError: ")
+    assert "nothing" in row
+    assert "cannot run: JAX has no backend" in result.stdout
+
+
+def describe_backend(out):
+    lines = [li for li in out.splitlines() if li.startswith("jax backend")]
+    return lines[0].removeprefix("jax backend").strip()
 
 
 def test_folder(cli, sparse_folder):
@@ -143,6 +159,19 @@ def test_bad_predictions(cli, args, message):
 def test_usage_of_predictions(cli, args, message):
     result = cli("info", "--config", "opt-125m", *args)
     assert_error(result.usage_error(), message)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["model", "-s", "0"], "--sparsity: expected --config beside it"),
+        (["--cache-dtype", "float8_e4m3fn"], "--cache-dtype: expected --config"),
+        (["--memory", "80"], "--memory: expected --config beside it"),
+        (["--tensors"], "--tensors: expected a folder beside it"),
+    ],
+)
+def test_options_without_effect(cli, args, message):
+    assert_error(cli("info", *args).usage_error(), message)
 
 
 def test_header_that_lies_about_the_values(cli, sparse_folder, tmp_path):

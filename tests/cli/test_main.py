@@ -140,6 +140,36 @@ def test_describe(error, text):
     assert describe(error) == text
 
 
+@pytest.mark.parametrize("platforms", ["cuda", ""])
+def test_jax_that_does_not_start(monkeypatch, platforms):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    code = compile("def fail(): raise AssertionError", "xla_bridge.py", "exec")
+    names = {"__name__": "jax._src.xla_bridge"}
+    exec(code, names)
+    with pytest.raises(AssertionError) as caught:
+        names["fail"]()
+    found = "JAX found no device with JAX_PLATFORMS=cuda: AssertionError"
+    text = describe(caught.value)
+    assert text == f"{found if platforms else 'AssertionError: '} (--debug shows where)"
+
+
+@pytest.mark.parametrize(
+    ("args", "closed", "message"),
+    [
+        ("info", ">&-", "expected an open standard output"),
+        ("generate model -f -", "<&-", "--file: expected an open standard input"),
+    ],
+)
+def test_closed_standard_files(args, closed, message):
+    command = f"{sys.executable} -m flashjax.cli {args} {closed}"
+    result = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"flashjax: error: {message}"), result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
 class PanicException(BaseException):
     """What Rust's panics are in Python, by name."""
 

@@ -173,6 +173,7 @@ def test_bad_options(cli, dense_folder, tmp_path, options, messages):
         (["--pattern", "5:4"], ["expected a pattern as '2:4'", "'5:4'"]),
         (["--damping", 1], ["damping: the method magnitude has none"]),
         (["--dtype", "float32"], ["format 'hf' stores it"]),
+        (["--calibration", "nothing"], ["--calibration: the method magnitude needs"]),
         (["--activations", "bfloat16"], ["float16 like the weights, or float32"]),
     ],
 )
@@ -318,6 +319,22 @@ def test_interrupted(cli, dense_folder, tmp_path, monkeypatch):
     result = cli("prune", dense_folder, tmp_path / "out", "-s", 0.5)
     assert result.code == 130
     assert os.listdir(tmp_path) == []
+
+
+def test_interrupted_after_a_layer(cli, dense_folder, tmp_path, monkeypatch):
+    save, saved = checkpoint.writer.save_file, []
+
+    def interrupt(*args, **kwargs):
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(args)
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint.writer, "save_file", interrupt)
+    result = cli("prune", dense_folder, tmp_path / "out", "-s", 0.5)
+    kept, last = result.err.splitlines()
+    assert f"are kept in {tmp_path / 'out.partial'}; --resume goes on" in kept
+    assert (result.code, last) == (130, "flashjax: interrupted")
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,13 @@ def write(path, lines):
     return path
 
 
+def test_a_byte_order_mark_is_no_text(source, tokenizer):
+    plain = batch_file.read_input(source, tokenizer, CONFIG, OPTIONS)
+    source.write_bytes(b"\xef\xbb\xbf" + source.read_bytes())
+    marked = batch_file.read_input(source, tokenizer, CONFIG, OPTIONS)
+    assert marked.jobs == plain.jobs
+
+
 def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 

@@ -166,6 +166,11 @@ def test_folder_without_config(tmp_path):
         ("{}", "model_type 'opt', got None"),
         ('{"model_type": "llama"}', "model_type 'opt', got 'llama'"),
         ('{"model_type": "opt", "vocab_size": -1}', "vocab_size must be"),
+        ('{"model_type": "opt", "ffn_dim": 0}', "ffn_dim must be"),
+        (
+            '{"model_type": "opt", "num_attention_heads": 5}',
+            "multiple of num_attention_heads, .*, num_attention_heads=5",
+        ),
     ],
 )
 def test_wrong_config_file(tmp_path, content, message):

@@ -228,3 +228,21 @@ def test_under_jit(model):
         jax.jit(lambda ids: opt.generate(model, ids, max_new_tokens=1))(
             jnp.ones((1, 2), jnp.int32)
         )
+
+
+def test_a_mesh_with_explicit_axes():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    model = make_model()
+    ids, mask = batch()
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(ValueError, match=r"AxisType\.Auto, got one with explicit axes"),
+    ):
+        opt.generate(model, ids, mask)
+
+
+def test_log_probabilities_that_are_nan():
+    model = make_model()
+    model.layers[0].fc1.bias[...] = model.layers[0].fc1.bias[...] * np.nan
+    with pytest.raises(FloatingPointError, match="logits are NaN"):
+        opt.generate(model, *batch(), max_new_tokens=2, return_logprobs=True)

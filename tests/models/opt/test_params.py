@@ -124,6 +124,23 @@ def test_tokenizer_is_loaded(folder):
 # Sparse layers.
 
 
+def test_sizes_that_a_configuration_lacks_are_named(folder):
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    del content["num_hidden_layers"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"missing: .*: num_hidden_layers 12$"):
+        opt.from_pretrained(folder)
+
+
+def test_pickles_that_git_lfs_did_not_download(folder):
+    (folder / "model.safetensors").unlink()
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (folder / "pytorch_model.bin").write_text(pointer)
+    with pytest.raises(CheckpointError, match="got a Git LFS pointer"):
+        opt.from_pretrained(folder)
+
+
 def test_auto_packs_layers_that_are_half_zeros(folder):
     prune(folder, 0.8)
     with edited(folder) as tensors:
