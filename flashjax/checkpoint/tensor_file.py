@@ -69,7 +69,8 @@ class TensorFile:
         """
         self.path = path
         try:
-            # The library says of a file that it may not read that there is none.
+            # Opened first: of one that may not be read the library says that it is not
+            # there.
             if is_lfs_pointer(path):
                 raise ValueError("a Git LFS pointer to one (git lfs pull downloads it)")
             # It checks that names, shapes and places fit the file and each other.
