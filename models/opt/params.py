@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from flashjax.checkpoint import CheckpointWriter, atomic_folder
 from flashjax.nn import SparseDense
+from flashjax.nn_trainable import TrainableSparseDense
 from flashjax.nnx_tree import node_at
 from flashjax.sparse_matrix import check_tokens
 
@@ -161,6 +162,8 @@ def _tensors(model: OPT) -> Iterator[tuple[str, np.ndarray, bool]]:
         sparse = False
         if target.attribute != "kernel":
             tensor = np.asarray(getattr(layer, target.attribute)[...])
+            if isinstance(layer, TrainableSparseDense):
+                tensor = tensor.astype(layer.bias_dtype)
         else:
             sparse = isinstance(layer, SparseDense)
             if layer is not unpacked_layer:

@@ -237,14 +237,18 @@ def test_sparsify_and_fine_tuning(folder, tmp_path):
     model = fj.sparsify(model, lambda path, _: path.startswith("layers."))
     assert sorted(sparse_layers(model)) == sorted(sparse_layers(packed))
     assert_same(model, packed)
-    model = fj.trainable(model)
+    with pytest.warns(UserWarning, match="12 parameters are float16"):
+        model = fj.trainable(model)
     layer = model.layers[0].self_attn.qkv_proj
+    assert layer.bias.dtype == jnp.float32
     assert isinstance(layer, TrainableSparseDense)
     layer.values.set_value(layer.values.get_value() * 2)
     opt.save_pretrained(model, None, tmp_path / "out")
     with CheckpointReader(tmp_path / "out") as reader:
         assert len(reader.sparse) == 2 * 6
         found = reader.load(V_PROJ)
+        biases = [n for n in reader.names() if n.endswith("_proj.bias")]
+        assert {reader.dtype(name) for name in biases} == {np.dtype(np.float16)}
     np.testing.assert_array_equal(
         found, 2 * load_file(folder / "model.safetensors")[V_PROJ]
     )
