@@ -77,9 +77,14 @@ def sync_files(folder: Path) -> None:
     """Waits until a folder's files are on the disk: it can turn out full only then."""
     for file in folder.rglob("*"):
         if file.is_file():
-            with open(file, "rb+") as handle:
-                os.fsync(handle.fileno())
+            sync_file(file)
     _sync_folder(folder)
+
+
+def sync_file(file: Path) -> None:
+    """Waits until a file is on the disk."""
+    with open(file, "rb+") as handle:
+        os.fsync(handle.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

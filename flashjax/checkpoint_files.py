@@ -1,6 +1,5 @@
 """Single safetensors files with sparse weights, each written at once."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from flashjax.checkpoint import (
     decode,
     encode,
     parse_metadata,
-    save_tensors,
+    save_and_sync,
 )
 from flashjax.checkpoint.metadata import parse_checksums
 from flashjax.checkpoint.reader import PARTS
@@ -37,7 +36,7 @@ def write_file(
     for name, array in sparse.items():
         tensors[f"{name}.bitmap"], tensors[f"{name}.values"] = encode(array)
         entries[name] = SparseEntry(array.shape, array.dtype)
-    _save(path, tensors, entries)
+    save_and_sync(path, tensors, entries)
     return sum(array.nbytes for array in tensors.values()), sorted(tensors)
 
 
@@ -67,7 +66,7 @@ def merge_files(paths: Sequence[Path], merged: Path) -> None:
         found, found_entries = _load(path)
         tensors |= found
         entries |= found_entries
-    _save(merged, tensors, entries)
+    save_and_sync(merged, tensors, entries)
 
 
 def _load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, SparseEntry]]:
@@ -82,11 +81,3 @@ def _load(path: Path) -> tuple[dict[str, np.ndarray], dict[str, SparseEntry]]:
                     f"{path}: the tensor {f'{name}.{part}'!r} is missing"
                 )
     return tensors, entries
-
-
-def _save(
-    path: Path, tensors: dict[str, np.ndarray], entries: dict[str, SparseEntry]
-) -> None:
-    save_tensors(path, tensors, entries)
-    with open(path, "rb+") as handle:
-        os.fsync(handle.fileno())

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 from .nn import LINEN_COLLECTION
 from .nn import LinenSparseDense as SparseDense
-from .nn_trainable import frozen_matrix, warn_of_float16
+from .nn_trainable import frozen_matrix, trained_bias_dtype, warn_of_float16
 from .sparse_matrix import SparseMatrix
 from .trainable_matrix import SparsePositions, TrainableMatrix
 
@@ -45,8 +45,10 @@ def trainable(
                 matrix = TrainableMatrix.from_sparse(child, dtype)
                 sparse[name], params[name] = matrix.positions, matrix.values
                 bias = params.get("bias")
-                if bias is not None and bias.dtype.itemsize < matrix.values.itemsize:
-                    params["bias"] = bias.astype(matrix.values.dtype)
+                if bias is not None:
+                    params["bias"] = bias.astype(
+                        trained_bias_dtype(bias, matrix.values)
+                    )
                 found = True
             elif isinstance(child, Mapping):
                 sparse[name], params[name] = split(child, params.get(name, {}))

@@ -44,8 +44,8 @@ class TrainableSparseDense(SparseDense):
         self.positions = SparseWeight(matrix.positions)
         bias: Any = layer.bias
         self.bias_dtype = None if bias is None else bias.dtype
-        if bias is not None and bias.dtype.itemsize < matrix.values.dtype.itemsize:
-            bias = _with_dtype(bias, matrix.values.dtype)
+        if bias is not None:
+            bias = _with_dtype(bias, trained_bias_dtype(bias, matrix.values))
         self.bias = nnx.data(bias)
         self.in_features, self.out_features = matrix.shape
         self.use_bias = layer.use_bias
@@ -59,6 +59,11 @@ class TrainableSparseDense(SparseDense):
         """A new variable that holds the TrainableMatrix of positions and values."""
         positions, values = self.positions.get_value(), self.values.get_value()
         return SparseWeight(TrainableMatrix(positions, values))
+
+
+def trained_bias_dtype(bias: Any, values: Any) -> Any:
+    """The bias' own dtype, or that of the values if it is wider."""
+    return max(bias.dtype, values.dtype, key=lambda dtype: dtype.itemsize)
 
 
 def _with_dtype(bias: Any, dtype: Any) -> Any:

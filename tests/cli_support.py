@@ -29,9 +29,9 @@ def run_process(*args, **kwargs) -> subprocess.CompletedProcess:
     )
 
 
-def assert_error(result, *parts) -> None:
-    """A command failed with one line on stderr."""
-    assert result.code == 1, result
+def assert_error(result, *parts, code: int = 1) -> None:
+    """A command failed with one line on stderr; 2 is that of wrong usage."""
+    assert result.code == code, result
     lines = result.err.strip().splitlines()
     assert len(lines) == 1, result.err
     assert lines[0].startswith("flashjax: error: ")

@@ -1,9 +1,15 @@
-"""What the documentation holds: pages and their fenced blocks."""
+"""What the documentation holds: pages, their fenced blocks, the models they name."""
 
 import dataclasses
 import re
 import shlex
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from cli_support import byte_tokenizer
+from flax import nnx
+
+from flashjax.models import opt
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -55,7 +61,7 @@ def blocks(page: Path, *languages: str) -> list[Block]:
     return [block for block in found if block.language in languages]
 
 
-def commands(page):
+def commands(page: Path) -> Iterator[list[str]]:
     """The words of each command of a page."""
     for block in blocks(page, "console", "sh"):
         text = block.text.replace("\\\n", " ")
@@ -65,3 +71,18 @@ def commands(page):
                 del words[0]  # a variable of the environment
             if words:
                 yield words
+
+
+def save_models(root: Path, names: Iterable[str]) -> None:
+    """Stores a tiny OPT with a tokenizer under every name that pages use."""
+    config = opt.OPTConfig(
+        vocab_size=260,
+        hidden_size=32,
+        num_layers=1,
+        ffn_size=64,
+        num_heads=4,
+        max_positions=512,
+    )
+    model = opt.OPT(config, rngs=nnx.Rngs(0))
+    for name in names:
+        opt.save_pretrained(model, byte_tokenizer(), root / name)

@@ -232,13 +232,10 @@ def packed_and_x(shape, sparsity, rows, dtype, seed=0):
 
 def gather_matrix(dense: np.ndarray) -> fj.SparseMatrix:
     """Packed whether or not it is worth while here."""
-    bitmap, entries, values, counts = map(jnp.asarray, gather.pack(dense))
-    return fj.SparseMatrix(
-        bitmap,
-        entries,
-        values,
-        counts,
-        shape=dense.shape,
-        dtype=dense.dtype,
-        layout=layouts.GATHER,
-    )
+    return packed_matrix(gather.pack(dense), dense, layouts.GATHER)
+
+
+def packed_matrix(leaves, dense: np.ndarray, layout: str) -> fj.SparseMatrix:
+    """What a packer has made of a matrix."""
+    leaves = map(jnp.asarray, leaves)
+    return fj.SparseMatrix(*leaves, shape=dense.shape, dtype=dense.dtype, layout=layout)

@@ -24,7 +24,7 @@ from .encoding import decode, encode
 from .metadata import SparseEntry, format_metadata, parse_metadata
 from .reader import INDEX_NAME, WEIGHTS_NAME, CheckpointReader
 from .trees import export_tree, from_arrays, import_tree, to_arrays
-from .writer import CheckpointWriter, save_tensors
+from .writer import CheckpointWriter, save_and_sync, save_tensors
 
 __all__ = [
     "INDEX_NAME",
@@ -42,6 +42,7 @@ __all__ = [
     "import_tree",
     "parse_metadata",
     "read_json",
+    "save_and_sync",
     "save_tensors",
     "to_arrays",
 ]

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from flashjax.atomic_folder import sync_file
+
 from .encoding import encode
 from .metadata import SparseEntry, checksum, format_metadata
 from .reader import INDEX_NAME, WEIGHTS_NAME
@@ -88,7 +90,10 @@ class CheckpointWriter:
     def _flush(self) -> None:
         self._wait()
         path = self._part(len(self._shards))
-        self._writing = self._pool.submit(_write, path, self._tensors, self._entries)
+        # To the disk at once, while nobody waits for it; at the end all would.
+        self._writing = self._pool.submit(
+            save_and_sync, path, self._tensors, self._entries
+        )
         self._shards.append(list(self._tensors))
         self._tensors, self._entries = {}, {}
 
@@ -98,15 +103,6 @@ class CheckpointWriter:
 
     def _part(self, index: int) -> Path:
         return self._folder / f"part-{index:05}.safetensors"
-
-
-def _write(
-    path: Path, tensors: dict[str, np.ndarray], entries: dict[str, SparseEntry]
-) -> None:
-    save_tensors(path, tensors, entries)
-    # Here nobody waits for the disk; at the end all would.
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
 
 
 def save_tensors(
@@ -128,6 +124,16 @@ def save_tensors(
     save_file(dict(tensors), path, metadata=format_metadata(entries, checksums))
     path.chmod(mode)
     _sort_metadata(path)
+
+
+def save_and_sync(
+    path: Path,
+    tensors: Mapping[str, np.ndarray],
+    entries: Mapping[str, SparseEntry],
+) -> None:
+    """The same; returns when the file is on the disk."""
+    save_tensors(path, tensors, entries)
+    sync_file(path)
 
 
 def _sort_metadata(path: Path) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import typer
 
+from flashjax.rust_panic import is_panic
+
 EXIT_ERROR = 1
 EXIT_USAGE = 2  # what typer ends with at an option that it does not know
 EXIT_INTERRUPTED = 130
@@ -51,7 +53,7 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
                 # The reader of our output has gone; nothing is left to say to it.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 raise typer.Exit(EXIT_BROKEN_PIPE) from None
-            if not isinstance(error, Exception) and not _is_panic(error):
+            if not isinstance(error, Exception) and not is_panic(error):
                 raise
             if kwargs.get("debug"):
                 raise
@@ -66,11 +68,6 @@ def _is_broken_pipe(error: BaseException | None) -> bool:
     if isinstance(error, SystemExit):  # which rich makes of it
         error = error.__context__
     return isinstance(error, OSError) and error.errno == errno.EPIPE
-
-
-def _is_panic(error: BaseException) -> bool:
-    """Whether Rust code (tokenizers, safetensors) gave up: each has such a type."""
-    return type(error).__name__ == "PanicException"
 
 
 def describe(error: BaseException, *, hint: bool = True) -> str:

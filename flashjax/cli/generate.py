@@ -26,10 +26,11 @@ from flashjax.models.opt.batch_file import (
     continue_input,
     partial_path,
     read_input,
+    request_of,
     run_jobs,
 )
-from flashjax.models.opt.generate import compile_request, run_request
-from flashjax.models.opt.generation_request import end_ids, make_request
+from flashjax.models.opt.generate import compile_request
+from flashjax.models.opt.generation_request import Request, end_ids, make_request
 from flashjax.models.opt.hf_folder import local_folder
 from flashjax.models.opt.tokenizer import require_tokenizer
 
@@ -348,7 +349,8 @@ def _run_batch(
 ) -> None:
     token_ids, mask = opt.pad_prompts(encoded)
     if warm:
-        speed.compile_seconds += _compile(model, token_ids, mask, config)
+        request = make_request(model.config, token_ids, mask, config)
+        speed.compile_seconds += _compile(model, request)
     ends = end_ids(model.config, config.eos_token_id)
     began = time.perf_counter()
     if stream:
@@ -391,11 +393,8 @@ def _results(
             Job(i, None, encoded[i], config.max_new_tokens, config.seed, i - start)
             for i in rows
         ]
-        # Filled up, as run_jobs() does, so that one program serves.
-        filled = [encoded[i] for i in rows]
-        filled += filled[-1:] * (speed.batch - len(rows))
-        token_ids, mask = opt.pad_prompts(filled)
-        speed.compile_seconds += _compile(model, token_ids, mask, config, logprobs)
+        request = request_of(model, config, jobs, speed.batch)
+        speed.compile_seconds += _compile(model, request, logprobs)
         began = time.perf_counter()
         done = list(run_jobs(model, tokenizer, config, jobs, logprobs, speed.batch))
         speed.seconds += time.perf_counter() - began
@@ -413,20 +412,8 @@ def until_end(tokens: Iterable[int], ends: set[int]) -> Iterator[int]:
             return
 
 
-def _compile(
-    model: Any,
-    token_ids: np.ndarray,
-    mask: np.ndarray,
-    config: opt.GenerationConfig,
-    logprobs: bool = False,
-) -> float:
+def _compile(model: Any, request: Request, logprobs: bool = False) -> float:
     """Compiles what is timed later; the seconds that it took."""
     began = time.perf_counter()
-    request = make_request(model.config, token_ids, mask, config)
-    if logprobs:  # programs of their own, which compile_request() does not know
-        limits = np.minimum(request.settings.limits, 2)
-        settings = request.settings._replace(limits=limits)
-        run_request(model, request._replace(settings=settings), logprobs)
-    else:
-        compile_request(model, request)
+    compile_request(model, request, logprobs)
     return time.perf_counter() - began

@@ -23,6 +23,7 @@ from .config import OPTConfig
 from .generate import run_request
 from .generation_config import GenerationConfig
 from .generation_request import (
+    Request,
     Rows,
     check_length,
     end_ids,
@@ -313,6 +314,21 @@ def _batches(jobs: list[Job], batch: int) -> Iterator[list[Job]]:
         yield longest_first[start : start + batch]
 
 
+def request_of(
+    model: OPT, config: GenerationConfig, jobs: list[Job], size: int
+) -> Request:
+    """The request of some jobs, filled up to `size` rows."""
+    filler = dataclasses.replace(jobs[-1], max_new_tokens=1)
+    filled = [*jobs, *[filler] * (size - len(jobs))]
+    token_ids, mask = pad_prompts([job.tokens for job in filled])
+    rows = Rows(
+        max_new_tokens=[job.max_new_tokens for job in filled],
+        seeds=[job.seed for job in filled],
+        streams=[job.stream for job in filled],
+    )
+    return make_request(model.config, token_ids, mask, config, rows)
+
+
 def run_jobs(
     model: OPT,
     tokenizer: Any,
@@ -331,15 +347,7 @@ def run_jobs(
       logprobs: add the tokens and their log-probabilities.
       size: rows of the program that does it, as many as there are jobs or more.
     """
-    filler = dataclasses.replace(jobs[-1], max_new_tokens=1)
-    filled = [*jobs, *[filler] * (size - len(jobs))]
-    token_ids, mask = pad_prompts([job.tokens for job in filled])
-    rows = Rows(
-        max_new_tokens=[job.max_new_tokens for job in filled],
-        seeds=[job.seed for job in filled],
-        streams=[job.stream for job in filled],
-    )
-    request = make_request(model.config, token_ids, mask, config, rows)
+    request = request_of(model, config, jobs, size)
     tokens, scores = run_request(model, request, logprobs)
     ends = end_ids(model.config, config.eos_token_id)
     for row, job in enumerate(jobs):

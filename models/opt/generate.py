@@ -255,12 +255,12 @@ def _loops(params, request: Request, state: _DecodeState, done: int, limit: int)
         yield slots, done
 
 
-def compile_request(model: OPT, request: Request) -> None:
+def compile_request(model: OPT, request: Request, logprobs: bool = False) -> None:
     """Compiles all that a request may need, by running its prefill and short loops."""
     if not len(request.prompt) or not request.max_new_tokens:
         return
     graphdef, params = nnx.split(model)
-    state = _start(graphdef, params, request)
+    state = _start(graphdef, params, request, logprobs)
     loops = _loops(params, request, state, 1, request.max_new_tokens)
     for count, (slots, _) in enumerate(loops, start=2):
         # One step, because a GPU loads kernels and makes graphs when they first run.

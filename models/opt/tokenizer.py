@@ -9,6 +9,7 @@ from tokenizers.processors import Sequence as ProcessorSequence
 from tokenizers.processors import TemplateProcessing
 
 from flashjax.checkpoint import CheckpointError, read_json
+from flashjax.rust_panic import is_panic
 
 from .config import OPTConfig
 
@@ -128,17 +129,13 @@ def _check_post_processor(tokenizer: Tokenizer, path: Path) -> None:
     try:
         tokenizer.encode("")
     except BaseException as error:
-        # A panic of Rust code is no Exception; signals of the command line neither.
-        if not isinstance(error, Exception) and not _is_panic(error):
+        # Signals of the command line are no Exceptions either.
+        if not isinstance(error, Exception) and not is_panic(error):
             raise
         raise CheckpointError(
             f"{path}: expected a tokenizer that encodes texts, got one that fails "
             f"({error}): its post_processor may name a token that it does not define"
         ) from error
-
-
-def _is_panic(error: BaseException) -> bool:
-    return type(error).__name__ == "PanicException"
 
 
 def _token(settings: dict[str, Any], key: str) -> str:

@@ -205,7 +205,7 @@ def test_an_error_waits_for_the_shard_that_is_written(tmp_path, monkeypatch):
         time.sleep(0.1)
         ended.append(True)
 
-    monkeypatch.setattr(writer, "_write", slow)
+    monkeypatch.setattr(writer, "save_and_sync", slow)
 
     def interrupted():
         with CheckpointWriter(tmp_path, shard_bytes=1) as tensors:

@@ -81,11 +81,6 @@ class Result:
     out: str
     err: str
 
-    def usage_error(self) -> "Result":
-        """As if it were another error; it must have ended as wrong usage does."""
-        assert self.code == 2, self
-        return dataclasses.replace(self, code=1)
-
 
 @pytest.fixture
 def cli(capsys, monkeypatch):

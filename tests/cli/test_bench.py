@@ -138,4 +138,4 @@ def test_bad_options(cli, args, message, tmp_path):
     ],
 )
 def test_usage(cli, args, message):
-    assert_error(cli("bench", "generate", *args).usage_error(), message)
+    assert_error(cli("bench", "generate", *args), message, code=2)

@@ -178,7 +178,7 @@ FILES = ("-i", "in", "-o", "out")
     ],
 )
 def test_options_that_do_not_go_together(cli, options, message):
-    assert_error(cli("generate", "model", *options).usage_error(), message)
+    assert_error(cli("generate", "model", *options), message, code=2)
 
 
 @pytest.mark.parametrize(

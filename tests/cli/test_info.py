@@ -158,7 +158,7 @@ def test_bad_predictions(cli, args, message):
 )
 def test_usage_of_predictions(cli, args, message):
     result = cli("info", "--config", "opt-125m", *args)
-    assert_error(result.usage_error(), message)
+    assert_error(result, message, code=2)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_usage_of_predictions(cli, args, message):
     ],
 )
 def test_options_without_effect(cli, args, message):
-    assert_error(cli("info", *args).usage_error(), message)
+    assert_error(cli("info", *args), message, code=2)
 
 
 def test_header_that_lies_about_the_values(cli, sparse_folder, tmp_path):

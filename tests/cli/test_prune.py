@@ -179,7 +179,7 @@ def test_bad_options(cli, dense_folder, tmp_path, options, messages):
 )
 def test_usage(cli, dense_folder, tmp_path, options, messages):
     result = cli("prune", dense_folder, tmp_path / "out", *options)
-    assert_error(result.usage_error(), *messages)
+    assert_error(result, *messages, code=2)
     assert os.listdir(tmp_path) == []
 
 
@@ -235,7 +235,7 @@ def test_bad_folders(cli, bad_folder, tmp_path):
 @pytest.mark.parametrize("sparsity", ["nan", "inf", "-0.1", "1.01"])
 def test_bad_sparsity(cli, dense_folder, tmp_path, sparsity):
     result = cli("prune", dense_folder, tmp_path / "out", f"--sparsity={sparsity}")
-    assert_error(result.usage_error(), "expected sparsity from 0 to 1, got")
+    assert_error(result, "expected sparsity from 0 to 1, got", code=2)
     assert os.listdir(tmp_path) == []
 
 

@@ -8,12 +8,9 @@ import shutil
 
 import doc_pages as pages
 import pytest
-from cli_support import byte_tokenizer
-from flax import nnx
 from typer.testing import CliRunner
 
 from flashjax.cli.app import app
-from flashjax.models import opt
 
 MODELS = ("facebook/opt-1.3b", "opt-1.3b", "opt-125m", "MODEL", "opt-1.3b-60", "opt-60")
 # What writes into a reader's shell, and a model of a published size without a name.
@@ -22,17 +19,7 @@ LEFT_OUT = (["--install-completion"], ["--show-completion"], ["bench", "generate
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    config = opt.OPTConfig(
-        vocab_size=260,
-        hidden_size=64,
-        num_layers=1,
-        ffn_size=64,
-        num_heads=4,
-        max_positions=512,
-    )
-    model = opt.OPT(config, rngs=nnx.Rngs(0))
-    for name in MODELS:
-        opt.save_pretrained(model, byte_tokenizer(), tmp_path / name)
+    pages.save_models(tmp_path, MODELS)
     (tmp_path / "test.txt").write_text("It was the best of times. " * 20)
     lines = [json.dumps({"prompt": text}) for text in ("It is", "A house")]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines) + "\n")

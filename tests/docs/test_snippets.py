@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cli_support import byte_tokenizer
 from flax import nnx
 
 import flashjax as fj
@@ -92,18 +91,7 @@ GIVEN = {
 def folders(tmp_path_factory):
     """A tiny pruned OPT under every name that pages use."""
     root = tmp_path_factory.mktemp("reader")
-    config = opt.OPTConfig(
-        vocab_size=260,
-        hidden_size=32,
-        num_layers=1,
-        ffn_size=64,
-        num_heads=4,
-        max_positions=128,
-    )
-    model = opt.OPT(config, rngs=nnx.Rngs(0))
-    for folder in FOLDERS:
-        (root / folder).parent.mkdir(parents=True, exist_ok=True)
-        opt.save_pretrained(model, byte_tokenizer(), root / folder)
+    pages.save_models(root, FOLDERS)
     line = json.dumps({"text": "It was the best of times. " * 20})
     (root / TEXT).write_text(f"{line}\n" * 4)
     return root

@@ -21,7 +21,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 import flashjax as fj
-from flashjax import gather, packing, reference
+from flashjax import gather, layouts, packing, reference
 
 # (K, M): nothing, ones, primes, a tile and an entry and one less and one more.
 SHAPES = [
@@ -275,13 +275,13 @@ def packed_for_few_tokens(dense: np.ndarray, layout: str) -> fj.SparseMatrix:
 
     What cannot have the gather layout gets closer streams.
     """
-    if layout == "gather" and dense.size and gather.pack(dense) is not None:
-        w = op_cases.gather_matrix(dense)
+    leaves = gather.pack(dense) if layout == "gather" and dense.size else None
+    if leaves is not None:
+        w = op_cases.packed_matrix(leaves, dense, layouts.GATHER)
         chunks = 1 << max(0, len(w.values) - 1).bit_length()  # few compilations
         return _padded(w, chunks, ("bitmap", "values"))
     leaves = packing._pack_on_host(dense, 0, for_few_tokens=True)
-    leaves = map(jnp.asarray, leaves)
-    return fj.SparseMatrix(*leaves, shape=dense.shape, dtype=dense.dtype)
+    return op_cases.packed_matrix(leaves, dense, layouts.DEFAULT)
 
 
 def in_every_order(x: np.ndarray) -> dict[str, np.ndarray | jax.Array]:
