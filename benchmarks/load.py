@@ -9,7 +9,8 @@ memory). Loading is `opt.from_pretrained` in a process of its own, as making is,
 the device is free. It lasts until all weights are there; starting Python and JAX is not
 in its time.
 
-Prints and writes `benchmarks/results/load-DEVICE.json`.
+The host's memory is that of the process that loads: after JAX has started, the most,
+and at last. Prints and writes `benchmarks/results/load-DEVICE.json`.
 """
 
 import json
@@ -55,23 +56,27 @@ def read_files(paths: list[pathlib.Path]) -> float:
     return time.perf_counter() - began
 
 
-def host_peak_bytes() -> int:
-    """Most memory that this process had; getrusage counts what made it, too."""
+def host_bytes(key: str) -> int:
+    """Memory of this process, VmRSS, or the most that it had, VmHWM.
+
+    getrusage counts what made it, too.
+    """
     status = pathlib.Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+    return 1024 * int(re.search(rf"{key}:\s+(\d+) kB", status)[1])
 
 
 def load(folder: str) -> dict[str, float]:
     """Runs in a process of its own."""
     jnp.zeros(1).block_until_ready()
-    before = host_peak_bytes()
+    before = host_bytes("VmRSS")
     began = time.perf_counter()
     model, _ = opt.from_pretrained(folder)
     jax.block_until_ready(nnx.state(model))
     return {
         "seconds": time.perf_counter() - began,
-        "host_peak_bytes": host_peak_bytes(),
         "host_bytes_before": before,
+        "host_bytes_peak": host_bytes("VmHWM"),
+        "host_bytes_after": host_bytes("VmRSS"),
     }
 
 
@@ -132,14 +137,14 @@ def main(
                 forget(path)
             loads.append(in_process("--only", "load", "--folder", stored))
             print(f"read in {reads[-1]:.2f} s, loaded in {loads[-1]['seconds']:.2f} s")
-            best = min(loads, key=lambda r: r["seconds"])
+            best = dict(min(loads, key=lambda r: r["seconds"]))
+            seconds = best.pop("seconds")
             content |= {
                 "repetitions": len(loads),
                 "read_seconds": round(min(reads), 3),
-                "load_seconds": round(best["seconds"], 3),
-                "of_reading": round(min(reads) / best["seconds"], 3),
-                "host_peak_bytes": best["host_peak_bytes"],
-                "host_bytes_before": best["host_bytes_before"],
+                "load_seconds": round(seconds, 3),
+                "of_reading": round(min(reads) / seconds, 3),
+                **best,
             }
             # Now already: a run takes long, and may be interrupted.
             path = report.save(name, content)

@@ -143,7 +143,7 @@ def collect(arguments: list[str]) -> list[str]:
     return tests
 
 
-def run_tests(tool: str, tests: list[str], deadline: float) -> dict:
+def run_tests(tool: str, tests: list[str], options: list[str], deadline: float) -> dict:
     """Runs some tests under one tool, in one process."""
     environment = dict(
         os.environ,
@@ -157,7 +157,7 @@ def run_tests(tool: str, tests: list[str], deadline: float) -> dict:
         folder = pathlib.Path(name)
         # %p: the number of the process.
         command = ["compute-sanitizer", f"--tool={tool}", f"--log-file={folder}/log.%p"]
-        command += ["--target-processes=all"]
+        command += ["--target-processes=all", *options]
         if tool == "initcheck":
             # It has to see what kernels of XLA write, and what these read is no matter.
             command += ["--print-limit=1000", "--check-api-memory-access=no"]
@@ -191,14 +191,16 @@ def run_tests(tool: str, tests: list[str], deadline: float) -> dict:
     return {"exit_status": status, "outcomes": outcomes, "ended": ended, **found}
 
 
-def run_until_ended(tool: str, tests: list[str], deadline: float) -> dict:
+def run_until_ended(
+    tool: str, tests: list[str], options: list[str], deadline: float
+) -> dict:
     """The same; again with what has not ended when it dies, not by a time limit."""
     found: collections.Counter[str] = collections.Counter()
     result: dict = {"outcomes": {}, "errors": 0, "warnings": 0, "findings": found}
     for died in range(_TRIES):
         # What died at its very end has its last test run again, for the log.
         left = [test for test in tests if test not in result["outcomes"]]
-        last = run_tests(tool, left or tests[-1:], deadline)
+        last = run_tests(tool, left or tests[-1:], options, deadline)
         result = {
             "exit_status": last["exit_status"],
             "outcomes": result["outcomes"] | last["outcomes"],
@@ -259,6 +261,7 @@ def main(
     workers: int = typer.Option(12, help="Processes at once, of all tools."),
     together: int = typer.Option(10, help="Tests of a process."),
     minutes: float = typer.Option(60.0, help="What takes longer is ended."),
+    options: str = typer.Option("", help="More options of compute-sanitizer."),
     name: str = typer.Option("sanitize", help="Stem of the result."),
 ) -> None:
     """Runs tests of the CUDA kernels under compute-sanitizer."""
@@ -277,7 +280,9 @@ def main(
     parts: dict[str, list[dict]] = {tool: [] for tool in chosen}
     with ThreadPoolExecutor(workers) as pool:
         runs = {
-            pool.submit(run_until_ended, tool, deal, began + 60 * minutes): tool
+            pool.submit(
+                run_until_ended, tool, deal, options.split(), began + 60 * minutes
+            ): tool
             for tool in chosen
             for deal in deals
         }
@@ -287,7 +292,8 @@ def main(
             if len(parts[tool]) < len(deals):
                 continue
             result = total(tool, len(tests), parts[tool])
-            results.append({**result, "commit": commit, "arguments": arguments})
+            facts = {"commit": commit, "options": options, "arguments": arguments}
+            results.append(result | facts)
             print(results[-1], flush=True)
             seconds = round(time.monotonic() - began, 1)
             path = report.save(name, {"seconds": seconds, "results": results})

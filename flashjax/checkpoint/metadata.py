@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,12 +28,6 @@ class SparseEntry:
 
     shape: tuple[int, int]
     dtype: np.dtype
-
-
-def checksum(array: np.ndarray, before: int = 0) -> int:
-    """CRC-32 of those `before` and of an array's bytes in row-major order."""
-    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-    return zlib.crc32(data, before)
 
 
 def format_metadata(

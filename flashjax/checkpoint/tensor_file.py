@@ -6,6 +6,7 @@ import json
 import math
 import mmap
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from flashjax.atomic_folder import CheckpointError
 
 from .checks import expect
+from .checksums import of_parts
 from .encoding import HALF_DTYPES
-from .metadata import checksum
 
 # safetensors' names of the dtypes that a model folder may hold.
 _DTYPES = {
@@ -135,16 +136,23 @@ class TensorFile:
         where = f"{self.path}: {name}"
         stored = self._stored[name]
         array = _empty(math.prod(stored.shape), self.dtype(name))
-        found, left = checksum(array[:0]), array.view(np.uint8)
-        try:
+        data = array.view(np.uint8).data
+
+        def read_part(start: int, stop: int) -> int:
+            found = 0
             with open(self.path, "rb", buffering=0) as file:
-                file.seek(stored.begin)
-                while left.size:
-                    count = file.readinto(left[:_BLOCK].data)
-                    expect(bool(count), where, "bytes", array.nbytes, "fewer")
+                file.seek(stored.begin + start)
+                while start < stop:
+                    block = data[start : min(start + _BLOCK, stop)]
+                    count = file.readinto(block)
+                    expect(bool(count), where, "bytes", len(data), "fewer")
                     if name in checksums:
-                        found = checksum(left[:count], found)
-                    left = left[count:]
+                        found = zlib.crc32(block[:count], found)
+                    start += count
+            return found
+
+        try:
+            found = of_parts(read_part, len(data))
         except OSError as error:
             raise CheckpointError(f"{where}: {error}") from error
         if name in checksums:

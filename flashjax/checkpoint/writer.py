@@ -11,8 +11,9 @@ from safetensors.numpy import save_file
 
 from flashjax.atomic_folder import sync_file
 
+from .checksums import checksum
 from .encoding import encode
-from .metadata import SparseEntry, checksum, format_metadata
+from .metadata import SparseEntry, format_metadata
 from .reader import INDEX_NAME, WEIGHTS_NAME
 
 

@@ -1,16 +1,16 @@
 """Loading OPT tensor by tensor, on one device or on those of a mesh.
 
 Tensors are put on the device one by one into a model that has no arrays yet
-(`nnx.eval_shape`), while the next few are read, so the host holds these beside what is
-loaded, and the queries', keys' and values' of a layer that become one. What is stored
-sparse and goes to one device is packed without being expanded, a matrix while the one
-before it is copied to the device.
+(`nnx.eval_shape`), while the next few are read. Beside what is loaded the host holds
+about two layers: what was read, packed, and copied again by JAX on its way to the
+device. What is stored sparse and goes to one device is packed without being expanded,
+a matrix while the one before it is copied.
 """
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
 import jax
@@ -28,6 +28,7 @@ from flashjax.sparse_rows import SparseRows
 from .config import OPTConfig
 from .fused_qkv import FUSED, QKV, JoinedQKV
 from .hf_folder import StoredOPT, listed
+from .host_memory import HostMemory, put_without_copy, read_ahead
 from .modeling import OPT, Attention
 from .parallel import DECODER_LINEARS, TensorParallel, transpose_anywhere
 
@@ -39,6 +40,11 @@ HALVES = (jnp.float16, jnp.bfloat16)
 _READERS = 8
 # Matrices that are packed at a time: copying one to the device leaves the cores idle.
 _MAKERS = 3
+# What is read and packed on the host at a time, in layers as they are stored. On top
+# comes memory in which JAX keeps a matrix on its way to a GPU: two layers in all.
+_LAYERS = 1.25
+# Of a matrix that is made: as it was read, and packed.
+_COPIES = 2
 
 
 def load(
@@ -66,6 +72,7 @@ def load(
     as_rows = parallel is None and tokens is None and dtype in HALVES
     as_rows = as_rows and sparse is not False
     waiting: dict[str, JoinedQKV] = {}
+    waiting_bytes: collections.Counter[str] = collections.Counter()
     too_large = []
 
     def read(stored_name):
@@ -75,34 +82,38 @@ def load(
     # Several processes must make slices in the same order.
     in_order = parallel is not None
     place = parallel or _OneDevice(tokens)
-    with _Loader(model, place, 1 if in_order else _MAKERS) as loader:
-        sizes = {name: stored.read_bytes(name, as_rows) for name in stored.names}
-        done, total = 0, sum(sizes.values())
-        most = total // config.num_layers  # about a layer
+    sizes = {name: stored.read_bytes(name, as_rows) for name in stored.names}
+    done, total = 0, sum(sizes.values())
+    memory = HostMemory(int(_LAYERS * _layer_bytes(stored, sizes)))
+    with _Loader(model, place, 1 if in_order else _MAKERS, memory) as loader:
         # No name for what this iterates over: an error would keep it, and its threads.
         for stored_name, (array, fits) in read_ahead(
-            read, sizes, most, readers, in_order
+            read, sizes, loader.take, readers, in_order
         ):
             done += sizes[stored_name]
             if progress is not None:
                 progress(done, total)
             target = stored.targets[stored.names[stored_name]]
+            size = sizes[stored_name]
             if not fits:
                 too_large.append(stored_name)
+                memory.give_back(size)
                 continue
             goes_sparse = target.attribute == "kernel" and _goes_sparse(
                 array, target.module, stored.is_sparse(stored_name), sparse
             )
             attention, _, projection = target.module.rpartition(".")
             if not fuse_qkv or projection not in QKV:
-                loader.put(target.module, target.attribute, array, goes_sparse)
+                loader.put(target.module, target.attribute, array, goes_sparse, size)
                 continue
             if attention not in waiting:
                 waiting[attention] = JoinedQKV(config.num_heads, config.enable_bias)
             waiting[attention].add(projection, target.attribute, array, goes_sparse)
+            waiting_bytes[attention] += size
             del array  # else it would be held beside the joined ones
             if waiting[attention].complete:
-                loader.put_qkv(attention, waiting.pop(attention))
+                joined = waiting.pop(attention)
+                loader.put_qkv(attention, joined, waiting_bytes.pop(attention))
     if too_large:
         raise CheckpointError(
             f"{stored.folder}: values too large for {dtype.name} in "
@@ -111,51 +122,25 @@ def load(
     return model
 
 
-def read_ahead(
-    read: Callable[[str], Any],
-    sizes: dict[str, int],
-    most: int,
-    readers: int,
-    in_order: bool,
-) -> Iterator[tuple[str, Any]]:
-    """(name, what was read) while others are being read, as it comes or in order.
-
-    More than two are read at a time as long as their sizes are `most` together.
-    """
-    following = collections.deque(sizes)
-    pending: dict[Future[Any], str] = {}
-    with ThreadPoolExecutor(readers) as pool:
-        try:
-            while pending or following:
-                while following and len(pending) < readers:
-                    names = [*pending.values(), following[0]]
-                    if len(names) > 2 and sum(sizes[name] for name in names) > most:
-                        break
-                    name = following.popleft()
-                    pending[pool.submit(read, name)] = name
-                done = next(iter(pending))
-                if not in_order:
-                    done = next(iter(wait(pending, return_when=FIRST_COMPLETED).done))
-                name, finished = pending.pop(done), [done]
-                del done
-                # Nothing here holds what was read once it is yielded.
-                yield name, finished.pop().result()
-        finally:
-            for future in pending:
-                future.cancel()
-
-
 class _Loader:
     """Puts tensors on the devices and into a model without arrays.
 
     All are there when its context has ended without an error.
     """
 
-    def __init__(self, model: OPT, place: "TensorParallel | _OneDevice", makers: int):
-        self._model, self._place, self._makers = model, place, makers
+    def __init__(
+        self,
+        model: OPT,
+        place: "TensorParallel | _OneDevice",
+        makers: int,
+        memory: HostMemory,
+    ):
+        self._model, self._place, self._memory = model, place, memory
         self._pool = ThreadPoolExecutor(makers)
-        # Modules, and their matrices that are being made.
-        self._making: collections.deque[tuple[str, Future[Any]]] = collections.deque()
+        # Modules, their matrices that are being made, and what these hold.
+        self._making: collections.deque[tuple[str, Future[Any], int]] = (
+            collections.deque()
+        )
         self._device: Any = getattr(jax.config, "jax_default_device", None)
 
     def __enter__(self) -> "_Loader":
@@ -163,51 +148,76 @@ class _Loader:
 
     def __exit__(self, error: object, *unused: object) -> None:
         with self._pool:
-            if error is None:
-                self._take_made(0)
+            while error is None and self._making:
+                self._take_made()
 
-    def put(self, module: str, attribute: str, array: Any, sparse: bool) -> None:
-        """Puts one tensor, as a checkpoint orients it, into its layer."""
-        if attribute != "kernel":
-            # Nobody waits: its copy may stand behind that of a matrix.
-            placed = self._place.put(module, attribute, array)
-            getattr(node_at(self._model, module), attribute).set_value(placed)
-        elif not sparse:
-            # Large, and may be copied: one at a time.
-            kernel = jax.block_until_ready(self._place.put_kernel(module, array))
-            node_at(self._model, module).kernel.set_value(kernel)
-        else:
+    def take(self, size: int, wanted: bool) -> bool:
+        """Whether the host may hold so many bytes more.
+
+        What is wanted may at last: no more can be given back than what is being made.
+        """
+        while self._making and self._making[0][1].done():
+            self._take_made()
+        while not self._memory.take(size):
+            if not wanted:
+                return False
+            if not self._making:
+                self._memory.force(size)
+                return True
+            self._take_made()
+        return True
+
+    def put(
+        self, module: str, attribute: str, array: Any, sparse: bool, size: int
+    ) -> None:
+        """Puts one tensor, as a checkpoint orients it, into its layer.
+
+        The host holds `size` bytes of it until then.
+        """
+        if sparse and attribute == "kernel":
+            more = (_COPIES - 1) * size
+            self.take(more, True)
             made = self._pool.submit(self._make_sparse, module, array)
-            self._making.append((module, made))
-            self._take_made(self._makers - 1)  # without waiting they would pile up
+            self._making.append((module, made, size + more))
+            return
+        if attribute == "kernel":
+            # Large, and may be copied: one at a time.
+            placed = jax.block_until_ready(self._place.put_kernel(module, array))
+        else:
+            placed = self._place.put(module, attribute, array)
+        getattr(node_at(self._model, module), attribute).set_value(placed)
+        self._memory.give_back(size)
 
     def _make_sparse(self, module: str, array: Any) -> Any:
         with jax.default_device(self._device):  # this is another thread's setting
             return jax.block_until_ready(self._place.put_sparse(module, array))
 
-    def _take_made(self, left: int) -> None:
-        """Waits until so few matrices are being made."""
-        while len(self._making) > left:
-            module, made = self._making.popleft()
-            layer = node_at(self._model, module)
-            sparse_layer = SparseDense.from_matrix(
-                made.result(),
-                layer.bias,
-                dtype=layer.dtype,
-                preferred_element_type=layer.preferred_element_type,
-            )
-            set_node(self._model, module, sparse_layer)
+    def _take_made(self) -> None:
+        """Waits for the matrix that has been being made longest."""
+        module, made, size = self._making.popleft()
+        layer = node_at(self._model, module)
+        sparse_layer = SparseDense.from_matrix(
+            made.result(),
+            layer.bias,
+            dtype=layer.dtype,
+            preferred_element_type=layer.preferred_element_type,
+        )
+        set_node(self._model, module, sparse_layer)
+        self._memory.give_back(size)
 
-    def put_qkv(self, module: str, joined: JoinedQKV) -> None:
+    def put_qkv(self, module: str, joined: JoinedQKV, size: int) -> None:
         """Puts queries, keys and values into an attention, fused if they are alike."""
         if joined.alike:
             sparse = joined.is_sparse(QKV[0])
             for attribute, array in joined.tensors.items():
-                self.put(f"{module}.{FUSED}", attribute, array, sparse)
+                part = size if attribute == "kernel" else 0
+                self.put(f"{module}.{FUSED}", attribute, array, sparse, part)
             return
         self._take_apart(node_at(self._model, module))
         for name, attribute, array in joined.separate():
-            self.put(f"{module}.{name}", attribute, array, joined.is_sparse(name))
+            sparse, part = joined.is_sparse(name), 0
+            self.put(f"{module}.{name}", attribute, array, sparse, part)
+        self._memory.give_back(size)
 
     def _take_apart(self, attention: Attention) -> None:
         """Gives an attention three layers without arrays in the place of one."""
@@ -226,7 +236,7 @@ class _OneDevice:
         self._tokens = tokens
 
     def put(self, module: str, attribute: str, array: np.ndarray) -> jax.Array:
-        return jnp.asarray(array)
+        return put_without_copy(array)
 
     def put_kernel(self, module: str, weight: np.ndarray) -> jax.Array:
         return jnp.asarray(transpose_anywhere(weight))
@@ -235,6 +245,16 @@ class _OneDevice:
         if isinstance(weight, SparseRows):
             return SparseMatrix.from_rows(weight)
         return SparseMatrix.from_dense(transpose_anywhere(weight), tokens=self._tokens)
+
+
+def _layer_bytes(stored: StoredOPT, sizes: dict[str, int]) -> int:
+    """Of the decoder's largest layer, as it is stored."""
+    layers: collections.Counter[str] = collections.Counter()
+    for stored_name, size in sizes.items():
+        module = stored.targets[stored.names[stored_name]].module
+        if module.startswith("layers."):
+            layers[module.split(".")[1]] += size
+    return max(layers.values())
 
 
 def _abstract_model(config: OPTConfig, dtype: np.dtype, fuse_qkv: bool) -> OPT:

@@ -1,0 +1,99 @@
+"""What the host holds while a model is loaded."""
+
+import collections
+import functools
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# On its way to a GPU JAX copies an array once more on the host, all of it.
+_PIECE_BYTES = 1 << 26
+
+
+def read_ahead(
+    read: Callable[[str], Any],
+    sizes: dict[str, int],
+    take: Callable[[int, bool], bool],
+    readers: int,
+    in_order: bool,
+) -> Iterator[tuple[str, Any]]:
+    """(name, what was read) while others are being read, as it comes or in order.
+
+    Args:
+      read: reads what has a name, in one of several threads.
+      sizes: in bytes, of all in the order in which to read.
+      take: whether so many bytes more may be held; with True it waits, and they may.
+      readers: how many are read at a time at most.
+      in_order: what was read comes in the order of `sizes`.
+    """
+    following = collections.deque(sizes)
+    pending: dict[Future[Any], str] = {}
+    with ThreadPoolExecutor(readers) as pool:
+        try:
+            while pending or following:
+                while following and len(pending) < readers:
+                    if not take(sizes[following[0]], not pending):
+                        break
+                    name = following.popleft()
+                    pending[pool.submit(read, name)] = name
+                done = next(iter(pending))
+                if not in_order:
+                    done = next(iter(wait(pending, return_when=FIRST_COMPLETED).done))
+                name, finished = pending.pop(done), [done]
+                del done
+                # Nothing here holds what was read once it is yielded.
+                yield name, finished.pop().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+class HostMemory:
+    """Counts the bytes that are held, for one thread that gives them to others."""
+
+    def __init__(self, most: int):
+        """At most so many bytes, or one thing that is larger."""
+        self._most, self._held = most, 0
+
+    def take(self, size: int) -> bool:
+        """Holds so many bytes if there is room for them."""
+        if self._held + size > self._most:
+            return False
+        self._held += size
+        return True
+
+    def force(self, size: int) -> None:
+        """Holds so many bytes, whether there is room or not."""
+        self._held += size
+
+    def give_back(self, size: int) -> None:
+        """Holds so many bytes less."""
+        self._held -= size
+
+
+def put_without_copy(array: np.ndarray) -> jax.Array:
+    """Puts an array on JAX's default device; the host holds no second one meanwhile."""
+    (device,) = jnp.zeros(()).devices()
+    if device.platform == "cpu" or array.nbytes <= _PIECE_BYTES:
+        return jnp.asarray(array)
+    return put_in_pieces(array, max(1, _PIECE_BYTES * len(array) // array.nbytes))
+
+
+def put_in_pieces(array: np.ndarray, rows: int) -> jax.Array:
+    """The same, so many of an array's rows at a time."""
+    placed = jnp.zeros(array.shape, array.dtype)
+    for start in range(0, len(array), rows):
+        # The last one is as long as the others: all are written by one program.
+        start = max(0, min(start, len(array) - rows))
+        piece = jnp.asarray(array[start : start + rows])
+        placed = jax.block_until_ready(_write_rows(placed, piece, start))
+    return placed
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_rows(array: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(array, rows, start, 0)
