@@ -23,8 +23,8 @@ nb::object Pack(const Input<uint16_t, 2>& dense, int threads) {
   const GatherShape shape{static_cast<int64_t>(dense.shape(1)),
                           static_cast<int64_t>(dense.shape(0))};
   if (!shape.fits()) return nb::none();
-  const auto entries = Empty<uint32_t>("uint32", shape.strips() + 1, shape.entry_words());
-  const auto counts = Empty<uint32_t>("uint32", shape.strips());
+  const auto entries = Empty<uint32_t>(shape.strips() + 1, shape.entry_words());
+  const auto counts = Empty<uint32_t>(shape.strips());
   const auto parallel_for = flashjax::OwnThreads(threads);
   std::optional<std::vector<flashjax::gather::Block>> blocks;
   {
@@ -34,8 +34,8 @@ nb::object Pack(const Input<uint16_t, 2>& dense, int threads) {
   }
   if (!blocks) return nb::none();
   const int64_t chunks = entries.data[shape.strips() * shape.entry_words()];
-  const auto values = Empty<uint32_t>("uint32", chunks, flashjax::gather::kLanes, 4);
-  const auto bitmap = Empty<uint32_t>("uint32", chunks, flashjax::gather::kLanes, 2);
+  const auto values = Empty<uint32_t>(chunks, flashjax::gather::kLanes, 4);
+  const auto bitmap = Empty<uint32_t>(chunks, flashjax::gather::kLanes, 2);
   {
     nb::gil_scoped_release release;
     parallel_for.run(static_cast<int64_t>(blocks->size()), [&](int64_t b) {

@@ -32,19 +32,17 @@ using flashjax::Input;
 
 nb::tuple PackStrips(const flashjax::StripLoader& strips, const LscdShape& shape,
                      const flashjax::ParallelFor& parallel_for) {
-  const auto bitmap = Empty<uint32_t>("uint32", shape.strips(), shape.groups(), flashjax::kLanes,
-                                      flashjax::kGroupSteps);
-  const auto entries =
-      Empty<uint32_t>("uint32", shape.strips(), shape.entries(), flashjax::kEntryWords);
-  const auto counts = Empty<uint32_t>("uint32", shape.strips());
+  const auto bitmap =
+      Empty<uint32_t>(shape.strips(), shape.groups(), flashjax::kLanes, flashjax::kGroupSteps);
+  const auto entries = Empty<uint32_t>(shape.strips(), shape.entries(), flashjax::kEntryWords);
+  const auto counts = Empty<uint32_t>(shape.strips());
   int64_t segments;
   {
     nb::gil_scoped_release release;
     segments =
         flashjax::LscdPlan(strips, shape, parallel_for, bitmap.data, entries.data, counts.data);
   }
-  const auto values =
-      Empty<uint32_t>("uint32", segments, flashjax::kSegmentWords, flashjax::kLanes);
+  const auto values = Empty<uint32_t>(segments, flashjax::kSegmentWords, flashjax::kLanes);
   {
     nb::gil_scoped_release release;
     flashjax::LscdFill(strips, shape, parallel_for, bitmap.data, entries.data, segments,
@@ -104,7 +102,7 @@ nb::tuple PackRows(const std::vector<Part>& parts, int64_t k, const Order& order
 nb::object DecodeRows(const std::vector<Part>& parts, int64_t k, const Order& order, int threads) {
   const auto parallel_for = flashjax::OwnThreads(threads);
   const auto rows = MakeRows(parts, k, order, parallel_for);
-  const auto dense = Empty<uint16_t>("uint16", rows.rows(), k);
+  const auto dense = Empty<uint16_t>(rows.rows(), k);
   {
     nb::gil_scoped_release release;
     flashjax::DecodeRows(rows, parallel_for, dense.data);
@@ -141,7 +139,7 @@ nb::object Unpack(const Input<uint32_t, 4>& bitmap, const Input<uint32_t, 3>& en
         {shape.strips(), shape.groups(), flashjax::kLanes, flashjax::kGroupSteps});
   Check("entries", entries, {shape.strips(), shape.entries(), flashjax::kEntryWords});
   Check("values", values, {-1, flashjax::kSegmentWords, flashjax::kLanes});
-  const auto dense = Empty<uint16_t>("uint16", k, m);
+  const auto dense = Empty<uint16_t>(k, m);
   {
     nb::gil_scoped_release release;
     flashjax::LscdUnpack({shape, flashjax::HalfType::kFloat16, bitmap.data(), entries.data(),

@@ -5,6 +5,11 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <cstddef>
+#include <memory>
+
+#include "cpu/buffer.h"
+
 namespace flashjax {
 
 namespace nb = nanobind;
@@ -12,18 +17,21 @@ namespace nb = nanobind;
 template <typename T, int kRank>
 using Input = nb::ndarray<const T, nb::ndim<kRank>, nb::c_contig, nb::device::cpu>;
 
-// NumPy allocates the results (it asks for huge pages); T is the dtype's C++ type.
 template <typename T>
 struct Output {
   nb::object array;
   T* data;
 };
 
+// A result, not initialised.
 template <typename T, typename... Sizes>
-Output<T> Empty(const char* dtype, Sizes... sizes) {
-  nb::object array = nb::module_::import_("numpy").attr("empty")(nb::make_tuple(sizes...), dtype);
-  T* data = nb::cast<nb::ndarray<T, nb::c_contig, nb::device::cpu>>(array).data();
-  return {array, data};
+Output<T> Empty(Sizes... sizes) {
+  auto buffer = std::make_unique<Buffer>((sizeof(T) * ... * static_cast<size_t>(sizes)));
+  T* data = static_cast<T*>(buffer->data());
+  const nb::capsule owner(buffer.get(), [](void* p) noexcept { delete static_cast<Buffer*>(p); });
+  buffer.release();
+  nb::ndarray<nb::numpy, T> array(data, {static_cast<size_t>(sizes)...}, owner);
+  return {nb::cast(array), data};
 }
 
 }  // namespace flashjax

@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 #include <vector>
 
+#include "cpu/buffer.h"
 #include "cpu/simd.h"
 
 namespace flashjax {
@@ -12,8 +12,6 @@ namespace {
 
 constexpr int64_t kTileSize = kStreams * kStreamPositions;
 constexpr int64_t kSegmentSize = kSegmentWords * kLanes;
-
-using Scratch = std::unique_ptr<uint16_t[]>;  // unlike a vector's, its memory is not cleared
 
 // One step of a strip, as (64 columns, 16 rows), goes to the outputs that there are.
 class TileWriter {
@@ -153,11 +151,13 @@ int64_t LscdPlan(const StripLoader& strips, const LscdShape& shape, const Parall
   const int64_t bitmap_words = shape.groups() * kLanes * kGroupSteps;
   const int64_t entries_words = shape.entries() * kEntryWords;
   std::vector<int64_t> segments(chains);
+  Scratch scratch(ChainStrips(shape, 0).strips * steps * kStreams * sizeof(uint16_t));
   parallel_for.run(chains, [&](int64_t i) {
     const Chain chain = ChainStrips(shape, i);
-    const Scratch masks(new uint16_t[chain.strips * steps * kStreams]);
-    strips.load(chain.first, chain.strips, nullptr, masks.get());
-    segments[i] = kernels.plan_chain(masks.get(), chain.strips * steps, steps, shape.spread(),
+    const Scratch::Lease lease(scratch);
+    auto* masks = lease.data<uint16_t>();
+    strips.load(chain.first, chain.strips, nullptr, masks);
+    segments[i] = kernels.plan_chain(masks, chain.strips * steps, steps, shape.spread(),
                                      bitmap + chain.first * bitmap_words,
                                      entries + chain.first * entries_words, counts + chain.first);
   });
@@ -180,20 +180,22 @@ void LscdFill(const StripLoader& strips, const LscdShape& shape, const ParallelF
   const int64_t steps = shape.steps(), chains = shape.chains();
   const int64_t bitmap_words = shape.groups() * kLanes * kGroupSteps;
   const int64_t entries_words = shape.entries() * kEntryWords;
+  const int64_t at_once = strips.by_chain ? ChainStrips(shape, 0).strips : 1;
+  Scratch scratch(at_once * steps * kTileSize * sizeof(uint16_t));
   parallel_for.run(chains, [&](int64_t i) {
     const Chain chain = ChainStrips(shape, i);
     const int64_t begin = entries[chain.first * entries_words];
     const int64_t end =
         i + 1 < chains ? entries[(chain.first + chain.strips) * entries_words] : segments;
     if (begin == end) return;
-    const int64_t at_once = strips.by_chain ? chain.strips : 1;
-    const Scratch tiles(new uint16_t[at_once * steps * kTileSize]);
+    const Scratch::Lease lease(scratch);
+    auto* tiles = lease.data<uint16_t>();
     int64_t done = 0;
     const auto next = [&](const uint16_t** next_tiles) {
       const int64_t count = std::min(at_once, chain.strips - done);
-      strips.load(chain.first + done, count, tiles.get(), nullptr);
+      strips.load(chain.first + done, count, tiles, nullptr);
       done += count;
-      *next_tiles = tiles.get();
+      *next_tiles = tiles;
       return count * steps;
     };
     kernels.fill_chain(next, chain.strips * steps, bitmap + chain.first * bitmap_words, end - begin,

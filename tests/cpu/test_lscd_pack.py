@@ -313,6 +313,14 @@ def test_unpack_survives_entries_that_no_packer_wrote(simd):
         _native.cpu.unpack(bitmap, entries, values, 3000, 100)
 
 
+def test_large_results_have_pages_of_their_own():
+    """In a thread's heap the C library would keep their memory."""
+    bits = np.full((1024, 2048), 0x3C00, np.uint16)
+    for leaf in _native.cpu.pack(bits):
+        assert leaf.flags.writeable
+        assert leaf.ctypes.data % 4096 == 0 or leaf.nbytes < 1 << 20
+
+
 def test_simd_names():
     assert _native.cpu.simd() in ("portable", "avx2", "avx512")
     with pytest.raises(ValueError, match="expected 'portable', 'avx2' or 'avx512'"):
