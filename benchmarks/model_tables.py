@@ -111,6 +111,33 @@ def tokens_per_second(r: dict) -> float:
     return r["batch"] * r["new"] / seconds
 
 
+def starting_figures(compiled: Iterable[pathlib.Path], loaded: pathlib.Path) -> str:
+    """What passes before the first token: compiling, and loading a checkpoint."""
+    runs = [json.loads(p.read_text(encoding="utf-8")) for p in compiled]
+    facts = runs[0]["environment"]
+    models = sorted((run["results"][0] for run in runs), key=lambda r: r["layers"])
+    seconds = ", ".join(
+        f"{r['compile_seconds']:.0f} s for {r['model']} ({r['layers']} layers)"
+        for r in models
+    )
+    load = json.loads(loaded.read_text(encoding="utf-8"))
+    text = (
+        f"On one {facts['device']} both programs of a request of {models[0]['prompt']} "
+        f"tokens and {models[0]['new']} new ones were compiled in {seconds}, with "
+        f"{models[0]['sparsity']:.0%} zeros and an empty cache ({origin(facts)}; "
+        "`flashjax --no-cache bench generate`). A checkpoint of "
+        f"{load['model']}'s size at {load['sparsity']:.0%}, "
+        f"{gigabytes(load['file_bytes'])} GB, was loaded in "
+        f"{load['load_seconds']:.0f} s, where reading its files alone took "
+        f"{load['read_seconds']:.0f} s, both from the disk, on {load['cores']} cores; "
+        f"the process had {gigabytes(load['host_bytes_before'])} GB of the host's "
+        f"memory before, {gigabytes(load['host_bytes_peak'])} at most and "
+        f"{gigabytes(load['host_bytes_after'])} after "
+        f"({origin(load['environment'])}; `benchmarks/load.py`)."
+    )
+    return textwrap.fill(text, 98)
+
+
 def pruning_figures(whole: pathlib.Path, part: pathlib.Path) -> str:
     """A model that was pruned whole, and one of which some layers were."""
     small, large = (json.loads(p.read_text(encoding="utf-8")) for p in (whole, part))

@@ -13,6 +13,7 @@ from model_tables import (
     load_requests,
     prefill_table,
     pruning_figures,
+    starting_figures,
 )
 from parallel_tables import (
     communication_table,
@@ -28,6 +29,7 @@ from result_tables import H100, H200, RESULTS, ROOT, load, replace
 README = ROOT / "README.md"
 WHEN_SPARSE_PAYS = ROOT / "docs" / "when-sparse-pays.md"
 MULTI_GPU = ROOT / "docs" / "multi-gpu.md"
+GENERATION = ROOT / "docs" / "generation.md"
 PRUNING = ROOT / "docs" / "pruning.md"
 
 
@@ -64,6 +66,9 @@ def main() -> None:
     replace(MULTI_GPU, "parallel", "\n\n".join(parallel_table(*s) for s in several))
     replace(MULTI_GPU, "large", large_table(*large))
     replace(MULTI_GPU, "communication", communication_table(*kernels))
+    compiled = RESULTS.glob(f"compile-opt-*-{H200}.json")
+    loaded = RESULTS / f"load-opt-66b-{H200}.json"
+    replace(GENERATION, "starting", starting_figures(compiled, loaded))
     replace(PRUNING, "pruning", pruning_figures(*pruned))
     replace(WHEN_SPARSE_PAYS, "cpu", cpu_table(*cpu))
     tables = [generate_table(*model) for model in models]
