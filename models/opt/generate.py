@@ -49,6 +49,7 @@ class _DecodeState:
     seen: jax.Array | None  # (batch, vocab_size) bool, where repetition is penalized
     last: jax.Array  # (batch,) int32, the newest of them
     finished: jax.Array  # (batch,) bool
+    failed: jax.Array  # (batch,) bool, of those: logits were NaN or infinite
     prompt_counts: jax.Array  # (batch,) int32, real tokens of the prompts
     step: jax.Array  # int32 scalar, how many tokens each row has got
 
@@ -116,7 +117,7 @@ def generate(
       TypeError: an option is no number of the right kind, or there is none of its name.
       ValueError: a shape, dtype or value that does not fit, among them a row without
         a real token, and more tokens than the model has positions.
-      FloatingPointError: log-probabilities are NaN.
+      FloatingPointError: the model's logits are NaN or infinite.
     """
     request = _request(model, token_ids, attention_mask, config, options)
     tokens, logprobs = run_request(model, request, return_logprobs)
@@ -145,6 +146,7 @@ def generate_stream(
 
     Raises:
       TypeError, ValueError: as `generate`.
+      FloatingPointError: as `generate`, from the iterator.
     """
     return _stream(model, _request(model, token_ids, attention_mask, config, options))
 
@@ -159,15 +161,11 @@ def run_request(
     graphdef, params = nnx.split(model)
     state = _start(graphdef, params, request, logprobs)
     state, _ = _go_on(graphdef, params, request, state, 1, request.max_new_tokens)
+    _check_logits(state.failed)
     tokens = np.asarray(state.tokens)[:, : request.max_new_tokens]
     if state.logprobs is None:
         return tokens, np.zeros(shape, np.float32)
-    scores = np.asarray(state.logprobs)[:, : request.max_new_tokens]
-    if np.isnan(scores).any():
-        raise FloatingPointError(
-            "the model's logits are NaN; try dtype float32 or bfloat16"
-        )
-    return tokens, scores
+    return tokens, np.asarray(state.logprobs)[:, : request.max_new_tokens]
 
 
 def time_request(model: OPT, request: Request) -> tuple[float, float]:
@@ -180,6 +178,13 @@ def time_request(model: OPT, request: Request) -> tuple[float, float]:
     np.asarray(state.tokens)  # on the host, as what `generate` returns
     times.append(time.perf_counter())
     return times[1] - times[0], times[2] - times[1]
+
+
+def _check_logits(failed: jax.Array) -> None:
+    if np.any(np.asarray(failed)):
+        raise FloatingPointError(
+            "the model's logits are NaN or infinite; try dtype float32 or bfloat16"
+        )
 
 
 def _request(model, token_ids, attention_mask, config, options) -> Request:
@@ -198,6 +203,7 @@ def _stream(model: OPT, request: Request) -> Iterator[np.ndarray]:
         return
     graphdef, params = nnx.split(model)
     state = _start(graphdef, params, request)
+    _check_logits(state.failed)
     # Copies, because the next step may overwrite the state's buffers.
     last, finished = np.array(state.last), bool(np.all(np.asarray(state.finished)))
     for step in range(1, request.max_new_tokens):
@@ -206,6 +212,7 @@ def _stream(model: OPT, request: Request) -> Iterator[np.ndarray]:
         # The device computes the next token while the caller uses this one.
         state, news = _go_on(graphdef, params, request, state, step, step + 1)
         yield last
+        _check_logits(news[2])
         last, finished = np.array(news[0]), bool(news[1])
     yield last
 
@@ -339,6 +346,7 @@ def _prefill(
         seen=seen,
         last=jnp.zeros((batch,), jnp.int32),
         finished=jnp.zeros((batch,), jnp.bool_),
+        failed=jnp.zeros((batch,), jnp.bool_),
         prompt_counts=counts,
         step=jnp.zeros((), jnp.int32),
     )
@@ -356,14 +364,14 @@ def _decode(
     limit: jax.Array,
     *,
     slots: int,
-) -> tuple[_DecodeState, tuple[jax.Array, jax.Array]]:
+) -> tuple[_DecodeState, tuple[jax.Array, jax.Array, jax.Array]]:
     """Runs steps until every row has ``limit`` tokens or has finished.
 
     The first ``slots`` slots of the cache hold all that these steps read and write.
 
     Returns:
       The state, and beside it what a stream reads while the state is donated again:
-      the newest tokens and whether every row has finished.
+      the newest tokens, whether every row has finished, and whether one failed.
     """
     length = state.cache.max_length - state.tokens.shape[1]
 
@@ -385,7 +393,7 @@ def _decode(
         return _append(settings, state, logits, cache)
 
     state = jax.lax.while_loop(go_on, advance, state)
-    return state, (state.last, jnp.all(state.finished))
+    return state, (state.last, jnp.all(state.finished), jnp.any(state.failed))
 
 
 def _append(
@@ -399,6 +407,9 @@ def _append(
     scores = jnp.where((settings.ends & early)[None, :], -jnp.inf, scores)
     keys = make_key(settings.key_words)
     chosen = settings.sampler.sample(scores, keys, state.step, settings.streams)
+    # NaN if any is: no token is then likelier than others.
+    largest = jnp.max(logits, axis=-1)
+    failed = state.failed | (~jnp.isfinite(largest) & ~state.finished)
     chosen = jnp.where(state.finished, settings.pad_id, chosen)
     seen, logprobs = state.seen, state.logprobs
     if seen is not None:
@@ -416,7 +427,8 @@ def _append(
         logprobs=logprobs,
         seen=seen,
         last=chosen,
-        finished=state.finished | ended,
+        finished=state.finished | ended | failed,
+        failed=failed,
         step=count,
     )
 

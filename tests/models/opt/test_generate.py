@@ -241,8 +241,23 @@ def test_a_mesh_with_explicit_axes():
         opt.generate(model, ids, mask)
 
 
-def test_log_probabilities_that_are_nan():
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 3, "top_p": 0.5}]
+)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_not_finite(options, value):
+    """In one row alone, at one token alone."""
     model = make_model()
-    model.layers[0].fc1.bias[...] = model.layers[0].fc1.bias[...] * np.nan
-    with pytest.raises(FloatingPointError, match="logits are NaN"):
-        opt.generate(model, *batch(), max_new_tokens=2, return_logprobs=True)
+    ids, mask = batch()
+    bad = int(np.asarray(ids)[0, -1])
+    table = np.asarray(model.embed_tokens.embedding[...]).copy()
+    table[bad, 0] = value
+    model.embed_tokens.embedding[...] = table
+    others = np.where(np.asarray(ids) == bad, bad - 1, ids)
+    for prompts in (ids, others):  # its embedding, or its logit alone
+        with pytest.raises(FloatingPointError, match="logits are NaN or infinite"):
+            opt.generate(model, prompts, mask, max_new_tokens=3, **options)
+        with pytest.raises(FloatingPointError, match="logits are NaN or infinite"):
+            list(opt.generate_stream(model, prompts, mask, max_new_tokens=3, **options))
+    with pytest.raises(FloatingPointError, match="logits are NaN or infinite"):
+        opt.generate(model, ids, mask, max_new_tokens=3, return_logprobs=True)
