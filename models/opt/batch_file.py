@@ -19,6 +19,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from flashjax.file_lock import try_lock
+
 from .config import OPTConfig
 from .generate import run_request
 from .generation_config import GenerationConfig
@@ -166,11 +168,14 @@ def continue_input(
     }
     header = json.loads(json.dumps(header))
     partial = partial_path(target)
-    done = _read_partial(partial, header) if resume and partial.exists() else {}
-    if not done:
-        partial.write_text(json.dumps(header) + "\n", encoding="utf-8")
-    try:
-        with open(partial, "a", encoding="utf-8") as journal:
+    with open(partial, "a", encoding="utf-8") as journal:
+        if not try_lock(journal):
+            raise ValueError(f"{partial}: another run is writing there")
+        done = _read_partial(partial, header) if resume else {}
+        try:
+            if not done:
+                journal.truncate(0)
+                journal.write(json.dumps(header) + "\n")
             for rows in _batches(jobs, batch):
                 # The whole batch again, so that a resumed run computes the same.
                 if any(job.index not in done for job in rows):
@@ -185,11 +190,11 @@ def continue_input(
                     os.fsync(journal.fileno())
                 if progress is not None:
                     progress(len(done), len(jobs))
-    finally:
-        if not done:  # nothing that could be resumed
-            partial.unlink()
-    _write(target, [done[job.index] for job in jobs])
-    partial.unlink()
+        finally:
+            if not done:  # nothing that could be resumed
+                partial.unlink()
+        _write(target, [done[job.index] for job in jobs])
+        partial.unlink()
     return len(jobs)
 
 

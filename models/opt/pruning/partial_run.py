@@ -10,8 +10,6 @@ Beside the folder OUT to be written lies OUT.partial::
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import json
 import os
 import shutil
@@ -36,6 +34,7 @@ from flashjax.checkpoint import (
     read_json,
 )
 from flashjax.checkpoint_files import merge_files, read_file, write_file
+from flashjax.file_lock import try_lock
 
 # Weights up to this size end up in one file.
 _MERGED_BYTES = 256 << 20
@@ -189,14 +188,8 @@ def partial_run(
     else:
         _make(run, out, arguments)
     with open(run.folder / "run.json", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            raise CheckpointError(
-                f"{run.folder}: another run is writing there"
-            ) from None
+        if not try_lock(lock):
+            raise CheckpointError(f"{run.folder}: another run is writing there")
         try:
             yield run
         except BaseException as error:

@@ -1,5 +1,6 @@
 """JSON lines in, JSON lines out."""
 
+import errno
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import pytest
 from cli_support import byte_tokenizer
 from flax import nnx
 
+from flashjax import file_lock
 from flashjax.models import opt
 from flashjax.models.opt import batch_file
 
@@ -143,6 +145,43 @@ def test_resume(model, tokenizer, source, tmp_path, monkeypatch, torn):
     assert not partial.exists()
     # Batches that were done are not computed again.
     assert (calls[0] in calls[2:]) == bool(torn)
+
+
+def test_two_runs_at_once(model, tokenizer, source, tmp_path):
+    target = tmp_path / "out"
+    arguments = (model, tokenizer, source, target)
+
+    def again(done, total):
+        before = batch_file.partial_path(target).read_bytes()
+        for way in ("resume", "overwrite"):
+            with pytest.raises(ValueError, match="another run is writing there"):
+                opt.generate_file(*arguments, config=OPTIONS, batch=2, **{way: True})
+        assert batch_file.partial_path(target).read_bytes() == before
+
+    opt.generate_file(*arguments, config=OPTIONS, batch=2, progress=again)
+    assert len(read(target)) == len(LINES)
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EIO])
+def test_a_file_system_without_locks(
+    model, tokenizer, source, tmp_path, monkeypatch, code
+):
+    def refuse(*unused):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(file_lock.fcntl, "flock", refuse)
+    arguments = (model, tokenizer, source, tmp_path / "out")
+    if code == errno.ENOLCK:
+        assert opt.generate_file(*arguments, config=OPTIONS) == len(LINES)
+    else:
+        with pytest.raises(OSError, match=os.strerror(code)):
+            opt.generate_file(*arguments, config=OPTIONS)
+
+
+def test_a_lock_on_a_file_that_is_gone(tmp_path):
+    with open(tmp_path / "file", "w") as file:
+        (tmp_path / "file").unlink()
+        assert not file_lock.try_lock(file)
 
 
 def test_existing_output(model, tokenizer, source, tmp_path):

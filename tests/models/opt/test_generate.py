@@ -242,7 +242,8 @@ def test_a_mesh_with_explicit_axes():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 3, "top_p": 0.5}]
+    "options",
+    [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3, "top_p": 0.5}],
 )
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_logits_that_are_not_finite(options, value):
