@@ -1,8 +1,9 @@
-"""Draws the packed layout and the way of a weight: docs/images/*.svg.
+"""Draws the packed layouts and the way of a weight: docs/images/*.svg.
 
     python docs/drawings.py
 
-The layout is that of cpu/lscd_layout.h. Colours follow the mode of the page.
+The layouts are those of cpu/lscd_layout.h and cpu/gather_layout.h. Colours follow the
+mode of the page.
 """
 
 import pathlib
@@ -237,6 +238,78 @@ def ring() -> str:
     return drawing.svg()
 
 
+def gather_orders() -> list[list[int]]:
+    """Columns of 8 rows with 8 nonzeros each, in an order as the packer might find.
+
+    At a time no two of the rows are at columns that are alike modulo 8.
+    """
+    return [
+        [
+            8 * min(max(i + (5 * i + 3 * lane) % 4 - 1, 0), 7) + (3 * i + lane) % 8
+            for i in range(8)
+        ]
+        for lane in range(8)
+    ]
+
+
+def gather() -> str:
+    """Rows of the gather layout, and what is stored of one."""
+    drawing = Drawing(330)
+    x, y, size, drawn = 60, 50, 10, 2
+    orders = gather_orders()
+    drawing.text(
+        x, 20, "8 of a strip's 32 rows, one a lane: 64 columns with 8 nonzeros"
+    )
+    drawing.text(
+        x, 38, "numbers: when a lane multiplies them; blue: all lanes' first", "small"
+    )
+    for lane, order in enumerate(orders):
+        for j in range(STEP_K):
+            drawing.rect(x + size * j, y + size * lane, size, size)
+        for i, column in enumerate(order):
+            at = x + size * column
+            kind = "second" if i else "first"
+            drawing.rect(at, y + size * lane, size, size, kind)
+            drawing.text(at + size / 2, y + size * lane + 8, str(i), "tiny", "middle")
+    for j in range(0, STEP_K + 1, 8):
+        drawing.line(x + size * j, y, x + size * j, y + 8 * size)
+    drawing.text(x - 5, y + size * drawn + 9, f"lane {drawn}", "small", "end")
+    drawing.text(
+        x,
+        y + 8 * size + 18,
+        "At a time the lanes' columns differ modulo 8, so that no two of them read the "
+        "same banks of x.",
+        "small",
+    )
+
+    x, y, wide = 130, 190, 52
+    drawing.text(x - 10, y + 17, "values", anchor="end")
+    drawing.text(x - 10, y + 47, "distances", anchor="end")
+    before = 0
+    for i, column in enumerate(orders[drawn]):
+        drawing.rect(x + wide * i, y, wide, 26, "second" if i else "first")
+        at = x + wide * (i + 0.5)
+        drawing.text(at, y + 17, f"a{i}", "tiny", "middle")
+        drawing.rect(x + wide * i, y + 32, wide / 2, 22, "box")
+        distance = f"{column - before:+d}".replace("-", "\u2212")
+        drawing.text(x + wide * i + wide / 4, y + 47, distance, "small", "middle")
+        before = column
+    drawing.text(x + 8 * wide + 10, y + 17, "2 bytes each")
+    drawing.text(x + 8 * wide + 10, y + 47, "1 byte each")
+    drawing.text(
+        x, y + 74, f"A chunk of lane {drawn}: its next 8 nonzeros, 24 bytes.", "small"
+    )
+    drawing.box(
+        x,
+        y + 88,
+        8 * wide,
+        44,
+        "x in shared memory: 8 rows of x a column, 16 bytes",
+        "one load a nonzero, 8 multiplications",
+    )
+    return drawing.svg()
+
+
 def path() -> str:
     """From memory to the tensor core."""
     drawing = Drawing(330)
@@ -292,6 +365,7 @@ DRAWINGS: dict[str, Callable[[], str]] = {
     "layout": layout,
     "streams": streams,
     "ring": ring,
+    "gather": gather,
     "path": path,
 }
 

@@ -77,8 +77,8 @@ class HostMemory:
 
 def put_without_copy(array: np.ndarray) -> jax.Array:
     """Puts an array on JAX's default device; the host holds no second one meanwhile."""
-    (device,) = jnp.zeros(()).devices()
-    if device.platform == "cpu" or array.nbytes <= _PIECE_BYTES:
+    # A CPU's JAX takes the array itself.
+    if array.nbytes <= _PIECE_BYTES or _default_platform() == "cpu":
         return jnp.asarray(array)
     return put_in_pieces(array, max(1, _PIECE_BYTES * len(array) // array.nbytes))
 
@@ -92,6 +92,11 @@ def put_in_pieces(array: np.ndarray, rows: int) -> jax.Array:
         piece = jnp.asarray(array[start : start + rows])
         placed = jax.block_until_ready(_write_rows(placed, piece, start))
     return placed
+
+
+def _default_platform() -> str:
+    (device,) = jnp.zeros(()).devices()
+    return device.platform
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -45,10 +45,17 @@ def test_drawn_elements_are_the_lane_s(lane, stream):
     np.testing.assert_array_equal(bitmap, expected)
 
 
+def test_drawn_rows_meet_in_no_bank():
+    orders = drawings.gather_orders()
+    assert all(len(set(row)) == 8 and max(row) < drawings.STEP_K for row in orders)
+    for columns in zip(*orders, strict=True):
+        assert len({column % 8 for column in columns}) == 8
+
+
 def test_figures_in_pages_are_up_to_date(benchmarks, tmp_path, monkeypatch):
     update = load(benchmarks / "update_readme.py")
     copies = {}
-    for name in ("README", "WHEN_SPARSE_PAYS", "MULTI_GPU", "PRUNING"):
+    for name in ("README", "WHEN_SPARSE_PAYS", "MULTI_GPU", "GENERATION", "PRUNING"):
         page = getattr(update, name)
         copies[page] = tmp_path / page.name
         copies[page].write_bytes(page.read_bytes())
