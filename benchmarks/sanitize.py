@@ -25,6 +25,7 @@ import contextlib
 import os
 import pathlib
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -61,6 +62,9 @@ _SHOWN = 40  # kinds of findings that are kept
 _LAST = 3  # and of what a process printed that did not end well
 _TRIES = 6  # processes for the same tests
 _PYTEST_STATUSES = (0, 1, 2, 3, 4, 5)
+# Of each thread. With the usual 8 MB, processes with gradients of scans died under
+# memcheck before the first or second test had ended; with these, after the fifth.
+_STACK_BYTES = 1 << 30
 
 app = typer.Typer(add_completion=False)
 
@@ -129,6 +133,14 @@ def run_within(seconds: float, command: list[str], **kwargs) -> int | None:
                 os.killpg(process.pid, last)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(10)
+
+
+def enlarge_stacks() -> None:
+    """Those of the threads of processes that are started from now on."""
+    _, most = resource.getrlimit(resource.RLIMIT_STACK)
+    unlimited = most == resource.RLIM_INFINITY
+    size = _STACK_BYTES if unlimited else min(_STACK_BYTES, most)
+    resource.setrlimit(resource.RLIMIT_STACK, (size, most))
 
 
 def collect(arguments: list[str]) -> list[str]:
@@ -270,6 +282,7 @@ def main(
         raise SystemExit(f"expected tools from {TOOLS}, got {tools!r}")
     if shutil.which("compute-sanitizer") is None:
         raise SystemExit("compute-sanitizer was not found; it comes with CUDA")
+    enlarge_stacks()
     began = time.monotonic()
     arguments = context.args or list(TESTS)
     tests = collect(arguments)
