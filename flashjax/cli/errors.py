@@ -90,7 +90,14 @@ def describe(error: BaseException, *, hint: bool = True) -> str:
         return f"JAX found no device with JAX_PLATFORMS={platforms}: {kind}{debug}"
     if isinstance(error, KeyError) or not text:
         return f"{type(error).__name__}: {text}{debug}"
-    expected = ValueError, OSError, TypeError, NotImplementedError, ImportError
+    expected: tuple[type[BaseException], ...] = (
+        ValueError,
+        OSError,
+        TypeError,
+        NotImplementedError,
+        ImportError,
+        FloatingPointError,
+    )
     if isinstance(error, expected):
         return text
     return f"{type(error).__name__}: {text}{debug}"

@@ -219,6 +219,22 @@ def test_no_tokenizer(cli, sparse_folder, tmp_path):
         assert_error(result, "expected a tokenizer.json, or vocab.json and merges.txt")
 
 
+@pytest.mark.parametrize("options", [["--stream"], ["--no-stream"], ["-i"]])
+def test_logits_that_are_nan(cli, sparse_folder, tmp_path, options):
+    model, tokenizer = opt.from_pretrained(sparse_folder)
+    bias = model.layers[0].fc1.bias
+    bias[...] = bias[...] * np.nan
+    opt.save_pretrained(model, tokenizer, tmp_path / "model")
+    if options == ["-i"]:
+        (tmp_path / "in").write_text('{"prompt": "x"}')
+        options = ["-i", tmp_path / "in", "-o", tmp_path / "out"]
+    else:
+        options = [*options, "-p", "x"]
+    result = generate(cli, tmp_path / "model", "-q", *options)
+    assert_error(result, "the model's logits are NaN or infinite; try dtype float32")
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_interrupted(cli, sparse_folder, monkeypatch):
     def interrupt(*unused, **unused_too):
         raise KeyboardInterrupt

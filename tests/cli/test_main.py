@@ -126,6 +126,7 @@ def test_debug_shows_the_traceback(cli, tmp_path):
         (MemoryError(), "out of memory"),
         (KeyError("x"), "KeyError: 'x' (--debug shows where)"),
         (RuntimeError("x"), "RuntimeError: x (--debug shows where)"),
+        (FloatingPointError("logits are NaN"), "logits are NaN"),
         (ValueError(), "ValueError:  (--debug shows where)"),
         (ValueError("(overwrite replaces it)"), "(--overwrite replaces it)"),
         (ValueError("(--overwrite replaces it)"), "(--overwrite replaces it)"),
