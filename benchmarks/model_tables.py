@@ -113,8 +113,9 @@ def tokens_per_second(r: dict) -> float:
 
 def starting_figures(compiled: Iterable[pathlib.Path], loaded: pathlib.Path) -> str:
     """What passes before the first token: compiling, and loading a checkpoint."""
-    runs = [json.loads(p.read_text(encoding="utf-8")) for p in compiled]
-    facts = runs[0]["environment"]
+    runs = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(compiled)]
+    facts = [run["environment"] for run in runs]
+    origins = "; ".join(dict.fromkeys(map(origin, facts)))
     models = sorted((run["results"][0] for run in runs), key=lambda r: r["layers"])
     seconds = ", ".join(
         f"{r['compile_seconds']:.0f} s for {r['model']} ({r['layers']} layers)"
@@ -122,9 +123,10 @@ def starting_figures(compiled: Iterable[pathlib.Path], loaded: pathlib.Path) -> 
     )
     load = json.loads(loaded.read_text(encoding="utf-8"))
     text = (
-        f"On one {facts['device']} both programs of a request of {models[0]['prompt']} "
-        f"tokens and {models[0]['new']} new ones were compiled in {seconds}, with "
-        f"{models[0]['sparsity']:.0%} zeros and an empty cache ({origin(facts)}; "
+        f"On one {facts[0]['device']} both programs of a request of "
+        f"{models[0]['prompt']} tokens and {models[0]['new']} new ones were compiled "
+        f"in {seconds}, with {models[0]['sparsity']:.0%} zeros and an empty cache "
+        f"({origins}; "
         "`flashjax --no-cache bench generate`). A checkpoint of "
         f"{load['model']}'s size at {load['sparsity']:.0%}, "
         f"{gigabytes(load['file_bytes'])} GB, was loaded in "

@@ -26,6 +26,7 @@ import os
 import pathlib
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -294,7 +295,7 @@ def main(
     with ThreadPoolExecutor(workers) as pool:
         runs = {
             pool.submit(
-                run_until_ended, tool, deal, options.split(), began + 60 * minutes
+                run_until_ended, tool, deal, shlex.split(options), began + 60 * minutes
             ): tool
             for tool in chosen
             for deal in deals

@@ -151,7 +151,7 @@ int64_t LscdPlan(const StripLoader& strips, const LscdShape& shape, const Parall
   const int64_t bitmap_words = shape.groups() * kLanes * kGroupSteps;
   const int64_t entries_words = shape.entries() * kEntryWords;
   std::vector<int64_t> segments(chains);
-  Scratch scratch(ChainStrips(shape, 0).strips * steps * kStreams * sizeof(uint16_t));
+  Scratch scratch(shape.chain_strips() * steps * kStreams * sizeof(uint16_t));
   parallel_for.run(chains, [&](int64_t i) {
     const Chain chain = ChainStrips(shape, i);
     const Scratch::Lease lease(scratch);
@@ -180,7 +180,7 @@ void LscdFill(const StripLoader& strips, const LscdShape& shape, const ParallelF
   const int64_t steps = shape.steps(), chains = shape.chains();
   const int64_t bitmap_words = shape.groups() * kLanes * kGroupSteps;
   const int64_t entries_words = shape.entries() * kEntryWords;
-  const int64_t at_once = strips.by_chain ? ChainStrips(shape, 0).strips : 1;
+  const int64_t at_once = strips.by_chain ? shape.chain_strips() : 1;
   Scratch scratch(at_once * steps * kTileSize * sizeof(uint16_t));
   parallel_for.run(chains, [&](int64_t i) {
     const Chain chain = ChainStrips(shape, i);

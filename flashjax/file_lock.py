@@ -7,7 +7,7 @@ from typing import IO, Any
 
 
 def try_lock(file: IO[Any]) -> bool:
-    """Locks an open file until it is closed, against all that lock it too.
+    """Locks a file, open for writing, until it is closed, against all that lock it too.
 
     Returns:
       False if somebody else has it, or has removed it since it was opened. True where
@@ -16,10 +16,7 @@ def try_lock(file: IO[Any]) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            return False
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-            raise
+        return error.errno not in (errno.EAGAIN, errno.EACCES)
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
     except FileNotFoundError:

@@ -19,11 +19,19 @@ _X = 1 << 30
 def checksum(array: np.ndarray) -> int:
     """CRC-32 of an array's bytes in row-major order."""
     data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-    return of_parts(lambda start, stop: zlib.crc32(data[start:stop]), len(data))
+    return in_parts(lambda start, stop: zlib.crc32(data[start:stop]), len(data))
 
 
-def of_parts(part: Callable[[int, int], int], size: int) -> int:
-    """CRC-32 of `size` bytes, of which `part(start, stop)` gives that of some."""
+def in_parts(part: Callable[[int, int], int], size: int) -> int:
+    """Lets several threads take care of `size` bytes, which may mean to read them.
+
+    Args:
+      part: takes care of those from a start to a stop, and gives their CRC-32.
+      size: how many there are.
+
+    Returns:
+      The CRC-32 of all.
+    """
     starts = range(0, size, _PART)
     stops = [min(start + _PART, size) for start in starts]
     if len(starts) < 2:

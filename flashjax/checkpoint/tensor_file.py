@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from flashjax.atomic_folder import CheckpointError
 
 from .checks import expect
-from .checksums import of_parts
+from .checksums import in_parts
 from .encoding import HALF_DTYPES
 
 # safetensors' names of the dtypes that a model folder may hold.
@@ -152,7 +152,7 @@ class TensorFile:
             return found
 
         try:
-            found = of_parts(read_part, len(data))
+            found = in_parts(read_part, len(data))
         except OSError as error:
             raise CheckpointError(f"{where}: {error}") from error
         if name in checksums:

@@ -20,6 +20,7 @@ from flashjax.cli import report
 from flashjax.cli.progress import progress_bar, reading_weights
 from flashjax.models import opt
 from flashjax.models.opt.batch_file import (
+    FAILED,
     Job,
     check_prompt,
     check_target,
@@ -29,7 +30,7 @@ from flashjax.models.opt.batch_file import (
     request_of,
     run_jobs,
 )
-from flashjax.models.opt.generate import compile_request
+from flashjax.models.opt.generate import check_logits, compile_request
 from flashjax.models.opt.generation_request import Request, end_ids, make_request
 from flashjax.models.opt.hf_folder import local_folder
 from flashjax.models.opt.tokenizer import require_tokenizer
@@ -398,6 +399,7 @@ def _results(
         began = time.perf_counter()
         done = list(run_jobs(model, tokenizer, config, jobs, logprobs, speed.batch))
         speed.seconds += time.perf_counter() - began
+        check_logits([result["finish_reason"] == FAILED for _, result in done])
         for job, result in done:
             del result["id"]
             speed.tokens += result["new_tokens"]

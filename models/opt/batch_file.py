@@ -37,6 +37,7 @@ from .text_stream import stream_text
 
 _KEYS = ("id", "prompt", "max_new_tokens", "seed")
 _FORMAT = "flashjax-partial/1"
+FAILED = "failed"  # the finish_reason of a line that has no result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +93,9 @@ def generate_file(
 
     Each line of the input is an object with "prompt" and, if wanted, "id",
     "max_new_tokens" and "seed". Each of the output has "id", "text" (the continuation),
-    "new_tokens" (their number), "finish_reason" ("stop" after an end token, else
-    "length") and, with `logprobs`, "token_ids" and "logprobs".
+    "new_tokens" (their number), "finish_reason" ("stop" after an end token, "failed"
+    where the model's logits are NaN or infinite, else "length") and, with `logprobs`,
+    "token_ids" and "logprobs".
 
     A line's result depends on the line, its index and the options alone, up to the
     rounding of another batch size or length: one with a seed gets what `generate` gives
@@ -116,8 +118,9 @@ def generate_file(
 
     Raises:
       ValueError: a line does not fit (the first one is named), the output or a partial
-        one exists or is the input or no file, or the run to resume had other input or
-        options.
+        one exists or is the input or no file, the run to resume had other input or
+        options, or another run is writing there.
+      FloatingPointError: lines failed; the output was written.
     """
     config = config or GenerationConfig()
     if batch < 1:
@@ -193,8 +196,16 @@ def continue_input(
         finally:
             if not done:  # nothing that could be resumed
                 partial.unlink()
+        _check_new(target, overwrite)  # another run may have ended since
         _write(target, [done[job.index] for job in jobs])
         partial.unlink()
+    failed = [i for i in sorted(done) if done[i]["finish_reason"] == FAILED]
+    if failed:
+        raise FloatingPointError(
+            f"{target}: the model's logits are NaN or infinite in {len(failed)} of "
+            f"{len(jobs)} lines, whose finish_reason is {FAILED!r} (the first has id "
+            f"{done[failed[0]]['id']!r}); try dtype float32 or bfloat16"
+        )
     return len(jobs)
 
 
@@ -214,15 +225,19 @@ def check_target(source: Path, target: Path, *, resume: bool, overwrite: bool) -
     present = [path for path in (target, partial) if path.exists()]
     if source.exists() and any(map(source.samefile, present)):
         raise ValueError(f"{source}: expected an output other than the input")
-    if target.exists() and not overwrite:
-        raise ValueError(
-            f"{target}: expected a new file, got one that exists (overwrite replaces "
-            "it)"
-        )
+    _check_new(target, overwrite)
     if partial.exists() and not (resume or overwrite):
         raise ValueError(
             f"{target}: an interrupted run left {partial.name} (resume goes on with "
             "it, overwrite starts again)"
+        )
+
+
+def _check_new(target: Path, overwrite: bool) -> None:
+    if target.exists() and not overwrite:
+        raise ValueError(
+            f"{target}: expected a new file, got one that exists (overwrite replaces "
+            "it)"
         )
 
 
@@ -353,18 +368,19 @@ def run_jobs(
       size: rows of the program that does it, as many as there are jobs or more.
     """
     request = request_of(model, config, jobs, size)
-    tokens, scores = run_request(model, request, logprobs)
+    tokens, scores, failed = run_request(model, request, logprobs)
     ends = end_ids(model.config, config.eos_token_id)
     for row, job in enumerate(jobs):
-        new = tokens[row, : job.max_new_tokens]
+        new = tokens[row, : 0 if failed[row] else job.max_new_tokens]
         at = np.flatnonzero(np.isin(new, list(ends)))
         count = int(at[0]) + 1 if at.size else len(new)
         new_ids = new[:count].tolist()
+        reason = FAILED if failed[row] else "stop" if at.size else "length"
         result = {
             "id": job.id,
             "text": "".join(stream_text(new_ids, tokenizer, job.tokens)),
             "new_tokens": count,
-            "finish_reason": "stop" if at.size else "length",
+            "finish_reason": reason,
         }
         if logprobs:
             result["token_ids"] = new_ids
@@ -402,7 +418,10 @@ def _read_partial(partial: Path, header: dict[str, Any]) -> dict[int, dict[str, 
         )
     for line in lines:
         match line:
-            case {"index": int(), "result": {"id": _, "text": str()}}:
+            case {
+                "index": int(),
+                "result": {"id": _, "text": str(), "finish_reason": str()},
+            }:
                 continue
         raise ValueError(f"{partial}: expected what an interrupted run left")
     os.truncate(partial, len(whole))

@@ -49,7 +49,7 @@ class _DecodeState:
     seen: jax.Array | None  # (batch, vocab_size) bool, where repetition is penalized
     last: jax.Array  # (batch,) int32, the newest of them
     finished: jax.Array  # (batch,) bool
-    failed: jax.Array  # (batch,) bool, of those: logits were NaN or infinite
+    failed: jax.Array  # (batch,) bool, of those: logits gave no probabilities
     prompt_counts: jax.Array  # (batch,) int32, real tokens of the prompts
     step: jax.Array  # int32 scalar, how many tokens each row has got
 
@@ -117,10 +117,11 @@ def generate(
       TypeError: an option is no number of the right kind, or there is none of its name.
       ValueError: a shape, dtype or value that does not fit, among them a row without
         a real token, and more tokens than the model has positions.
-      FloatingPointError: the model's logits are NaN or infinite.
+      FloatingPointError: a row's logits are NaN, or the largest of them is infinite.
     """
     request = _request(model, token_ids, attention_mask, config, options)
-    tokens, logprobs = run_request(model, request, return_logprobs)
+    tokens, logprobs, failed = run_request(model, request, return_logprobs)
+    check_logits(failed)
     # On the host, where joining the parts compiles nothing.
     joined = jax.device_put(np.concatenate([request.prompt, tokens], axis=1))
     return (joined, jax.device_put(logprobs)) if return_logprobs else joined
@@ -153,19 +154,24 @@ def generate_stream(
 
 def run_request(
     model: OPT, request: Request, logprobs: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """New tokens (int32) and log-probabilities (float32), (batch, max_new_tokens)."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Runs a request whose rows may fail, each on its own.
+
+    Returns:
+      New tokens (int32) and log-probabilities (float32), (batch, max_new_tokens), and
+      whether a row's logits gave no probabilities, (batch,) bool: then it has ended.
+    """
     shape = len(request.prompt), request.max_new_tokens
+    scores, failed = np.zeros(shape, np.float32), np.zeros(shape[:1], np.bool_)
     if not shape[0] or not shape[1]:
-        return np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        return np.zeros(shape, np.int32), scores, failed
     graphdef, params = nnx.split(model)
     state = _start(graphdef, params, request, logprobs)
     state, _ = _go_on(graphdef, params, request, state, 1, request.max_new_tokens)
-    _check_logits(state.failed)
     tokens = np.asarray(state.tokens)[:, : request.max_new_tokens]
-    if state.logprobs is None:
-        return tokens, np.zeros(shape, np.float32)
-    return tokens, np.asarray(state.logprobs)[:, : request.max_new_tokens]
+    if state.logprobs is not None:
+        scores = np.asarray(state.logprobs)[:, : request.max_new_tokens]
+    return tokens, scores, np.asarray(state.failed)
 
 
 def time_request(model: OPT, request: Request) -> tuple[float, float]:
@@ -177,10 +183,12 @@ def time_request(model: OPT, request: Request) -> tuple[float, float]:
     state, _ = _go_on(graphdef, params, request, state, 1, request.max_new_tokens)
     np.asarray(state.tokens)  # on the host, as what `generate` returns
     times.append(time.perf_counter())
+    check_logits(state.failed)  # it ends early
     return times[1] - times[0], times[2] - times[1]
 
 
-def _check_logits(failed: jax.Array) -> None:
+def check_logits(failed: jax.Array | np.ndarray | list[bool]) -> None:
+    """Raises FloatingPointError if a row failed."""
     if np.any(np.asarray(failed)):
         raise FloatingPointError(
             "the model's logits are NaN or infinite; try dtype float32 or bfloat16"
@@ -203,7 +211,7 @@ def _stream(model: OPT, request: Request) -> Iterator[np.ndarray]:
         return
     graphdef, params = nnx.split(model)
     state = _start(graphdef, params, request)
-    _check_logits(state.failed)
+    check_logits(state.failed)
     # Copies, because the next step may overwrite the state's buffers.
     last, finished = np.array(state.last), bool(np.all(np.asarray(state.finished)))
     for step in range(1, request.max_new_tokens):
@@ -212,7 +220,7 @@ def _stream(model: OPT, request: Request) -> Iterator[np.ndarray]:
         # The device computes the next token while the caller uses this one.
         state, news = _go_on(graphdef, params, request, state, step, step + 1)
         yield last
-        _check_logits(news[2])
+        check_logits(news[2])
         last, finished = np.array(news[0]), bool(news[1])
     yield last
 

@@ -26,7 +26,8 @@ def read_ahead(
     Args:
       read: reads what has a name, in one of several threads.
       sizes: in bytes, of all in the order in which to read.
-      take: whether so many bytes more may be held; with True it waits, and they may.
+      take: takes so many bytes to be held if there is room, and says whether. With
+        True, when nothing is being read, it makes room or does without.
       readers: how many are read at a time at most.
       in_order: what was read comes in the order of `sizes`.
     """
@@ -50,29 +51,6 @@ def read_ahead(
         finally:
             for future in pending:
                 future.cancel()
-
-
-class HostMemory:
-    """Counts the bytes that are held, for one thread that gives them to others."""
-
-    def __init__(self, most: int):
-        """At most so many bytes, or one thing that is larger."""
-        self._most, self._held = most, 0
-
-    def take(self, size: int) -> bool:
-        """Holds so many bytes if there is room for them."""
-        if self._held + size > self._most:
-            return False
-        self._held += size
-        return True
-
-    def force(self, size: int) -> None:
-        """Holds so many bytes, whether there is room or not."""
-        self._held += size
-
-    def give_back(self, size: int) -> None:
-        """Holds so many bytes less."""
-        self._held -= size
 
 
 def put_without_copy(array: np.ndarray) -> jax.Array:

@@ -27,8 +27,8 @@ from flashjax.sparse_rows import SparseRows
 
 from .config import OPTConfig
 from .fused_qkv import FUSED, QKV, JoinedQKV
-from .hf_folder import StoredOPT, listed
-from .host_memory import HostMemory, put_without_copy, read_ahead
+from .hf_folder import StoredOPT, Target, listed
+from .host_memory import put_without_copy, read_ahead
 from .modeling import OPT, Attention
 from .parallel import DECODER_LINEARS, TensorParallel, transpose_anywhere
 
@@ -36,15 +36,13 @@ from .parallel import DECODER_LINEARS, TensorParallel, transpose_anywhere
 AUTO_SPARSITY = 0.5
 
 HALVES = (jnp.float16, jnp.bfloat16)
-# Tensors that are read at a time; checksums take longer than reading.
-_READERS = 8
+# Tensors that are read at a time, large ones each by several threads.
+_READERS = 4
 # Matrices that are packed at a time: copying one to the device leaves the cores idle.
 _MAKERS = 3
-# What is read and packed on the host at a time, in layers as they are stored. On top
-# comes memory in which JAX keeps a matrix on its way to a GPU: two layers in all.
-_LAYERS = 1.25
-# Of a matrix that is made: as it was read, and packed.
-_COPIES = 2
+# What the host holds at a time, in layers as they are stored; beside it JAX has the
+# memory in which it keeps a matrix on its way to a GPU.
+_LAYERS = 2
 
 
 def load(
@@ -71,9 +69,7 @@ def load(
     # Another layout and slices for several devices need the dense weight.
     as_rows = parallel is None and tokens is None and dtype in HALVES
     as_rows = as_rows and sparse is not False
-    waiting: dict[str, JoinedQKV] = {}
-    waiting_bytes: collections.Counter[str] = collections.Counter()
-    too_large = []
+    too_large: list[str] = []
 
     def read(stored_name):
         return stored.read(stored_name, dtype, as_rows)
@@ -84,36 +80,33 @@ def load(
     place = parallel or _OneDevice(tokens)
     sizes = {name: stored.read_bytes(name, as_rows) for name in stored.names}
     done, total = 0, sum(sizes.values())
-    memory = HostMemory(int(_LAYERS * _layer_bytes(stored, sizes)))
-    with _Loader(model, place, 1 if in_order else _MAKERS, memory) as loader:
+    # Matrices are taken with their other form, so that making one never has to wait.
+    held = {
+        name: size * (2 if len(stored.reader.shape(name)) == 2 else 1)
+        for name, size in sizes.items()
+    }
+    most = _LAYERS * _layer_bytes(stored, sizes)
+    makers = 1 if in_order else _MAKERS
+    with _Loader(model, place, makers, most, fuse_qkv) as loader:
         # No name for what this iterates over: an error would keep it, and its threads.
         for stored_name, (array, fits) in read_ahead(
-            read, sizes, loader.take, readers, in_order
+            read, held, loader.take, readers, in_order
         ):
             done += sizes[stored_name]
             if progress is not None:
                 progress(done, total)
-            target = stored.targets[stored.names[stored_name]]
-            size = sizes[stored_name]
             if not fits:
                 too_large.append(stored_name)
-                memory.give_back(size)
+            if too_large:  # the others are only looked at
+                loader.drop(held[stored_name])
                 continue
+            target = stored.targets[stored.names[stored_name]]
             goes_sparse = target.attribute == "kernel" and _goes_sparse(
                 array, target.module, stored.is_sparse(stored_name), sparse
             )
-            attention, _, projection = target.module.rpartition(".")
-            if not fuse_qkv or projection not in QKV:
-                loader.put(target.module, target.attribute, array, goes_sparse, size)
-                continue
-            if attention not in waiting:
-                waiting[attention] = JoinedQKV(config.num_heads, config.enable_bias)
-            waiting[attention].add(projection, target.attribute, array, goes_sparse)
-            waiting_bytes[attention] += size
-            del array  # else it would be held beside the joined ones
-            if waiting[attention].complete:
-                joined = waiting.pop(attention)
-                loader.put_qkv(attention, joined, waiting_bytes.pop(attention))
+            loader.add(target, array, goes_sparse, held[stored_name])
+            del array  # else it would be held beside what follows
+            loader.put_joined()
     if too_large:
         raise CheckpointError(
             f"{stored.folder}: values too large for {dtype.name} in "
@@ -125,7 +118,8 @@ def load(
 class _Loader:
     """Puts tensors on the devices and into a model without arrays.
 
-    All are there when its context has ended without an error.
+    All are there when its context has ended without an error. One thread calls it, and
+    it counts what the host holds: what `take` took, until it was put on the devices.
     """
 
     def __init__(
@@ -133,14 +127,20 @@ class _Loader:
         model: OPT,
         place: "TensorParallel | _OneDevice",
         makers: int,
-        memory: HostMemory,
+        most: int,
+        fuse_qkv: bool,
     ):
-        self._model, self._place, self._memory = model, place, memory
+        """The host may hold `most` bytes, or else one tensor."""
+        self._model, self._place, self._fuse_qkv = model, place, fuse_qkv
+        self._most, self._held = most, 0
         self._pool = ThreadPoolExecutor(makers)
         # Modules, their matrices that are being made, and what these hold.
         self._making: collections.deque[tuple[str, Future[Any], int]] = (
             collections.deque()
         )
+        # By attention, whose tensors are not all there, and what these hold.
+        self._waiting: dict[str, JoinedQKV] = {}
+        self._waiting_bytes: collections.Counter[str] = collections.Counter()
         self._device: Any = getattr(jax.config, "jax_default_device", None)
 
     def __enter__(self) -> "_Loader":
@@ -151,34 +151,63 @@ class _Loader:
             while error is None and self._making:
                 self._take_made()
 
-    def take(self, size: int, wanted: bool) -> bool:
-        """Whether the host may hold so many bytes more.
+    def take(self, size: int, must: bool) -> bool:
+        """Takes so many bytes more to be held if there is room; says whether.
 
-        What is wanted may at last: no more can be given back than what is being made.
+        If it must it waits for what is being made. What waits for other tensors cannot
+        be given back before these are read, so at last it takes them without room.
         """
         while self._making and self._making[0][1].done():
             self._take_made()
-        while not self._memory.take(size):
-            if not wanted:
-                return False
-            if not self._making:
-                self._memory.force(size)
-                return True
+        while must and self._making and self._held + size > self._most:
             self._take_made()
+        if self._held + size > self._most and not must:
+            return False
+        self._held += size
         return True
 
-    def put(
-        self, module: str, attribute: str, array: Any, sparse: bool, size: int
-    ) -> None:
+    def drop(self, size: int) -> None:
+        """Gives up so many bytes, and what waits for them."""
+        self._held -= size + self._waiting_bytes.total()
+        self._waiting.clear()
+        self._waiting_bytes.clear()
+
+    def add(self, target: Target, array: Any, sparse: bool, size: int) -> None:
         """Puts one tensor, as a checkpoint orients it, into its layer.
 
-        The host holds `size` bytes of it until then.
+        A part of what becomes one matrix waits for the others; see `put_joined`.
+
+        Args:
+          target: where it belongs.
+          array: the tensor.
+          sparse: whether a kernel becomes sparse.
+          size: what was taken for it.
         """
+        attention, _, projection = target.module.rpartition(".")
+        if not self._fuse_qkv or projection not in QKV:
+            self._put(target.module, target.attribute, array, sparse, size)
+            return
+        if attention not in self._waiting:
+            config = self._model.config
+            joined = JoinedQKV(config.num_heads, config.enable_bias)
+            self._waiting[attention] = joined
+        self._waiting[attention].add(projection, target.attribute, array, sparse)
+        self._waiting_bytes[attention] += size
+
+    def put_joined(self) -> None:
+        """Puts queries, keys and values that are all there."""
+        for attention in [a for a, joined in self._waiting.items() if joined.complete]:
+            joined, size = self._waiting.pop(attention), self._waiting_bytes[attention]
+            del self._waiting_bytes[attention]
+            self._put_qkv(attention, joined, size)
+
+    def _put(
+        self, module: str, attribute: str, array: Any, sparse: bool, size: int
+    ) -> None:
         if sparse and attribute == "kernel":
-            more = (_COPIES - 1) * size
-            self.take(more, True)
+            # In one order, if several processes make their parts: by one thread.
             made = self._pool.submit(self._make_sparse, module, array)
-            self._making.append((module, made, size + more))
+            self._making.append((module, made, size))
             return
         if attribute == "kernel":
             # Large, and may be copied: one at a time.
@@ -186,7 +215,7 @@ class _Loader:
         else:
             placed = self._place.put(module, attribute, array)
         getattr(node_at(self._model, module), attribute).set_value(placed)
-        self._memory.give_back(size)
+        self._held -= size
 
     def _make_sparse(self, module: str, array: Any) -> Any:
         with jax.default_device(self._device):  # this is another thread's setting
@@ -203,21 +232,22 @@ class _Loader:
             preferred_element_type=layer.preferred_element_type,
         )
         set_node(self._model, module, sparse_layer)
-        self._memory.give_back(size)
+        self._held -= size
 
-    def put_qkv(self, module: str, joined: JoinedQKV, size: int) -> None:
+    def _put_qkv(self, module: str, joined: JoinedQKV, size: int) -> None:
         """Puts queries, keys and values into an attention, fused if they are alike."""
         if joined.alike:
             sparse = joined.is_sparse(QKV[0])
             for attribute, array in joined.tensors.items():
                 part = size if attribute == "kernel" else 0
-                self.put(f"{module}.{FUSED}", attribute, array, sparse, part)
+                self._put(f"{module}.{FUSED}", attribute, array, sparse, part)
             return
         self._take_apart(node_at(self._model, module))
+        self._held -= size % len(QKV)
         for name, attribute, array in joined.separate():
-            sparse, part = joined.is_sparse(name), 0
-            self.put(f"{module}.{name}", attribute, array, sparse, part)
-        self._memory.give_back(size)
+            sparse = joined.is_sparse(name)
+            part = size // len(QKV) if attribute == "kernel" else 0
+            self._put(f"{module}.{name}", attribute, array, sparse, part)
 
     def _take_apart(self, attention: Attention) -> None:
         """Gives an attention three layers without arrays in the place of one."""

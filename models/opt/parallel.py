@@ -15,7 +15,6 @@ whole on every device.
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -24,6 +23,7 @@ from flashjax.sharding import Dim, ShardedSparseMatrix
 from flashjax.sparse_matrix import SparseMatrix
 
 from .config import OPTConfig
+from .host_memory import put_without_copy
 
 # The linear layers of the decoder, and what is split: output or input features.
 DECODER_LINEARS: dict[str, Dim] = {
@@ -180,4 +180,6 @@ def transpose_anywhere(matrix: np.ndarray | jax.Array) -> np.ndarray | jax.Array
     """The same by JAX's default device, unless that is the CPU."""
     if jax.default_backend() == "cpu":
         return transpose(np.asarray(matrix))
-    return jnp.asarray(matrix).T
+    if isinstance(matrix, np.ndarray):
+        matrix = put_without_copy(matrix)
+    return matrix.T

@@ -1,7 +1,5 @@
 """The attention of a decode step, on the emulated device and on GPUs."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,17 +65,15 @@ def test_emulated():
     settings(max_examples=few)(attention(emulator.decode_attention, SHAPES))()
 
 
-@functools.cache
-def compiled():
-    return jax.jit(decode_attention)
+attend = jax.jit(decode_attention)
 
 
 @pytest.mark.gpu
 @cases.in_parts
 def test_on_a_gpu(part):
-    def attend(*operands):
+    def attend_there(*operands):
         *arrays, used = operands
         placed = jax.device_put(arrays, jax.devices("gpu")[0])
-        return compiled()(*placed, jnp.int32(used))
+        return attend(*placed, jnp.int32(used))
 
-    cases.of_a_part(attention(attend, LARGE_SHAPES[part :: cases.PARTS]))()
+    cases.of_a_part(attention(attend_there, LARGE_SHAPES[part :: cases.PARTS]))()

@@ -187,7 +187,7 @@ def partial_run(
         _check_unfinished(run, arguments, resume)
     else:
         _make(run, out, arguments)
-    with open(run.folder / "run.json", encoding="utf-8") as lock:
+    with open(run.folder / "run.json", "r+", encoding="utf-8") as lock:
         if not try_lock(lock):
             raise CheckpointError(f"{run.folder}: another run is writing there")
         try:

@@ -1,5 +1,6 @@
 """JSON lines in, JSON lines out."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -162,20 +163,59 @@ def test_two_runs_at_once(model, tokenizer, source, tmp_path):
     assert len(read(target)) == len(LINES)
 
 
-@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EIO])
-def test_a_file_system_without_locks(
-    model, tokenizer, source, tmp_path, monkeypatch, code
-):
+def test_a_file_system_without_locks(model, tokenizer, source, tmp_path, monkeypatch):
     def refuse(*unused):
-        raise OSError(code, os.strerror(code))
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(file_lock.fcntl, "flock", refuse)
     arguments = (model, tokenizer, source, tmp_path / "out")
-    if code == errno.ENOLCK:
-        assert opt.generate_file(*arguments, config=OPTIONS) == len(LINES)
-    else:
-        with pytest.raises(OSError, match=os.strerror(code)):
-            opt.generate_file(*arguments, config=OPTIONS)
+    assert opt.generate_file(*arguments, config=OPTIONS) == len(LINES)
+
+
+def test_another_run_ends_meanwhile(model, tokenizer, source, tmp_path):
+    target = tmp_path / "out"
+
+    def other_run(done, total):
+        target.write_text("theirs")
+
+    with pytest.raises(ValueError, match="expected a new file, got one that exists"):
+        opt.generate_file(
+            model, tokenizer, source, target, config=OPTIONS, progress=other_run
+        )
+    assert target.read_text() == "theirs"
+    # What was done is not lost.
+    opt.generate_file(
+        model, tokenizer, source, target, config=OPTIONS, resume=True, overwrite=True
+    )
+    assert len(read(target)) == len(LINES)
+
+
+@pytest.mark.parametrize("logprobs", [False, True])
+def test_lines_that_fail(tokenizer, tmp_path, logprobs):
+    """They say so, and others in their batch get what they get without them."""
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=False)
+    model = opt.OPT(config, rngs=nnx.Rngs(0))
+    prompts = ["good", "bad~", "better"]
+    source = write(tmp_path / "in", [{"prompt": prompt} for prompt in prompts])
+    options = {"config": OPTIONS, "logprobs": logprobs}
+    target = tmp_path / "out"
+    opt.generate_file(model, tokenizer, source, target, **options)
+    before = read(target)
+    (bad,) = tokenizer.encode("~", add_special_tokens=False).ids
+    model.embed_tokens.embedding[...] = (
+        model.embed_tokens.embedding[...].at[bad].set(np.nan)
+    )
+    message = r"infinite in 1 of 3 lines, whose finish_reason is 'failed' .* id 2\);"
+    with pytest.raises(FloatingPointError, match=message):
+        opt.generate_file(model, tokenizer, source, target, overwrite=True, **options)
+    after = read(target)
+    assert [after[0], after[2]] == [before[0], before[2]]
+    assert (
+        after[1].items()
+        >= {"id": 2, "text": "", "new_tokens": 0, "finish_reason": "failed"}.items()
+    )
+    assert after[1].keys() == before[1].keys()
+    assert not batch_file.partial_path(target).exists()
 
 
 def test_a_lock_on_a_file_that_is_gone(tmp_path):

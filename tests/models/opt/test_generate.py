@@ -1,5 +1,8 @@
 """What generate() returns."""
 
+import functools
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +21,9 @@ from generate_support import (
 
 from flashjax.models import opt
 from flashjax.models.opt import generation_request
+
+# `opt.generate` is the function; this is the module that it comes from.
+generate_module = sys.modules["flashjax.models.opt.generate"]
 
 VARIANTS = {
     "pre_norm": {"num_layers": 2},
@@ -245,20 +251,50 @@ def test_a_mesh_with_explicit_axes():
     "options",
     [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3, "top_p": 0.5}],
 )
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_logits_that_are_not_finite(options, value):
-    """In one row alone, at one token alone."""
-    model = make_model()
+@pytest.mark.parametrize("place", ["a token of one row", "one logit", "infinite"])
+def test_logits_that_are_not_finite(options, place):
+    model = make_model(tie_word_embeddings=False)
     ids, mask = batch()
-    bad = int(np.asarray(ids)[0, -1])
-    table = np.asarray(model.embed_tokens.embedding[...]).copy()
-    table[bad, 0] = value
-    model.embed_tokens.embedding[...] = table
-    others = np.where(np.asarray(ids) == bad, bad - 1, ids)
-    for prompts in (ids, others):  # its embedding, or its logit alone
+    if place == "a token of one row":
+        row = np.asarray(ids)[0, np.asarray(mask)[0]]
+        at = (int(row[-1]), 0)
+        model.embed_tokens.embedding[...] = (
+            model.embed_tokens.embedding[...].at[at].set(np.nan)
+        )
+    elif place == "one logit":
+        model.lm_head.kernel[...] = model.lm_head.kernel[...].at[0, 5].set(np.nan)
+    else:
+        norm = model.final_layer_norm
+        norm.bias[...] = norm.bias[...].at[0].set(np.inf)
+    options = {"max_new_tokens": 3} | options
+    for generate in (
+        opt.generate,
+        functools.partial(opt.generate, return_logprobs=True),
+        lambda *args, **kwargs: list(opt.generate_stream(*args, **kwargs)),
+    ):
         with pytest.raises(FloatingPointError, match="logits are NaN or infinite"):
-            opt.generate(model, prompts, mask, max_new_tokens=3, **options)
-        with pytest.raises(FloatingPointError, match="logits are NaN or infinite"):
-            list(opt.generate_stream(model, prompts, mask, max_new_tokens=3, **options))
+            generate(model, ids, mask, **options)
+    config = opt.GenerationConfig(**options)
+    request = generation_request.make_request(model.config, ids, mask, config)
     with pytest.raises(FloatingPointError, match="logits are NaN or infinite"):
-        opt.generate(model, ids, mask, max_new_tokens=3, return_logprobs=True)
+        generate_module.time_request(model, request)
+
+
+def test_logits_that_are_nan_in_a_later_step():
+    """A stream hands out what came before; after a row's end nothing matters."""
+    model = make_model(tie_word_embeddings=False)
+    ids = np.array([[5, 6, 7]])
+    table = model.embed_positions.embedding[...]
+    first_bad = ids.shape[1] + 2  # positions; the table has two more in front
+    model.embed_positions.embedding[...] = table.at[first_bad + 2 :].set(np.nan)
+    stream = opt.generate_stream(model, ids, max_new_tokens=6, eos_token_id=-1)
+    tokens = [int(next(stream)[0]) for _ in range(3)]
+    with pytest.raises(FloatingPointError, match="logits are NaN or infinite"):
+        next(stream)
+    with pytest.raises(FloatingPointError, match="logits are NaN or infinite"):
+        opt.generate(model, ids, max_new_tokens=6, eos_token_id=-1)
+    ended = opt.generate(model, ids, max_new_tokens=6, eos_token_id=tokens[2])
+    assert (
+        np.asarray(ended)[0, 3 : 3 + tokens.index(tokens[2]) + 1].tolist()
+        == (tokens[: tokens.index(tokens[2]) + 1])
+    )

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,6 @@ from safetensors.numpy import load_file
 from flashjax.checkpoint import CheckpointError, CheckpointReader
 from flashjax.models import opt
 from flashjax.models.opt import OPT, OPTConfig
-from flashjax.models.opt.host_memory import HostMemory, put_in_pieces, read_ahead
 from flashjax.models.opt.tokenizer import load_tokenizer
 from flashjax.nn import SparseDense
 
@@ -407,42 +405,6 @@ def test_peak_memory_is_near_what_is_loaded(tmp_path):
     assert peak < loaded + 2 * layer_bytes
 
 
-@pytest.mark.parametrize("in_order", [True, False])
-@pytest.mark.parametrize("readers", [1, 3])
-def test_reads_ahead(readers, in_order):
-    """All tensors once, as many as there is room for, and large ones alone."""
-    sizes = {str(i): 1000 if i % 50 < 5 else 300 for i in range(200)}
-    memory, lock, started, taken = HostMemory(700), threading.Lock(), [], []
-
-    def take(size, wanted):
-        if wanted and not memory.take(size):
-            memory.force(size)
-            return True
-        return wanted or memory.take(size)
-
-    def read(name):
-        with lock:
-            started.append(name)
-        return int(name)
-
-    for name, number in read_ahead(read, sizes, take, readers, in_order):
-        assert int(name) == number
-        taken.append(name)
-        with lock:
-            ahead = [sizes[name] for name in started if name not in taken]
-        assert len(ahead) < readers
-        assert sum(ahead) + sizes[name] <= max(700, sizes[name])
-        memory.give_back(sizes[name])
-    assert taken == list(sizes) if in_order else sorted(taken) == sorted(sizes)
-
-
-@pytest.mark.parametrize("rows", [1, 3, 7, 10, 11])
-def test_puts_in_pieces(rows):
-    array = np.arange(30, dtype=np.float16).reshape(10, 3)
-    np.testing.assert_array_equal(put_in_pieces(array, rows), array)
-    np.testing.assert_array_equal(put_in_pieces(array[:, 0], rows), array[:, 0])
-
-
 def test_progress(folder):
     calls = []
     opt.from_pretrained(folder, progress=lambda *call: calls.append(call))
@@ -450,17 +412,6 @@ def test_progress(folder):
     assert len(set(totals)) == 1
     assert list(done) == sorted(done)
     assert done[-1] == totals[0] > 0
-
-
-def test_error_while_reading_ahead():
-    def read(name):
-        if name == "20":
-            raise CheckpointError("broken")
-
-    sizes = {str(i): 1 for i in range(50)}
-    with pytest.raises(CheckpointError, match="broken"):
-        for _ in read_ahead(read, sizes, lambda *_: True, 4, False):
-            pass
 
 
 @pytest.mark.parametrize("fuse_qkv", [True, False])
