@@ -1,10 +1,10 @@
 """Loading OPT tensor by tensor, on one device or on those of a mesh.
 
 Tensors are put on the device one by one into a model that has no arrays yet
-(`nnx.eval_shape`), while the next few are read. Beside what is loaded the host holds
-about two layers: what was read, packed, and copied again by JAX on its way to the
-device. What is stored sparse and goes to one device is packed without being expanded,
-a matrix while the one before it is copied.
+(`nnx.eval_shape`), while the next few are read. Beside what is loaded the host holds as
+much as two layers take on the disk: what was read, and packed. What is stored sparse
+and goes to one device is packed without being expanded, a matrix while the one before
+it is copied to the device.
 """
 
 import collections
@@ -40,8 +40,8 @@ HALVES = (jnp.float16, jnp.bfloat16)
 _READERS = 4
 # Matrices that are packed at a time: copying one to the device leaves the cores idle.
 _MAKERS = 3
-# What the host holds at a time, in layers as they are stored; beside it JAX has the
-# memory in which it keeps a matrix on its way to a GPU.
+# What the host holds at a time, in layers as they are stored. On top comes memory that
+# JAX has for a matrix on its way to a GPU, and keeps.
 _LAYERS = 2
 
 

@@ -133,7 +133,7 @@ def test_rows_of_their_own(model):
     ids, mask = opt.pad_prompts(PROMPTS)
     rows = Rows(max_new_tokens=[2, 8, 5], seeds=[4, 4, 9], streams=[0, 7, 0])
     request = make_request(CONFIG, ids, mask, config, rows)
-    tokens, _ = generate_module.run_request(model, request)
+    tokens, *_ = generate_module.run_request(model, request)
     for row, new in ((0, 2), (2, 5)):
         alone = opt.generate(
             model,
