@@ -147,8 +147,12 @@ def test_error_while_reading_ahead():
             pass
 
 
+# On JAX's default device, with -m gpu a GPU.
+@pytest.mark.parametrize(
+    "platform", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)]
+)
 @pytest.mark.parametrize("rows", [1, 3, 7, 10, 11])
-def test_puts_in_pieces(rows):
+def test_puts_in_pieces(rows, platform):
     array = np.arange(30, dtype=np.float16).reshape(10, 3)
     np.testing.assert_array_equal(put_in_pieces(array, rows), array)
     np.testing.assert_array_equal(put_in_pieces(array[:, 0], rows), array[:, 0])
