@@ -5,7 +5,7 @@ import pathlib
 import textwrap
 from collections.abc import Iterable
 
-from result_tables import captioned, gigabytes, newest, origin, zeros
+from result_tables import captioned, gigabytes, load, newest, origin, zeros
 
 
 def load_requests(paths: Iterable[pathlib.Path]) -> tuple[dict, list[dict]]:
@@ -113,29 +113,28 @@ def tokens_per_second(r: dict) -> float:
 
 def starting_figures(compiled: Iterable[pathlib.Path], loaded: pathlib.Path) -> str:
     """What passes before the first token: compiling, and loading a checkpoint."""
-    runs = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(compiled)]
-    facts = [run["environment"] for run in runs]
+    facts, results = zip(*map(load, sorted(compiled)), strict=True)
     origins = "; ".join(dict.fromkeys(map(origin, facts)))
-    models = sorted((run["results"][0] for run in runs), key=lambda r: r["layers"])
+    models = sorted((result for (result,) in results), key=lambda r: r["layers"])
     seconds = ", ".join(
         f"{r['compile_seconds']:.0f} s for {r['model']} ({r['layers']} layers)"
         for r in models
     )
-    load = json.loads(loaded.read_text(encoding="utf-8"))
+    reading = json.loads(loaded.read_text(encoding="utf-8"))
     text = (
         f"On one {facts[0]['device']} both programs of a request of "
         f"{models[0]['prompt']} tokens and {models[0]['new']} new ones were compiled "
         f"in {seconds}, with {models[0]['sparsity']:.0%} zeros and an empty cache "
         f"({origins}; "
         "`flashjax --no-cache bench generate`). A checkpoint of "
-        f"{load['model']}'s size at {load['sparsity']:.0%}, "
-        f"{gigabytes(load['file_bytes'])} GB, was loaded in "
-        f"{load['load_seconds']:.0f} s, where reading its files alone took "
-        f"{load['read_seconds']:.0f} s, both from the disk, on {load['cores']} cores; "
-        f"the process had {gigabytes(load['host_bytes_before'])} GB of the host's "
-        f"memory before, {gigabytes(load['host_bytes_peak'])} at most and "
-        f"{gigabytes(load['host_bytes_after'])} after "
-        f"({origin(load['environment'])}; `benchmarks/load.py`)."
+        f"{reading['model']}'s size at {reading['sparsity']:.0%}, "
+        f"{gigabytes(reading['file_bytes'])} GB, was loaded in "
+        f"{reading['load_seconds']:.0f} s, where reading its files alone took "
+        f"{reading['read_seconds']:.0f} s, both from the disk, on {reading['cores']} "
+        f"cores; the process had {gigabytes(reading['host_bytes_before'])} GB of the "
+        f"host's memory before, {gigabytes(reading['host_bytes_peak'])} at most and "
+        f"{gigabytes(reading['host_bytes_after'])} after "
+        f"({origin(reading['environment'])}; `benchmarks/load.py`)."
     )
     return textwrap.fill(text, 98)
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flashjax import _native
+from flashjax import _native, packing
 from flashjax.matmul_impl import ACTIVATIONS, Call
 from flashjax.matrix import PackedMatrix
 from flashjax.sparse_matrix import SparseMatrix
@@ -184,7 +184,4 @@ def _platform(x) -> str:
     """Where JAX computes with a concrete array."""
     if isinstance(x, jax.Array) and x.committed:
         return next(iter(x.devices())).platform
-    device = getattr(jax.config, "jax_default_device", None)
-    if device is None:
-        return jax.default_backend()
-    return (jax.devices(device)[0] if isinstance(device, str) else device).platform
+    return packing.default_device().platform

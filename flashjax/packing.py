@@ -79,6 +79,11 @@ def _device_for(dense: np.ndarray | jax.Array) -> jax.Device:
     """Where `pack` puts what it makes of an array."""
     if isinstance(dense, jax.Array) and len(dense.devices()) == 1:
         return next(iter(dense.devices()))
+    return default_device()
+
+
+def default_device() -> jax.Device:
+    """Where JAX puts an array that nothing commits to a device."""
     default = getattr(jax.config, "jax_default_device", None)
     if isinstance(default, str):
         return jax.local_devices(backend=default)[0]

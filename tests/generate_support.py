@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,9 @@ import numpy as np
 from flax import nnx
 
 from flashjax.models import opt
+
+# `opt.generate` is the function; this is the module that it comes from.
+generate_module = sys.modules["flashjax.models.opt.generate"]
 
 CONFIG = opt.OPTConfig(
     vocab_size=61,

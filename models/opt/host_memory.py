@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flashjax.packing import default_device
+
 # On its way to a GPU JAX copies an array once more on the host, all of it.
 _PIECE_BYTES = 1 << 26
 
@@ -56,7 +58,7 @@ def read_ahead(
 def put_without_copy(array: np.ndarray) -> jax.Array:
     """Puts an array on JAX's default device; the host holds no second one meanwhile."""
     # A CPU's JAX takes the array itself.
-    if array.nbytes <= _PIECE_BYTES or _default_platform() == "cpu":
+    if array.nbytes <= _PIECE_BYTES or default_device().platform == "cpu":
         return jnp.asarray(array)
     return put_in_pieces(array, max(1, _PIECE_BYTES * len(array) // array.nbytes))
 
@@ -70,11 +72,6 @@ def put_in_pieces(array: np.ndarray, rows: int) -> jax.Array:
         piece = jnp.asarray(array[start : start + rows])
         placed = jax.block_until_ready(_write_rows(placed, piece, start))
     return placed
-
-
-def _default_platform() -> str:
-    (device,) = jnp.zeros(()).devices()
-    return device.platform
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -1,7 +1,5 @@
 """A model with the kernel of a decode step, whose place plain JAX takes on a CPU."""
 
-import sys
-
 import cuda_stand_in
 import jax
 import jax.numpy as jnp
@@ -9,13 +7,12 @@ import numpy as np
 import pytest
 from decode_attention_cases import in_plain_jax
 from flax import nnx
-from generate_support import CONFIG, PROMPTS, batch
+from generate_support import CONFIG, PROMPTS, batch, generate_module
 
 from flashjax import decode_attention as kernel
 from flashjax.models import opt
 from flashjax.models.opt import attention
 
-generate_module = sys.modules["flashjax.models.opt.generate"]
 SIZES = {"hidden_size": 128, "num_heads": 2, "ffn_size": 256}
 
 

@@ -1,7 +1,6 @@
 """What generate() returns."""
 
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from generate_support import (
     PROMPTS,
     batch,
     count_compilations,
+    generate_module,
     left,
     logits_of,
     make_model,
@@ -21,9 +21,6 @@ from generate_support import (
 
 from flashjax.models import opt
 from flashjax.models.opt import generation_request
-
-# `opt.generate` is the function; this is the module that it comes from.
-generate_module = sys.modules["flashjax.models.opt.generate"]
 
 VARIANTS = {
     "pre_norm": {"num_layers": 2},

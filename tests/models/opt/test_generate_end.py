@@ -1,18 +1,14 @@
 """Where generation ends."""
 
 import dataclasses
-import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from generate_support import CONFIG, NEW, logits_of, make_model
+from generate_support import CONFIG, NEW, generate_module, logits_of, make_model
 
 from flashjax.models import opt
 from flashjax.models.opt import generation_request
-
-# `opt.generate` is the function; this is the module that it comes from.
-generate_module = sys.modules["flashjax.models.opt.generate"]
 
 
 class TestEnd:

@@ -1,7 +1,6 @@
 """What is compiled for generation, and the memory that it takes."""
 
 import gc
-import sys
 import weakref
 
 import jax
@@ -9,15 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from generate_support import NEW, PROMPTS, batch, count_compilations, make_model, naive
+from generate_support import (
+    NEW,
+    PROMPTS,
+    batch,
+    count_compilations,
+    generate_module,
+    make_model,
+    naive,
+)
 
 import flashjax as fj
 from flashjax import matmul
 from flashjax.models import opt
 from flashjax.models.opt import generation_request
-
-# `opt.generate` is the function; this is the module that it comes from.
-generate_module = sys.modules["flashjax.models.opt.generate"]
 
 
 def test_the_second_call_compiles_nothing(model):

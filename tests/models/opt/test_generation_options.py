@@ -2,21 +2,17 @@
 
 import dataclasses
 import json
-import sys
 import warnings
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from generate_support import count_compilations, logits_of
+from generate_support import count_compilations, generate_module, logits_of
 
 from flashjax.checkpoint import CheckpointError
 from flashjax.models import opt
 from flashjax.models.opt.generation_request import Rows, make_request
-
-# `opt.generate` is the function; this is the module that it comes from.
-generate_module = sys.modules["flashjax.models.opt.generate"]
 
 CONFIG = opt.OPTConfig(
     vocab_size=29,

@@ -1,20 +1,17 @@
 """Predicted bytes beside those of real arrays and of XLA's programs."""
 
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from generate_support import generate_module
 
 from flashjax.models import opt
 from flashjax.models.opt import generation_request, memory
 from flashjax.models.opt.generation_request import make_request
 from flashjax.nn import parameter_bytes
 from flashjax.testing import random_opt
-
-generate_module = sys.modules["flashjax.models.opt.generate"]
 
 CONFIG = opt.OPTConfig(
     vocab_size=500,
