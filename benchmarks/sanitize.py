@@ -61,7 +61,7 @@ FAST_COMPILE = "--xla_gpu_autotune_level=0"
 OUTCOMES = ("PASSED", "FAILED", "ERROR", "SKIPPED")  # as pytest prints them
 _SHOWN = 40  # kinds of findings that are kept
 _LAST = 3  # and of what a process printed that did not end well
-_TRIES = 6  # processes for the same tests
+_TRIES = 6  # processes in a row that die before a test has ended
 _PYTEST_STATUSES = (0, 1, 2, 3, 4, 5)
 # Of each thread. With the usual 8 MB, processes with gradients of scans died under
 # memcheck before the first or second test had ended; with these, after the fifth.
@@ -156,10 +156,13 @@ def collect(arguments: list[str]) -> list[str]:
     return tests
 
 
-def run_tests(tool: str, tests: list[str], options: list[str], deadline: float) -> dict:
-    """Runs some tests under one tool, in one process."""
+def run_tests(
+    tool: str, tests: list[str], options: list[str], gpu: int | None, deadline: float
+) -> dict:
+    """Runs some tests under one tool, in one process, on one GPU if it is given."""
     environment = dict(
         os.environ,
+        **({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}),
         PYTHONUNBUFFERED="1",
         XLA_PYTHON_CLIENT_PREALLOCATE="false",
         XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}".strip(),
@@ -205,15 +208,17 @@ def run_tests(tool: str, tests: list[str], options: list[str], deadline: float) 
 
 
 def run_until_ended(
-    tool: str, tests: list[str], options: list[str], deadline: float
+    tool: str, tests: list[str], options: list[str], gpu: int | None, deadline: float
 ) -> dict:
     """The same; again with what has not ended when it dies, not by a time limit."""
     found: collections.Counter[str] = collections.Counter()
     result: dict = {"outcomes": {}, "errors": 0, "warnings": 0, "findings": found}
-    for died in range(_TRIES):
-        # What died at its very end has its last test run again, for the log.
+    result["died"] = 0
+    fruitless = 0
+    while fruitless < _TRIES:
         left = [test for test in tests if test not in result["outcomes"]]
-        last = run_tests(tool, left or tests[-1:], options, deadline)
+        # What died at its very end has its last test run again, for the log.
+        last = run_tests(tool, left or tests[-1:], options, gpu, deadline)
         result = {
             "exit_status": last["exit_status"],
             "outcomes": result["outcomes"] | last["outcomes"],
@@ -221,10 +226,12 @@ def run_until_ended(
             "errors": result["errors"] + last["errors"],
             "warnings": result["warnings"] + last["warnings"],
             "findings": result["findings"] + last["findings"],
-            "died": died,
+            "died": result["died"],
         }
         if last["exit_status"] in (None, *_PYTEST_STATUSES):
             break
+        result["died"] += 1
+        fruitless = 0 if left and last["outcomes"] else fruitless + 1
     return result
 
 
@@ -274,6 +281,7 @@ def main(
     workers: int = typer.Option(12, help="Processes at once, of all tools."),
     together: int = typer.Option(10, help="Tests of a process."),
     minutes: float = typer.Option(60.0, help="What takes longer is ended."),
+    gpus: int = typer.Option(0, help="Of several GPUs, those that take turns."),
     options: str = typer.Option("", help="More options of compute-sanitizer."),
     name: str = typer.Option("sanitize", help="Stem of the result."),
 ) -> None:
@@ -295,10 +303,15 @@ def main(
     with ThreadPoolExecutor(workers) as pool:
         runs = {
             pool.submit(
-                run_until_ended, tool, deal, shlex.split(options), began + 60 * minutes
+                run_until_ended,
+                tool,
+                deal,
+                shlex.split(options),
+                turn % gpus if gpus else None,
+                began + 60 * minutes,
             ): tool
             for tool in chosen
-            for deal in deals
+            for turn, deal in enumerate(deals)
         }
         for run in as_completed(runs):
             tool = runs[run]
