@@ -2,10 +2,11 @@
 
     python benchmarks/sanitize.py [--tools memcheck,racecheck] [pytest arguments]
 
-The tests of each tool are dealt out to many processes, each under a sanitizer of its
-own, several at a time. Now and then one dies of a segmentation fault, or is ended by
-the system (`died` counts that); the tests that it had not ended are run again. Tests of
-XLA's products, which died most, are left out.
+The tests run once without a tool, so that all that XLA compiles for them is in a cache:
+compiling under a sanitizer takes most of the time, and processes die of segmentation
+faults in it. Then the tests of each tool are dealt out to many processes, each under a
+sanitizer of its own, several at a time. If one dies nevertheless or is ended by the
+system (`died` counts that), the tests that it had not ended are run again.
 
 The tools look into the kernels of this project alone: XLA's own kernels, hundreds of
 times slower, and tuning them would take most of the time. But initcheck must see what
@@ -22,10 +23,10 @@ are not run this time stays; each tool's result has the commit it is of.
 
 import collections
 import contextlib
+import dataclasses
 import os
 import pathlib
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -34,6 +35,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Annotated
 
 import report
 import typer
@@ -61,11 +63,8 @@ FAST_COMPILE = "--xla_gpu_autotune_level=0"
 OUTCOMES = ("PASSED", "FAILED", "ERROR", "SKIPPED")  # as pytest prints them
 _SHOWN = 40  # kinds of findings that are kept
 _LAST = 3  # and of what a process printed that did not end well
-_TRIES = 6  # processes in a row that die before a test has ended
+_TRIES = 3  # processes in a row that die before a test has ended
 _PYTEST_STATUSES = (0, 1, 2, 3, 4, 5)
-# Of each thread. With the usual 8 MB, processes with gradients of scans died under
-# memcheck before the first or second test had ended; with these, after the fifth.
-_STACK_BYTES = 1 << 30
 
 app = typer.Typer(add_completion=False)
 
@@ -136,14 +135,6 @@ def run_within(seconds: float, command: list[str], **kwargs) -> int | None:
                 process.wait(10)
 
 
-def enlarge_stacks() -> None:
-    """Those of the threads of processes that are started from now on."""
-    _, most = resource.getrlimit(resource.RLIMIT_STACK)
-    unlimited = most == resource.RLIM_INFINITY
-    size = _STACK_BYTES if unlimited else min(_STACK_BYTES, most)
-    resource.setrlimit(resource.RLIMIT_STACK, (size, most))
-
-
 def collect(arguments: list[str]) -> list[str]:
     """The tests that pytest would run."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q"]
@@ -156,24 +147,48 @@ def collect(arguments: list[str]) -> list[str]:
     return tests
 
 
-def run_tests(
-    tool: str, tests: list[str], options: list[str], gpu: int | None, deadline: float
-) -> dict:
-    """Runs some tests under one tool, in one process, on one GPU if it is given."""
-    environment = dict(
+def environment_of_tests(cache: str, gpu: int | None) -> dict[str, str]:
+    """That of processes which share a cache of programs, on one GPU if it is given."""
+    return dict(
         os.environ,
         **({} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}),
         PYTHONUNBUFFERED="1",
         XLA_PYTHON_CLIENT_PREALLOCATE="false",
         XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}".strip(),
+        JAX_COMPILATION_CACHE_DIR=cache,
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
     )
+
+
+def fill_cache(tests: list[str], environment: dict[str, str], workers: int) -> None:
+    """Runs the tests without a tool. Those that fail will fail under it as well."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q"]
+    command += ["-p", "no:benchmark", "-n", str(workers), *tests]
+    subprocess.run(command, cwd=ROOT, env=environment, check=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sanitizer:
+    """A tool, and how processes run under it."""
+
+    tool: str
+    options: list[str]
+    environment: dict[str, str]
+    logs: pathlib.Path | None  # a folder for those of processes that found or failed
+    deadline: float  # of time.monotonic()
+
+
+def run_tests(sanitizer: Sanitizer, tests: list[str]) -> dict:
+    """Runs some tests in one process."""
+    tool, environment = sanitizer.tool, sanitizer.environment
     if tool == "initcheck":
-        environment["FLASHJAX_CLEAR_WORKSPACE"] = "1"
+        environment = environment | {"FLASHJAX_CLEAR_WORKSPACE": "1"}
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         # %p: the number of the process.
         command = ["compute-sanitizer", f"--tool={tool}", f"--log-file={folder}/log.%p"]
-        command += ["--target-processes=all", *options]
+        command += ["--target-processes=all", *sanitizer.options]
         if tool == "initcheck":
             # It has to see what kernels of XLA write, and what these read is no matter.
             command += ["--print-limit=1000", "--check-api-memory-access=no"]
@@ -183,7 +198,7 @@ def run_tests(
         command += ["-p", "no:benchmark", "-p", "no:xdist", *tests]
         with open(folder / "printed", "w") as printed:
             status = run_within(
-                max(0.0, deadline - time.monotonic()),
+                max(0.0, sanitizer.deadline - time.monotonic()),
                 command,
                 cwd=ROOT,
                 env=environment,
@@ -202,14 +217,15 @@ def run_tests(
     if not logs and status in _PYTEST_STATUSES:
         no_log = collections.Counter(["no log"])
         found = {"errors": 1, "warnings": 0, "findings": no_log}
+    if sanitizer.logs is not None and (found["findings"] or status != 0):
+        path = sanitizer.logs / f"{tool}-{time.monotonic_ns()}.txt"
+        path.write_text("\n".join([*lines, *logs]), encoding="utf-8")
     # Where tests failed, or were ended.
     ended = lines[-_LAST:] if status != 0 or not logs else []
     return {"exit_status": status, "outcomes": outcomes, "ended": ended, **found}
 
 
-def run_until_ended(
-    tool: str, tests: list[str], options: list[str], gpu: int | None, deadline: float
-) -> dict:
+def run_until_ended(sanitizer: Sanitizer, tests: list[str]) -> dict:
     """The same; again with what has not ended when it dies, not by a time limit."""
     found: collections.Counter[str] = collections.Counter()
     result: dict = {"outcomes": {}, "errors": 0, "warnings": 0, "findings": found}
@@ -218,7 +234,7 @@ def run_until_ended(
     while fruitless < _TRIES:
         left = [test for test in tests if test not in result["outcomes"]]
         # What died at its very end has its last test run again, for the log.
-        last = run_tests(tool, left or tests[-1:], options, gpu, deadline)
+        last = run_tests(sanitizer, left or tests[-1:])
         result = {
             "exit_status": last["exit_status"],
             "outcomes": result["outcomes"] | last["outcomes"],
@@ -283,6 +299,10 @@ def main(
     minutes: float = typer.Option(60.0, help="What takes longer is ended."),
     gpus: int = typer.Option(0, help="Of several GPUs, those that take turns."),
     options: str = typer.Option("", help="More options of compute-sanitizer."),
+    logs: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="Folder for what processes printed that found or failed."),
+    ] = None,
     name: str = typer.Option("sanitize", help="Stem of the result."),
 ) -> None:
     """Runs tests of the CUDA kernels under compute-sanitizer."""
@@ -291,7 +311,6 @@ def main(
         raise SystemExit(f"expected tools from {TOOLS}, got {tools!r}")
     if shutil.which("compute-sanitizer") is None:
         raise SystemExit("compute-sanitizer was not found; it comes with CUDA")
-    enlarge_stacks()
     began = time.monotonic()
     arguments = context.args or list(TESTS)
     tests = collect(arguments)
@@ -300,19 +319,25 @@ def main(
     commit = environment().get("commit")
     results = of_other_tools(report.load(name), chosen)
     parts: dict[str, list[dict]] = {tool: [] for tool in chosen}
-    with ThreadPoolExecutor(workers) as pool:
-        runs = {
-            pool.submit(
-                run_until_ended,
-                tool,
-                deal,
-                shlex.split(options),
-                turn % gpus if gpus else None,
-                began + 60 * minutes,
-            ): tool
-            for tool in chosen
-            for turn, deal in enumerate(deals)
-        }
+    if logs is not None:
+        logs.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(workers) as pool:
+        on_gpus = [
+            environment_of_tests(cache, gpu)
+            for gpu in (range(gpus) if gpus else [None])
+        ]
+        fill_cache(tests, on_gpus[0], workers)
+        runs = {}
+        for tool in chosen:
+            for turn, deal in enumerate(deals):
+                sanitizer = Sanitizer(
+                    tool,
+                    shlex.split(options),
+                    on_gpus[turn % len(on_gpus)],
+                    logs,
+                    began + 60 * minutes,
+                )
+                runs[pool.submit(run_until_ended, sanitizer, deal)] = tool
         for run in as_completed(runs):
             tool = runs[run]
             parts[tool].append(run.result())

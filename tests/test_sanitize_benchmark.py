@@ -55,6 +55,7 @@ def sanitize(monkeypatch, tmp_path):
     module = importlib.import_module("sanitize")
     tests = ["tests/test_one.py::test_one", "tests/test_one.py::test_another"]
     monkeypatch.setattr(module, "collect", lambda arguments: tests * 2)
+    monkeypatch.setattr(module, "fill_cache", lambda *args: None)
     return module
 
 

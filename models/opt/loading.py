@@ -1,14 +1,15 @@
 """Loading OPT tensor by tensor, on one device or on those of a mesh.
 
 Tensors are put on the device one by one into a model that has no arrays yet
-(`nnx.eval_shape`), while the next few are read. Beside what is loaded the host holds as
-much as two layers take on the disk: what was read, and packed. What is stored sparse
+(`nnx.eval_shape`), while the next few are read. Beside what is loaded the host holds
+less than two layers take on the disk: what was read, and packed. What is stored sparse
 and goes to one device is packed without being expanded, a matrix while the one before
 it is copied to the device.
 """
 
 import collections
 import dataclasses
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
@@ -41,8 +42,8 @@ _READERS = 4
 # Matrices that are packed at a time: copying one to the device leaves the cores idle.
 _MAKERS = 3
 # What the host holds at a time, in layers as they are stored. On top comes memory that
-# JAX has for a matrix on its way to a GPU, and keeps.
-_LAYERS = 2
+# JAX has for a matrix on its way to a GPU, and keeps: less than another layer.
+_LAYERS = 1.5
 
 
 def load(
@@ -85,7 +86,7 @@ def load(
         name: size * (2 if len(stored.reader.shape(name)) == 2 else 1)
         for name, size in sizes.items()
     }
-    most = _LAYERS * _layer_bytes(stored, sizes)
+    most = int(_LAYERS * _layer_bytes(stored, sizes))
     makers = 1 if in_order else _MAKERS
     with _Loader(model, place, makers, most, fuse_qkv) as loader:
         # No name for what this iterates over: an error would keep it, and its threads.
@@ -264,6 +265,8 @@ class _OneDevice:
 
     def __init__(self, tokens: int | None = None):
         self._tokens = tokens
+        # JAX keeps pinned memory for all that was on its way to a GPU at a time.
+        self._copying = threading.Lock()
 
     def put(self, module: str, attribute: str, array: np.ndarray) -> jax.Array:
         return put_without_copy(array)
@@ -273,7 +276,10 @@ class _OneDevice:
 
     def put_sparse(self, module: str, weight: np.ndarray | SparseRows) -> SparseMatrix:
         if isinstance(weight, SparseRows):
-            return SparseMatrix.from_rows(weight)
+            packed = weight.pack()
+            with self._copying:
+                leaves = jax.block_until_ready(tuple(map(jnp.asarray, packed)))
+            return SparseMatrix(*leaves, shape=weight.shape[::-1], dtype=weight.dtype)
         return SparseMatrix.from_dense(transpose_anywhere(weight), tokens=self._tokens)
 
 
