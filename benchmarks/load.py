@@ -43,10 +43,6 @@ from flashjax.testing import random_opt
 
 _BLOCK = 1 << 24
 
-# This process and those that load share a device, of which this one needs nothing.
-_ENVIRONMENT = dict(os.environ)
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
 
 def forget(path: pathlib.Path) -> None:
     """Asks the system to drop a file from its cache."""
@@ -118,11 +114,11 @@ def store(model: str, sparsity: float, folder: str) -> dict[str, float]:
     return {"made": seconds, "stored": time.perf_counter() - began - seconds}
 
 
-def in_process(*arguments: object) -> dict[str, float]:
+def in_process(environment: dict[str, str], *arguments: object) -> dict[str, float]:
     """What this script prints when it is called so."""
     command = [sys.executable, __file__, *map(str, arguments)]
     done = subprocess.run(
-        command, check=True, env=_ENVIRONMENT, stdout=subprocess.PIPE, text=True
+        command, check=True, env=environment, stdout=subprocess.PIPE, text=True
     )
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -143,12 +139,15 @@ def main(
     if only == "load":
         print(json.dumps(load(str(folder), largest)))
         return
+    # Of the device, which it shares with those that load, this process needs nothing.
+    environment = dict(os.environ)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with tempfile.TemporaryDirectory() as temporary:
         stored = folder or pathlib.Path(temporary, "model")
         making = ("--model", model, "--sparsity", sparsity, "--folder", stored)
         made: dict[str, float] = {}
         if not stored.exists():
-            made = in_process("--only", "store", *making)
+            made = in_process(environment, "--only", "store", *making)
             print("made in {made:.1f} s, stored in {stored:.1f} s".format(**made))
         paths = sorted(stored.glob("*.safetensors"))
         largest, layer = layer_bytes(paths)
@@ -170,7 +169,7 @@ def main(
             for path in paths:
                 forget(path)
             loading = ("--only", "load", "--folder", stored, "--largest", largest)
-            loads.append(in_process(*loading))
+            loads.append(in_process(environment, *loading))
             print(f"read in {reads[-1]:.2f} s, loaded in {loads[-1]['seconds']:.2f} s")
             best = dict(min(loads, key=lambda r: r["seconds"]))
             seconds = best.pop("seconds")

@@ -44,6 +44,7 @@ _MAKERS = 3
 # What the host holds at a time, in layers as they are stored. On top comes memory that
 # JAX has for a matrix on its way to a GPU, and keeps: less than another layer.
 _LAYERS = 1.5
+_SMALL_BYTES = 1 << 20
 
 
 def load(
@@ -269,7 +270,10 @@ class _OneDevice:
         self._copying = threading.Lock()
 
     def put(self, module: str, attribute: str, array: np.ndarray) -> jax.Array:
-        return put_without_copy(array)
+        if array.nbytes <= _SMALL_BYTES:  # and must not wait for a matrix
+            return jnp.asarray(array)
+        with self._copying:
+            return put_without_copy(array)
 
     def put_kernel(self, module: str, weight: np.ndarray) -> jax.Array:
         return jnp.asarray(transpose_anywhere(weight))
@@ -278,8 +282,13 @@ class _OneDevice:
         if isinstance(weight, SparseRows):
             packed = weight.pack()
             with self._copying:
-                leaves = jax.block_until_ready(tuple(map(jnp.asarray, packed)))
-            return SparseMatrix(*leaves, shape=weight.shape[::-1], dtype=weight.dtype)
+                bitmap, entries, values, counts = (
+                    jax.block_until_ready(jnp.asarray(part)) for part in packed
+                )
+            shape = weight.shape[::-1]
+            return SparseMatrix(
+                bitmap, entries, values, counts, shape=shape, dtype=weight.dtype
+            )
         return SparseMatrix.from_dense(transpose_anywhere(weight), tokens=self._tokens)
 
 
