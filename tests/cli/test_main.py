@@ -68,6 +68,19 @@ def test_shell_completion(words, expected):
     assert set(result.stdout.split()) == expected, result.stderr
 
 
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_completion_of_shells_that_show_help(shell):
+    variables = {
+        "_FLASHJAX_COMPLETE": f"complete_{shell}",
+        "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+        "_TYPER_COMPLETE_ARGS": "flashjax ge",
+    }
+    result = run_process(env=os.environ | variables)
+    assert "generate" in result.stdout, result.stderr
+    assert "Continue prompts" in result.stdout
+    assert "prune" not in result.stdout
+
+
 def test_help_loads_no_jax():
     code = """
 import sys
