@@ -267,6 +267,8 @@ def total(tool: str, count: int, parts: list[dict]) -> dict:
         "died": sum(part["died"] for part in parts),
         "errors": sum(part["errors"] for part in parts),
         "warnings": sum(part["warnings"] for part in parts),
+        # An error is in one test of its process.
+        "errors_among": [sorted(p["outcomes"]) for p in parts if p["errors"]],
         "findings": [f"{count} x {text}" for text, count in found.most_common(_SHOWN)],
         "ended": [line for part in parts for line in part["ended"]],
     }

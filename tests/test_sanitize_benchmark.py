@@ -40,6 +40,7 @@ case "$tool" in
   synccheck) rm "$log"* ;;
 esac
 [ -z "$KILLED" ] || exit 137
+echo "on GPU $CUDA_VISIBLE_DEVICES"
 echo "2 passed in 1.00s"
 """
 
@@ -91,6 +92,8 @@ def test_errors(sanitize, tmp_path):
     memory, races = sorted(results, key=lambda r: r["tool"])
     assert (memory["errors"], races["errors"]) == (0, 4)
     assert races["warnings"] == 8
+    tests = ["tests/test_one.py::test_another", "tests/test_one.py::test_one"]
+    assert (memory["errors_among"], races["errors_among"]) == ([], [tests, tests])
     assert races["findings"] == ["4 x Race reported"]
 
 
@@ -127,6 +130,17 @@ def test_what_dies_is_run_again(sanitize, tmp_path, monkeypatch):
     # What it found until then counts, too.
     assert (result["died"], result["exit_statuses"]) == (1, [0])
     assert (result["errors"], result["outcomes"]) == (4, {"passed": 4})
+
+
+def test_logs_of_what_found_something_are_kept(sanitize, tmp_path):
+    logs = tmp_path / "some" / "logs"
+    options = ["--logs", str(logs), "--gpus", "2"]
+    run(sanitize, tmp_path, "memcheck,racecheck", *options)
+    texts = [path.read_text() for path in logs.glob("racecheck-*")]
+    assert len(texts) == len(list(logs.iterdir())) == 2
+    assert all("test_one PASSED" in text and "Race reported" in text for text in texts)
+    gpus = {line for text in texts for line in text.splitlines() if "on GPU" in line}
+    assert gpus == {"on GPU 0", "on GPU 1"}
 
 
 def test_a_test_is_missing(sanitize, tmp_path):
