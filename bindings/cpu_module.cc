@@ -1,6 +1,10 @@
 // flashjax._cpu: the FFI handlers of the CPU, the host packer, and what the build found.
 #include <nanobind/nanobind.h>
 
+#include <cstddef>
+#include <cstdint>
+
+#include "bindings/numpy_arrays.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace nb = nanobind;
@@ -48,6 +52,9 @@ NB_MODULE(_cpu, m) {
       "xla_ffi_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); },
       "(major, minor) of the XLA FFI headers that this module was built with.");
   m.def("build_info", &BuildInfo, "What the build used, and why it left CUDA out if it did.");
+  m.def(
+      "empty_bytes", [](size_t count) { return flashjax::Empty<uint8_t>(count).array; },
+      nb::arg("count"), "uint8 (count,), in memory that the system gets back (cpu/buffer.h).");
   BindPack(m);
   BindGatherPack(m);
 }

@@ -1,10 +1,8 @@
 """Reading one safetensors file."""
 
-import contextlib
 import dataclasses
 import json
 import math
-import mmap
 import os
 import zlib
 from collections.abc import Mapping
@@ -13,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from flashjax import _native
 from flashjax.atomic_folder import CheckpointError
 
 from .checks import expect
@@ -40,8 +39,6 @@ _DTYPES = {
 _LFS_POINTER = b"version https://git-lfs"
 # Bytes that are read at a time: the checksum then finds them in the cache.
 _BLOCK = 1 << 20
-# From so many bytes on an array has pages of its own.
-_PAGES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +132,9 @@ class TensorFile:
         """
         where = f"{self.path}: {name}"
         stored = self._stored[name]
-        array = _empty(math.prod(stored.shape), self.dtype(name))
-        data = array.view(np.uint8).data
+        dtype = self.dtype(name)
+        content = _native.cpu.empty_bytes(math.prod(stored.shape) * dtype.itemsize)
+        data = content.data
 
         def read_part(start: int, stop: int) -> int:
             found = 0
@@ -158,7 +156,7 @@ class TensorFile:
         if name in checksums:
             what, expected = "checksum of the content", checksums[name]
             expect(found == expected, where, what, expected, found)
-        return array.reshape(stored.shape)
+        return content.view(dtype).reshape(stored.shape)
 
     def announce(self) -> None:
         """Has the system read the file ahead; takes as long as it takes to ask for."""
@@ -175,18 +173,3 @@ def is_lfs_pointer(path: Path) -> bool:
     """Whether git has a text in the place of a file, which was not downloaded."""
     with open(path, "rb") as file:
         return file.read(len(_LFS_POINTER)) == _LFS_POINTER
-
-
-def _empty(size: int, dtype: np.dtype) -> np.ndarray:
-    """An array whose memory the system gets back as soon as nothing refers to it.
-
-    The C library would keep much of what many threads free, for each of them.
-    """
-    count = size * dtype.itemsize
-    if count < _PAGES or not hasattr(mmap, "MAP_ANONYMOUS"):
-        return np.empty(size, dtype)
-    pages = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(pages, dtype)
