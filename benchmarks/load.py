@@ -79,9 +79,8 @@ def layer_bytes(paths: list[pathlib.Path]) -> tuple[int, int]:
 def host_bytes(key: str) -> int:
     """Memory of this process, VmRSS, or the most that it had, VmHWM.
 
-    RssShmem: on a GPU's host, what is pinned.
-
-    getrusage counts what made it, too.
+    Of it RssShmem is pinned, where there is a GPU. getrusage counts what made the
+    process, too.
     """
     status = pathlib.Path("/proc/self/status").read_text()
     return 1024 * int(re.search(rf"{key}:\s+(\d+) kB", status)[1])

@@ -6,7 +6,8 @@ The tests run once without a tool, so that all that XLA compiles for them is in 
 compiling under a sanitizer takes most of the time, and processes die of segmentation
 faults in it. Then the tests of each tool are dealt out to many processes, each under a
 sanitizer of its own, several at a time. If one dies nevertheless or is ended by the
-system (`died` counts that), the tests that it had not ended are run again.
+system (`died` counts that), the tests that it had not ended are run again. Tests of
+XLA's products, in which no kernel of this project runs, are left out.
 
 The tools look into the kernels of this project alone: XLA's own kernels, hundreds of
 times slower, and tuning them would take most of the time. But initcheck must see what
@@ -229,8 +230,7 @@ def run_until_ended(sanitizer: Sanitizer, tests: list[str]) -> dict:
     """The same; again with what has not ended when it dies, not by a time limit."""
     found: collections.Counter[str] = collections.Counter()
     result: dict = {"outcomes": {}, "errors": 0, "warnings": 0, "findings": found}
-    result["died"] = 0
-    fruitless = 0
+    died = fruitless = 0
     while fruitless < _TRIES:
         left = [test for test in tests if test not in result["outcomes"]]
         # What died at its very end has its last test run again, for the log.
@@ -242,13 +242,12 @@ def run_until_ended(sanitizer: Sanitizer, tests: list[str]) -> dict:
             "errors": result["errors"] + last["errors"],
             "warnings": result["warnings"] + last["warnings"],
             "findings": result["findings"] + last["findings"],
-            "died": result["died"],
         }
         if last["exit_status"] in (None, *_PYTEST_STATUSES):
             break
-        result["died"] += 1
+        died += 1
         fruitless = 0 if left and last["outcomes"] else fruitless + 1
-    return result
+    return result | {"died": died}
 
 
 def total(tool: str, count: int, parts: list[dict]) -> dict:

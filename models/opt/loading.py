@@ -44,6 +44,7 @@ _MAKERS = 3
 # What the host holds at a time, in layers as they are stored. On top comes memory that
 # JAX has for a matrix on its way to a GPU, and keeps: less than another layer.
 _LAYERS = 1.5
+# An array up to this size does not wait until a matrix was copied to the device.
 _SMALL_BYTES = 1 << 20
 
 
@@ -270,7 +271,7 @@ class _OneDevice:
         self._copying = threading.Lock()
 
     def put(self, module: str, attribute: str, array: np.ndarray) -> jax.Array:
-        if array.nbytes <= _SMALL_BYTES:  # and must not wait for a matrix
+        if array.nbytes <= _SMALL_BYTES:
             return jnp.asarray(array)
         with self._copying:
             return put_without_copy(array)
