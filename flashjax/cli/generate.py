@@ -109,8 +109,11 @@ def run(
     # Before the weights are read, which may take minutes.
     model_config, tokenizer = opt.OPTConfig.from_hf(folder), require_tokenizer(folder)
     encoded = [tokenizer.encode(prompt).ids for prompt in prompts]
-    for ids in encoded:
-        check_prompt(model_config, ids, config.max_new_tokens)
+    for number, ids in enumerate(encoded, 1):
+        try:
+            check_prompt(model_config, ids, config.max_new_tokens)
+        except ValueError as error:
+            raise ValueError(f"prompt {number}: {error}") from error
     model = load(folder, dtype, cache_dtype, dense, implementation, quiet)
 
     speed = _Speed(batch=min(batch, len(prompts)))
@@ -252,10 +255,9 @@ def _read_config(
     folder = local_folder(name)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        config = opt.GenerationConfig.from_pretrained(folder)
+        config = opt.GenerationConfig.from_pretrained(folder, **options)
     for warning in caught:
         typer.echo(f"flashjax: warning: {warning.message}", err=True)
-    config = config.with_options(**options)
     for name in ("top_k", "top_p"):
         if name in options and not config.temperature:
             flag = "--" + name.replace("_", "-")
@@ -298,7 +300,8 @@ def read_prompts(file: Path | None) -> list[str]:
             f"--file: expected UTF-8 text in {name}, got byte "
             f"{data[error.start]:#04x} at offset {error.start}"
         ) from error
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    # Not splitlines(), which also splits at separators that a prompt may hold.
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"--file: expected a prompt a line in {name}, got no text")
     return prompts

@@ -37,6 +37,7 @@ from .text_stream import stream_text
 
 _KEYS = ("id", "prompt", "max_new_tokens", "seed")
 _FORMAT = "flashjax-partial/1"
+_SMALL_BYTES = 1 << 20
 FAILED = "failed"  # the finish_reason of a line that has no result
 
 
@@ -109,7 +110,8 @@ def generate_file(
       config: the options; None is the default `GenerationConfig`.
       batch: prompts at once. Smaller batches are filled up, so that one program serves.
       logprobs: write the tokens and their log-probabilities too.
-      resume: go on with what an interrupted run left.
+      resume: go on with what an interrupted run left. It must have had the same options
+        and the same model, loaded the same way.
       overwrite: replace an existing output, and what an interrupted run left.
       progress: called with the lines that are done, and with all.
 
@@ -163,6 +165,7 @@ def continue_input(
         "input": source.digest,
         "model": dataclasses.asdict(model.config),
         "weights": _fingerprint(model),
+        "tokens": _digest_of_tokens(jobs),
         "dtype": model.dtype.name,
         "cache_dtype": model.cache_dtype.name,
         "options": dataclasses.asdict(config),
@@ -188,7 +191,7 @@ def continue_input(
                         if job.index not in done:
                             done[job.index] = result
                             line = {"index": job.index, "result": result}
-                            journal.write(json.dumps(line) + "\n")
+                            journal.write(_json_line(line))
                     journal.flush()
                     os.fsync(journal.fileno())
                 if progress is not None:
@@ -211,13 +214,19 @@ def continue_input(
 
 def partial_path(target: Path) -> Path:
     """Where an unfinished run keeps its results."""
-    return target.with_name(target.name + ".partial")
+    whole = _behind_links(target)
+    return whole.with_name(whole.name + ".partial")
+
+
+def _behind_links(target: Path) -> Path:
+    """What is replaced: not a link, but the file that it names."""
+    return Path(os.path.realpath(target)) if target.is_symlink() else target
 
 
 def check_target(source: Path, target: Path, *, resume: bool, overwrite: bool) -> None:
     """Raises ValueError if the output, or a part of it, is in the way."""
     partial = partial_path(target)
-    if target.is_dir() or not target.parent.is_dir():
+    if target.is_dir() or not partial.parent.is_dir():
         raise ValueError(f"{target}: expected a file in an existing folder")
     # It is replaced as a whole, so nothing may be there that is not an output.
     if target.exists() and not target.is_file():
@@ -281,7 +290,7 @@ def _parse(
         content = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"expected UTF-8 text, got {error.reason}") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"expected a JSON object, got {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"expected a JSON object, got {type(content).__name__}")
@@ -295,13 +304,15 @@ def _parse(
         prompt.encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError("expected a prompt of whole characters") from None
+    job_id = content.get("id", number)
+    _check_id(job_id)
     own = {k: content[k] for k in ("max_new_tokens", "seed") if k in content}
     options = config.with_options(**own)
     tokens = tokenizer.encode(prompt).ids
     check_prompt(model, tokens, options.max_new_tokens)
     return Job(
         index=index,
-        id=content.get("id", number),
+        id=job_id,
         tokens=tokens,
         max_new_tokens=options.max_new_tokens,
         seed=options.seed,
@@ -309,10 +320,28 @@ def _parse(
     )
 
 
+def _check_id(job_id: Any) -> None:
+    """Raises ValueError unless an output can hold it."""
+    try:
+        _json_line({"index": 0, "result": {"id": job_id}}).encode("utf-8")
+    except (ValueError, RecursionError) as error:  # also of lone surrogates
+        raise ValueError(
+            f"expected an id that JSON has as UTF-8, got {error}"
+        ) from error
+
+
+def _json_line(content: Any) -> str:
+    return json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def check_prompt(model: OPTConfig, tokens: Sequence[int], max_new_tokens: int) -> None:
     """Raises ValueError unless the model has the tokens and positions for them."""
+    if not tokens:
+        raise ValueError(
+            "expected a prompt with tokens, the tokenizer gave none for it"
+        )
     check_length(model, len(tokens), max_new_tokens)
-    largest = max(tokens, default=0)
+    largest = max(tokens)
     if largest >= model.vocab_size:
         raise ValueError(
             f"the tokenizer gave token {largest}, the model has {model.vocab_size}"
@@ -320,11 +349,23 @@ def check_prompt(model: OPTConfig, tokens: Sequence[int], max_new_tokens: int) -
 
 
 def _fingerprint(model: OPT) -> str:
-    """Of the last layer's last weights, which differ between models."""
+    """Of what is small in any layer, and of all of the first and the last one.
+
+    All weights would take as long as reading the model again.
+    """
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(nnx.state(model.layers[-1].fc2)):
+    ends = [model.layers[0], model.layers[-1]]
+    for leaf in jax.tree.leaves([nnx.state(layer) for layer in ends]):
         digest.update(np.asarray(leaf).tobytes())
+    for leaf in jax.tree.leaves(nnx.state(model)):
+        if leaf.nbytes <= _SMALL_BYTES:
+            digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()
+
+
+def _digest_of_tokens(jobs: list[Job]) -> str:
+    tokens = json.dumps([list(job.tokens) for job in jobs])
+    return hashlib.sha256(tokens.encode()).hexdigest()
 
 
 def _batches(jobs: list[Job], batch: int) -> Iterator[list[Job]]:
@@ -394,7 +435,7 @@ def _read_partial(partial: Path, header: dict[str, Any]) -> dict[int, dict[str, 
     whole = data[: data.rfind(b"\n") + 1]
     try:
         found, *lines = [json.loads(line) for line in whole.splitlines()] or [None]
-    except ValueError:
+    except (ValueError, RecursionError):
         found, lines = None, []
     if found is None and not whole:
         return {}
@@ -429,11 +470,12 @@ def _read_partial(partial: Path, header: dict[str, Any]) -> dict[int, dict[str, 
 
 
 def _write(target: Path, results: list[dict[str, Any]]) -> None:
+    target = _behind_links(target)
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             for result in results:
-                file.write(json.dumps(result, ensure_ascii=False) + "\n")
+                file.write(_json_line(result))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)

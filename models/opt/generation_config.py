@@ -3,6 +3,7 @@
 import dataclasses
 import operator
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -150,18 +151,11 @@ class GenerationConfig:
         Raises:
           TypeError, ValueError: an unknown field, or as the class.
         """
-        names = [field.name for field in dataclasses.fields(self)]
-        unknown = sorted(options.keys() - set(names))
-        if unknown:
-            beams = " (there is no beam search)" if "num_beams" in unknown else ""
-            raise TypeError(
-                f"expected options of generation ({', '.join(names)}), got "
-                f"{', '.join(unknown)}{beams}"
-            )
+        _check_names(options)
         return dataclasses.replace(self, **options)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
+    def from_pretrained(cls, folder: str | os.PathLike[str], **options: Any) -> Self:
         """Reads the generation_config.json of a model folder.
 
         As in transformers, a file without ``do_sample`` is greedy, and one with it
@@ -169,6 +163,7 @@ class GenerationConfig:
 
         Args:
           folder: a model folder in the Hugging Face layout, or the file itself.
+          **options: fields that have these values, whatever the file says.
 
         Returns:
           The configuration; the default one where the folder has no such file.
@@ -180,16 +175,19 @@ class GenerationConfig:
         Raises:
           CheckpointError: (a ValueError) there is no such folder, or the file is
             damaged or has wrong values.
+          TypeError, ValueError: an option is unknown or wrong whatever the file says.
         """
+        _check_names(options)
+        cls(**{"max_new_tokens": sys.maxsize} | options)
         path = Path(folder)
         if path.is_dir():
             path = path / FILE_NAME
             if not path.is_file():
-                return cls()
+                return cls().with_options(**options)
         if not path.is_file():
             raise CheckpointError(f"{folder}: expected a model folder, got nothing")
         try:
-            config, ignored = cls.from_hf(read_json(path))
+            config, ignored = cls.from_hf(read_json(path), **options)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: {error}") from error
         if ignored:
@@ -198,8 +196,14 @@ class GenerationConfig:
         return config
 
     @classmethod
-    def from_hf(cls, content: dict[str, Any]) -> tuple[Self, dict[str, Any]]:
+    def from_hf(
+        cls, content: dict[str, Any], **options: Any
+    ) -> tuple[Self, dict[str, Any]]:
         """Translates the content of a generation_config.json.
+
+        Args:
+          content: of the file.
+          **options: fields that go before it.
 
         Returns:
           The configuration, and the fields that ask for what there is not.
@@ -207,22 +211,34 @@ class GenerationConfig:
         given = {k: v for k, v in content.items() if v is not None}
         fields = {f.name for f in dataclasses.fields(cls)} - {"seed"}
         sampling = {"temperature", "top_k", "top_p"}
-        options = {k: v for k, v in given.items() if k in fields - sampling}
+        read = {k: v for k, v in given.items() if k in fields - sampling}
         do_sample = given.get("do_sample", False)
         if not isinstance(do_sample, bool):
             raise ValueError(f"do_sample must be true or false, got {do_sample!r}")
         if do_sample:
-            options["temperature"] = given.get("temperature", 1.0)
+            read["temperature"] = given.get("temperature", 1.0)
             # 0 is how transformers spells "all".
-            options["top_k"] = given.get("top_k", _HF_TOP_K) or None
-            options["top_p"] = given.get("top_p")
+            read["top_k"] = given.get("top_k", _HF_TOP_K) or None
+            read["top_p"] = given.get("top_p")
         known = fields | _IRRELEVANT | {"do_sample"}
         ignored = {
             k: v
             for k, v in given.items()
             if k not in known and v is not False and v != _NEUTRAL.get(k)
         }
-        return cls(**options), ignored
+        return cls(**read | options), ignored
+
+
+def _check_names(options: dict[str, Any]) -> None:
+    """Raises TypeError unless all are fields of a configuration."""
+    names = [field.name for field in dataclasses.fields(GenerationConfig)]
+    unknown = sorted(options.keys() - set(names))
+    if unknown:
+        beams = " (there is no beam search)" if "num_beams" in unknown else ""
+        raise TypeError(
+            f"expected options of generation ({', '.join(names)}), got "
+            f"{', '.join(unknown)}{beams}"
+        )
 
 
 def _ids(value: int | Sequence[int] | None) -> int | tuple[int, ...] | None:

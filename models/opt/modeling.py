@@ -258,7 +258,7 @@ class OPT(nnx.Module):
         """Returns an empty cache of ``max_length`` slots for ``batch`` sequences.
 
         Raises:
-          ValueError: a size below one, or more slots than positions.
+          ValueError: a size below one.
         """
         if batch < 1 or max_length < 1:
             raise ValueError(

@@ -51,10 +51,17 @@ class TextStream:
         text = self._decode(self._ids)
         if text.endswith(_REPLACEMENT) and not final:
             return ""
-        # Only the last shown stretch is needed as context: the cost stays constant.
-        self._ids = self._ids[self._shown :]
-        self._shown = held
-        return text[len(context) :]
+        piece = text[len(context) :]
+        # Only the last stretch is needed as context: the cost stays constant. But it
+        # must have text, or the next word would lose its space.
+        if piece:
+            self._ids = self._ids[self._shown :]
+            self._shown = held
+        elif context:
+            del self._ids[self._shown :]
+        else:
+            self._shown = len(self._ids)
+        return piece
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(

@@ -112,6 +112,13 @@ def test_file(cli, sparse_folder, tmp_path):
         assert text in result.out
 
 
+def test_a_prompt_may_hold_other_separators(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a\N{LINE SEPARATOR}b\N{NEXT LINE}c\x0cd\ne\r\n", newline="")
+    prompts = command.read_prompts(path)
+    assert prompts == ["a\N{LINE SEPARATOR}b\N{NEXT LINE}c\x0cd", "e"]
+
+
 def test_stdin(cli, sparse_folder, monkeypatch):
     stdin = SimpleNamespace(buffer=io.BytesIO(b"hello\n"))
     monkeypatch.setattr(sys, "stdin", stdin)

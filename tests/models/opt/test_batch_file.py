@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from cli_support import byte_tokenizer
 from flax import nnx
+from tokenizers import Tokenizer, normalizers, processors
 
 from flashjax import file_lock
 from flashjax.models import opt
@@ -249,6 +250,10 @@ def test_existing_output(model, tokenizer, source, tmp_path):
         ({"prompt": "x", "max_new_tokens": None}, "must be an integer, got None"),
         ({"prompt": "x" * 40}, "32 positions, got a prompt of 41 tokens"),
         ('{"prompt": "\\ud800"}', "whole characters"),
+        ('{"prompt": "x", "id": ["\\ud800"]}', "an id that JSON has as UTF-8"),
+        ('{"prompt": "x", "id": NaN}', "an id that JSON has as UTF-8, got .* nan"),
+        ('{"prompt": "x", "id": 1e999}', "an id that JSON has as UTF-8, got .* inf"),
+        ('{"prompt": "x", "id": ' + "[" * 100_000, "expected a JSON object, got"),
     ],
 )
 def test_bad_lines(model, tokenizer, tmp_path, line, message):
@@ -266,6 +271,56 @@ def test_bad_files(model, tokenizer, tmp_path, content):
         source.write_bytes(content)
     with pytest.raises(ValueError, match="expected"):
         opt.generate_file(model, tokenizer, source, tmp_path / "out")
+
+
+def test_a_prompt_without_tokens(model, tokenizer, source, tmp_path):
+    """Found before anything is computed."""
+    bare = Tokenizer.from_str(tokenizer.to_str())
+    bare.post_processor = processors.TemplateProcessing(single="$A")
+    bare.normalizer = normalizers.Strip()
+    source = write(tmp_path / "in", [{"prompt": "fine"}, {"prompt": " "}])
+    with pytest.raises(ValueError, match="line 2: expected a prompt with tokens"):
+        opt.generate_file(model, bare, source, tmp_path / "out", config=OPTIONS)
+    assert sorted(os.listdir(tmp_path)) == ["in", "in.jsonl"]
+
+
+def test_an_output_behind_a_link(model, tokenizer, source, tmp_path):
+    (tmp_path / "folder").mkdir()
+    real, link = tmp_path / "folder" / "real", tmp_path / "out"
+    link.symlink_to("folder/real")
+    arguments = (model, tokenizer, source, link)
+    opt.generate_file(*arguments, config=OPTIONS)
+    before = real.read_bytes()
+    opt.generate_file(*arguments, config=OPTIONS, overwrite=True)
+    assert link.is_symlink() and real.read_bytes() == before
+    assert os.listdir(tmp_path / "folder") == ["real"]
+    link.unlink()
+    link.symlink_to("no/real")
+    with pytest.raises(ValueError, match="in an existing folder"):
+        opt.generate_file(*arguments, config=OPTIONS)
+
+
+@pytest.mark.parametrize("changed", ["first", "bias", "tokenizer"])
+def test_resuming_something_else(tokenizer, source, tmp_path, monkeypatch, changed):
+    config = dataclasses.replace(CONFIG, num_layers=3)
+    model, target = opt.OPT(config, rngs=nnx.Rngs(0)), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_file, "_write", None)
+        with pytest.raises(TypeError):
+            opt.generate_file(model, tokenizer, source, target, config=OPTIONS)
+    if changed == "first":
+        kernel = model.layers[0].self_attn.q_proj.kernel
+        kernel[...] = kernel[...].at[0, 0].add(1)
+    elif changed == "bias":
+        bias = model.layers[1].fc1.bias
+        bias[...] = bias[...].at[0].add(1)
+    else:
+        tokenizer = Tokenizer.from_str(tokenizer.to_str())
+        tokenizer.normalizer = normalizers.Lowercase()
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    expected = "same tokens" if changed == "tokenizer" else "same weights"
+    with pytest.raises(ValueError, match=expected):
+        opt.generate_file(model, tokenizer, source, target, config=OPTIONS, resume=True)
 
 
 def test_what_is_no_partial_file(model, tokenizer, source, tmp_path):
@@ -345,6 +400,7 @@ main()
     partial = batch_file.partial_path(target)
     assert len(partial.read_text().splitlines()) == 3
     config = opt.GenerationConfig(max_new_tokens=4)
+    model, _ = opt.from_pretrained(folder, jnp.float32)
     opt.generate_file(
         model, tokenizer, source, target, config=config, batch=1, resume=True
     )

@@ -12,6 +12,7 @@ from generate_support import count_compilations, generate_module, logits_of
 
 from flashjax.checkpoint import CheckpointError
 from flashjax.models import opt
+from flashjax.models.opt.generation_config import FILE_NAME
 from flashjax.models.opt.generation_request import Rows, make_request
 
 CONFIG = opt.OPTConfig(
@@ -248,6 +249,20 @@ class TestFile:
         with pytest.raises(CheckpointError, match=message) as error:
             self._write(tmp_path, **content)
         assert "generation_config.json" in str(error.value)
+
+    def test_options_go_before_the_file(self, tmp_path):
+        """Together they fit, the file alone does not."""
+        with pytest.raises(CheckpointError, match="max_new_tokens=64, got 100"):
+            self._write(tmp_path, min_new_tokens=100)
+        config = opt.GenerationConfig.from_pretrained(
+            tmp_path, max_new_tokens=120, seed=3
+        )
+        assert config == opt.GenerationConfig(120, 100, seed=3)
+        # What is wrong with an option is not the file's fault.
+        for options, error in [({"seed": -1}, ValueError), ({"beams": 2}, TypeError)]:
+            with pytest.raises(error) as raised:
+                opt.GenerationConfig.from_pretrained(tmp_path, **options)
+            assert FILE_NAME not in str(raised.value)
 
     def test_bad_files(self, tmp_path):
         (tmp_path / "generation_config.json").write_text("{")

@@ -33,6 +33,7 @@ def _word_tokenizer():
         tokenizers.models.WordLevel(vocabulary, unk_token=None)
     )
     tokenizer.decoder = tokenizers.decoders.Metaspace()
+    tokenizer.add_special_tokens(["</s>", "<pad>"])
     return tokenizer
 
 
@@ -94,6 +95,16 @@ def test_the_prompt_is_context_only():
     assert tokenizer.decode([0, 1, 1]) == "a b b"
     assert list(opt.stream_text([1, 1], tokenizer, [0])) == [" b", " b"]
     assert list(opt.stream_text([0, 1], tokenizer)) == ["a", " b"]
+
+
+@given(st.lists(st.integers(0, 3)), st.lists(st.integers(0, 3)))
+@example([0], [2, 1])
+@example([2], [2, 0, 1])
+def test_words_after_special_tokens(prompt, ids):
+    tokenizer = _word_tokenizer()
+    whole = tokenizer.decode([*prompt, *ids])
+    pieces = list(opt.stream_text(ids, tokenizer, prompt))
+    assert tokenizer.decode(prompt) + "".join(pieces) == whole
 
 
 def test_tokens_may_be_numpy_integers():
