@@ -45,7 +45,7 @@ def run(
       quiet: print nothing.
     """
     if report is not None:
-        _check_report(report)
+        _check_report(report, out)
     budgets: Any = budget if budget in ("uniform", "owl") else read_json(budget)
     settings = _check_options(options, budgets)
     if calibration["path"] is not None and not settings.needs_calibration:
@@ -100,7 +100,9 @@ def _check_options(options: Mapping[str, Any], budget: Any) -> Settings:
         raise UsageError(str(error)) from error
 
 
-def _check_report(report: Path) -> None:
+def _check_report(report: Path, out: Path) -> None:
+    if report.resolve() == out.resolve():
+        raise ValueError(f"{report}: expected another file than the folder to write")
     # It is replaced as a whole, which a device must not be.
     if report.exists() and not report.is_file():
         raise ValueError(f"{report}: expected a file, got a folder, device or pipe")

@@ -98,6 +98,13 @@ def test_the_report_replaces_no_device(cli, dense_folder, tmp_path):
     assert os.listdir(tmp_path) == ["report"]
 
 
+def test_the_report_is_not_the_folder(cli, dense_folder, tmp_path):
+    out = tmp_path / "out"
+    result = cli("prune", dense_folder, out, "-s", 0.5, "--report", out)
+    assert_error(result, f"{out}: expected another file than the folder to write")
+    assert os.listdir(tmp_path) == []
+
+
 def test_kill_and_resume(cli, dense_folder, tmp_path):
     args = [dense_folder, tmp_path / "out", "-s", 0.5, "--method", "sparsegpt"]
     args += ["--activations", "float32", *CALIBRATED]

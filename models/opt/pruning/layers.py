@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from flashjax.checkpoint import CheckpointError
 from flashjax.nnx_tree import node_at, set_node
 from flashjax.prune import InputStatistics
 
@@ -20,6 +19,7 @@ from ..config import OPTConfig
 from ..hf_folder import StoredOPT, convert
 from ..modeling import OPT, DecoderLayer, positions_from_mask
 from ..parallel import transpose as transpose
+from .result import CannotPruneError
 
 # Matrices with the same inputs, in the order in which they are pruned.
 STAGES = (
@@ -45,7 +45,7 @@ def load_converted(
     """Reads a tensor as it is stored, and in the dtype to be stored.
 
     Raises:
-      CheckpointError: its values are too large for the dtype.
+      CannotPruneError: its values are too large for the dtype.
     """
     array = stored.reader.load(stored_name)
     return array, to_dtype(array, dtype, stored_name)
@@ -55,11 +55,11 @@ def to_dtype(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     """The array in the dtype.
 
     Raises:
-      CheckpointError: its values are too large.
+      CannotPruneError: its values are too large.
     """
     converted, fits = convert(array, dtype)
     if not fits:
-        raise CheckpointError(
+        raise CannotPruneError(
             f"{name}: values too large for {dtype.name}; prune to bfloat16"
         )
     return converted
@@ -150,7 +150,7 @@ def embed(
       stored_dtype: of the weights as they will be stored.
 
     Raises:
-      CheckpointError: values are too large for stored_dtype.
+      CannotPruneError: values are too large for stored_dtype.
     """
     samples, length = calibration.token_ids.shape
     batch = max(1, min(_BATCH_TOKENS // length, samples))

@@ -16,7 +16,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from safetensors import SafetensorError
@@ -35,6 +35,8 @@ from flashjax.checkpoint import (
 )
 from flashjax.checkpoint_files import merge_files, read_file, write_file
 from flashjax.file_lock import try_lock
+
+from .result import CannotPruneError
 
 # Weights up to this size end up in one file.
 _MERGED_BYTES = 256 << 20
@@ -164,7 +166,7 @@ def partial_run(
     """Starts a run, or goes on with one.
 
     When the block fails, the finished parts stay for `resume`, unless the same
-    arguments would fail again (ValueError).
+    arguments would fail again (CannotPruneError).
 
     Args:
       out: the folder to be written.
@@ -183,13 +185,15 @@ def partial_run(
     """
     check_target(out, overwrite)
     run = PartialRun(out.with_name(f"{out.name}.partial"), parts)
-    if os.path.lexists(run.folder):
-        _check_unfinished(run, arguments, resume)
-    else:
+    found = os.path.lexists(run.folder)
+    if not found:
         _make(run, out, arguments)
-    with open(run.folder / "run.json", "r+", encoding="utf-8") as lock:
+    with _open_lock(run) as lock:
+        # First, as what a run is writing is not unfinished.
         if not try_lock(lock):
             raise CheckpointError(f"{run.folder}: another run is writing there")
+        if found:
+            _check_unfinished(run, arguments, resume)
         try:
             yield run
         except BaseException as error:
@@ -197,13 +201,18 @@ def partial_run(
             raise
 
 
+def _open_lock(run: PartialRun) -> TextIO:
+    try:
+        return open(run.folder / "run.json", "r+", encoding="utf-8")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise CheckpointError(
+            f"{run.folder}: expected nothing or an unfinished run, got something else"
+        ) from error
+
+
 def _check_unfinished(
     run: PartialRun, arguments: Mapping[str, Any], resume: bool
 ) -> None:
-    if not (run.folder / "run.json").is_file():
-        raise CheckpointError(
-            f"{run.folder}: expected nothing or an unfinished run, got something else"
-        )
     if not resume:
         layers = min(run.finished_parts, run.parts - 1)
         raise CheckpointError(
@@ -246,8 +255,7 @@ def _give_up(run: PartialRun, out: Path, error: BaseException) -> None:
     if isinstance(error, OSError | SafetensorError):
         full = disk_full_reason(error, out)
     done = run.finished_parts
-    fails_again = isinstance(error, ValueError) and full is None
-    if not done or (fails_again and done < run.parts):
+    if not done or (isinstance(error, CannotPruneError) and done < run.parts):
         shutil.rmtree(run.folder, ignore_errors=True)
     if full is None:
         return

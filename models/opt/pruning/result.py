@@ -2,6 +2,12 @@
 
 import dataclasses
 
+from flashjax.checkpoint import CheckpointError
+
+
+class CannotPruneError(CheckpointError):
+    """The weights do not allow what is asked: the same would fail again."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MatrixReport:

@@ -2,8 +2,11 @@
 
 import dataclasses
 import inspect
+import numbers
+from collections.abc import Mapping
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -17,9 +20,10 @@ Format = Literal["flashjax", "hf"]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to prune; see prune_pretrained().
+    """How to prune; see prune_pretrained(). Numbers become floats, budgets dicts.
 
     Raises:
+      TypeError: sparsity or damping is no number.
       ValueError: an argument is out of range, or two do not go together.
     """
 
@@ -53,6 +57,16 @@ class Settings:
         prune.magnitude(
             np.zeros((1, 1), np.float16), self.sparsity, pattern=self.pattern
         )
+        self._set("sparsity", _as_float(self.sparsity))
+        self._set("damping", _as_float(self.damping))
+        if isinstance(self.budget, Mapping):
+            named = {name: _as_float(value) for name, value in self.budget.items()}
+            self._set("budget", named)
+        if not isinstance(self.damping, float | None):
+            raise TypeError(
+                "damping: expected a number of at least 0, got "
+                f"{type(self.damping).__name__}"
+            )
         if self.damping is not None and not 0 <= self.damping < float("inf"):
             raise ValueError(
                 f"damping: expected a number of at least 0, got {self.damping}"
@@ -60,6 +74,9 @@ class Settings:
         parameters = inspect.signature(prune.METHODS[self.method].function).parameters
         if self.damping is not None and "damping" not in parameters:
             raise ValueError(f"damping: the method {self.method} has none")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     @property
     def needs_calibration(self) -> bool:
@@ -93,5 +110,12 @@ class Settings:
         for name in ("dtype", "activations"):
             content[name] = content[name].name
         if not isinstance(self.budget, str):
-            content["budget"] = {n: float(v) for n, v in sorted(self.budget.items())}
+            content["budget"] = dict(sorted(self.budget.items()))
         return content
+
+
+def _as_float(value: Any) -> Any:
+    """The number of any kind as a float; anything else as it is."""
+    scalar = isinstance(value, np.ndarray | jax.Array) and value.ndim == 0
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return float(value) if scalar or real else value

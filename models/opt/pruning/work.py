@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from flashjax import prune
-from flashjax.checkpoint import CheckpointError
 
 from ..calibration import Calibration
 from ..hf_folder import StoredOPT
@@ -23,7 +22,7 @@ from .layers import (
     transpose,
 )
 from .partial_run import PartialRun
-from .result import MatrixReport
+from .result import CannotPruneError, MatrixReport
 from .settings import Settings
 
 Progress = Callable[[str, int, int], None]
@@ -232,14 +231,14 @@ class Work:
         K = originals[module].shape[1]
         stats, finite = self._on_device.input_statistics(module, K, activations)
         if not finite:
-            raise CheckpointError(
+            raise CannotPruneError(
                 self._not_finite(f"inputs of layers.{index}.{module}")
             )
         return stats
 
     def _forward(self, index: int, activations: Activations) -> None:
         if not self._on_device.advance(activations):
-            raise CheckpointError(self._not_finite(f"outputs of layers.{index}"))
+            raise CannotPruneError(self._not_finite(f"outputs of layers.{index}"))
 
     def _not_finite(self, what: str) -> str:
         advice = "the model's weights may be damaged"
@@ -266,7 +265,5 @@ def _named(name: str) -> Iterator[None]:
     """Puts a matrix' name in front of what a method says about it."""
     try:
         yield
-    except CheckpointError:
-        raise
     except ValueError as error:
-        raise CheckpointError(f"{name}: {error}") from error
+        raise CannotPruneError(f"{name}: {error}") from error

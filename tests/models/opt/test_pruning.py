@@ -1,7 +1,9 @@
 import json
 import os
 import shutil
+from fractions import Fraction
 from pathlib import Path
+from types import MappingProxyType
 
 import jax.numpy as jnp
 import numpy as np
@@ -252,11 +254,38 @@ def test_unfinished_runs_are_respected(tokens, tmp_path, monkeypatch):
     assert content(tmp_path / "out.partial" / "model") == before
 
 
+def test_errors_that_are_not_the_models_lose_nothing(tokens, tmp_path):
+    def fail(what, done, total):
+        if what.startswith("layers.1"):
+            raise ValueError("no connection")
+
+    with pytest.raises(ValueError, match="no connection"):
+        run("pre_norm", tmp_path / "out", tokens, progress=fail)
+    result = run("pre_norm", tmp_path / "out", tokens, resume=True)
+    assert result.resumed_layers == 1
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, Fraction, np.asarray])
+def test_numbers_of_any_kind(tokens, tmp_path, number):
+    half = number(1) / 2
+    budget = MappingProxyType({"layers.0.fc1": number(1) / 4})
+    result = run("pre_norm", tmp_path / "out", tokens, sparsity=half, budget=budget)
+    targets = {report.name: report.target for report in result.reports}
+    assert targets["layers.0.fc1"] == 0.25
+    assert targets["layers.1.fc2"] == 0.5
+    expected = run(
+        "pre_norm", tmp_path / "plain", tokens, sparsity=0.5, budget=dict(targets)
+    )
+    assert content(tmp_path / "out") == content(tmp_path / "plain")
+    assert result.sparsity == expected.sparsity
+
+
 def test_two_runs_at_once(tokens, tmp_path):
     def again(what, done, total):
         if what == "layers.0.fc1":
-            with pytest.raises(CheckpointError, match="another run is writing there"):
-                run("pre_norm", tmp_path / "out", tokens, resume=True)
+            for resume in (True, False):
+                with pytest.raises(CheckpointError, match="another run is writing"):
+                    run("pre_norm", tmp_path / "out", tokens, resume=resume)
 
     run("pre_norm", tmp_path / "out", tokens, progress=again)
 
