@@ -9,13 +9,21 @@ from jax.typing import DTypeLike
 
 from .nn import LINEN_COLLECTION
 from .nn import LinenSparseDense as SparseDense
-from .nn_trainable import frozen_matrix, trained_bias_dtype, warn_of_float16
+from .nn_trainable import (
+    frozen_matrix,
+    rounded,
+    trained_bias_dtype,
+    warn_of_float16,
+)
 from .sparse_matrix import SparseMatrix
 from .trainable_matrix import SparsePositions, TrainableMatrix
 
 __all__ = ["SparseDense", "freeze", "trainable"]
 
 _KERNEL = "kernel"
+_BIAS = "bias"
+# In the collection "sparse" of a trainable layer: a 0 of the dtype that its bias had.
+_BIAS_DTYPE = "bias_dtype"
 
 
 def trainable(
@@ -25,7 +33,8 @@ def trainable(
 
     Their values move from the collection "sparse" to "params", as arrays "kernel"
     (segments, 16, 32, 2), see TrainableMatrix; the positions remain where they were.
-    Biases of these layers become of that dtype, if it is the wider one. Warns of other
+    Biases of these layers become of that dtype, if it is the wider one, and beside the
+    positions comes a "bias_dtype", a 0 of the dtype that they had. Warns of other
     parameters that are float16, as `flashjax.trainable` does.
 
     Args:
@@ -40,15 +49,16 @@ def trainable(
     def split(sparse, params):
         nonlocal found
         sparse, params = dict(sparse), dict(params)
-        for name, child in sparse.items():
+        for name, child in list(sparse.items()):
             if name == _KERNEL and isinstance(child, SparseMatrix):
                 matrix = TrainableMatrix.from_sparse(child, dtype)
                 sparse[name], params[name] = matrix.positions, matrix.values
-                bias = params.get("bias")
+                bias = params.get(_BIAS)
                 if bias is not None:
-                    params["bias"] = bias.astype(
-                        trained_bias_dtype(bias, matrix.values)
-                    )
+                    trained = trained_bias_dtype(bias, matrix.values)
+                    if trained != bias.dtype:
+                        sparse[_BIAS_DTYPE] = jnp.zeros((), bias.dtype)
+                        params[_BIAS] = bias.astype(trained)
                 found = True
             elif isinstance(child, Mapping):
                 sparse[name], params[name] = split(child, params.get(name, {}))
@@ -75,15 +85,18 @@ def freeze(variables: Mapping[str, Any]) -> dict[str, Any]:
       variables: what trainable() returned, with other values perhaps; not modified.
 
     Raises:
-      ValueError: values are NaN, or too large for the matrix' half precision.
+      ValueError: values or biases are NaN, or too large for their half precision.
     """
 
     def join(sparse, params):
         sparse, params = dict(sparse), dict(params)
-        for name, child in sparse.items():
+        for name, child in list(sparse.items()):
             if name == _KERNEL and isinstance(child, SparsePositions):
                 matrix = TrainableMatrix(child, params.pop(name))
-                sparse[name] = frozen_matrix(matrix)
+                sparse[name] = frozen_matrix("linen.freeze", matrix)
+                like = sparse.pop(_BIAS_DTYPE, None)
+                if like is not None:
+                    params[_BIAS] = rounded("linen.freeze", params[_BIAS], like.dtype)
             elif isinstance(child, Mapping):
                 sparse[name], params[name] = join(child, params.get(name, {}))
         return sparse, params

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -44,8 +45,10 @@ class TrainableSparseDense(SparseDense):
         self.positions = SparseWeight(matrix.positions)
         bias: Any = layer.bias
         self.bias_dtype = None if bias is None else bias.dtype
-        if bias is not None:
-            bias = _with_dtype(bias, trained_bias_dtype(bias, matrix.values))
+        if bias is not None and self.bias_dtype != (
+            wider := trained_bias_dtype(bias, matrix.values)
+        ):
+            bias = nnx.Param(bias[...].astype(wider))
         self.bias = nnx.data(bias)
         self.in_features, self.out_features = matrix.shape
         self.use_bias = layer.use_bias
@@ -64,12 +67,6 @@ class TrainableSparseDense(SparseDense):
 def trained_bias_dtype(bias: Any, values: Any) -> Any:
     """The bias' own dtype, or that of the values if it is wider."""
     return max(bias.dtype, values.dtype, key=lambda dtype: dtype.itemsize)
-
-
-def _with_dtype(bias: Any, dtype: Any) -> Any:
-    if bias is None or bias.dtype == dtype:
-        return bias
-    return nnx.Param(bias[...].astype(dtype))
 
 
 def trainable(
@@ -160,37 +157,49 @@ def freeze(model: Model) -> Model:
 
     Raises:
       TypeError: the model is none of NNX.
-      ValueError: values are NaN, or too large for the layer's half precision.
+      ValueError: values or biases are NaN, or too large for the layer's half precision;
+        the model is then unchanged.
     """
     check_model("freeze", model)
-    frozen: dict[int, SparseDense] = {}
-
-    def swap(layer: TrainableSparseDense) -> SparseDense:
-        if id(layer) not in frozen:
-            frozen[id(layer)] = SparseDense.from_matrix(
-                frozen_matrix(layer.kernel.get_value()),
-                _with_dtype(layer.bias, layer.bias_dtype),
-                dtype=layer.dtype,
-                preferred_element_type=layer.preferred_element_type,
-                implementation=layer.implementation,
-            )
-        return frozen[id(layer)]
-
-    return replace_layers(model, TrainableSparseDense, swap)
+    layers = {id(layer): layer for _, layer in layers_of(model, TrainableSparseDense)}
+    frozen = {key: _frozen_layer(layer) for key, layer in layers.items()}
+    return replace_layers(model, TrainableSparseDense, lambda layer: frozen[id(layer)])
 
 
-def frozen_matrix(matrix: TrainableMatrix) -> SparseMatrix:
+def _frozen_layer(layer: TrainableSparseDense) -> SparseDense:
+    bias: Any = layer.bias
+    if bias is not None and bias.dtype != layer.bias_dtype:
+        bias = nnx.Param(rounded("freeze", bias[...], layer.bias_dtype))
+    return SparseDense.from_matrix(
+        frozen_matrix("freeze", layer.kernel.get_value()),
+        bias,
+        dtype=layer.dtype,
+        preferred_element_type=layer.preferred_element_type,
+        implementation=layer.implementation,
+    )
+
+
+def frozen_matrix(where: str, matrix: TrainableMatrix) -> SparseMatrix:
     """Rounds and packs trained values.
 
     Raises:
       ValueError: some are NaN, or too large for the matrix' half precision.
     """
-    dense = matrix.to_dense()
-    wrong = int(jnp.sum(~jnp.isfinite(dense)))
+    return SparseMatrix.from_dense(rounded(where, matrix.to_dense(), matrix.dtype))
+
+
+def rounded(where: str, trained: Any, dtype: Any) -> jax.Array:
+    """What was trained, in the dtype that it is kept in.
+
+    Raises:
+      ValueError: some of it is NaN, or too large for the dtype.
+    """
+    result = jnp.asarray(trained).astype(dtype)
+    wrong = int(jnp.sum(~jnp.isfinite(result)))
     if wrong:
-        most = float(jnp.finfo(dense.dtype).max)
+        most = float(jnp.finfo(result.dtype).max)
         raise ValueError(
-            f"freeze: expected finite values, up to {most:g} for {dense.dtype.name}, "
+            f"{where}: expected finite values, up to {most:g} for {result.dtype.name}, "
             f"got {wrong} others"
         )
-    return SparseMatrix.from_dense(dense)
+    return result

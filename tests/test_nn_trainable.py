@@ -138,6 +138,17 @@ def test_freeze_refuses_what_is_not_finite(factor):
         fj.freeze(layer)
 
 
+@pytest.mark.parametrize("wrong", ["values", "bias"])
+def test_freeze_changes_nothing_on_an_error(wrong):
+    layers = [fj.SparseDense(8, 8, rngs=nnx.Rngs(i)) for i in range(2)]
+    model = fj.trainable(nnx.Sequential(*layers))
+    variable = getattr(model.layers[1], wrong)
+    variable.set_value(jnp.full_like(variable.get_value(), 1e6))
+    with pytest.raises(ValueError, match=r"freeze: .*up to 65504 for float16, got \d"):
+        fj.freeze(model)
+    assert [type(layer) for layer in model.layers] == [TrainableSparseDense] * 2
+
+
 def test_split_and_merge(net, x):
     fj.trainable(net)
     graph, state = nnx.split(net)
@@ -221,9 +232,19 @@ def test_linen(x):
         )
         assert loss(trained["params"]) < before
         frozen = fj.linen.freeze(trained)
+        # Products round the values, but not the bias, to what freeze rounds both to.
+        bias = trained["params"]["first"]["bias"]
+        trained["params"]["first"]["bias"] = bias.astype("float16").astype(bias.dtype)
         assert jax.tree.structure(frozen["params"]) == jax.tree.structure(
             variables["params"]
         )
         np.testing.assert_array_equal(model.apply(frozen, x), model.apply(trained, x))
+    # All are of the dtype that they had.
+    dtypes = jax.tree.map(lambda leaf: leaf.dtype, variables["params"])
+    assert jax.tree.map(lambda leaf: leaf.dtype, frozen["params"]) == dtypes
+    assert frozen["sparse"]["first"].keys() == variables["sparse"]["first"].keys()
+    trained["params"]["first"]["bias"] += 1e6
+    with pytest.raises(ValueError, match=r"linen.freeze: .*up to 65504 for float16"):
+        fj.linen.freeze(trained)
     with pytest.raises(ValueError, match=r"linen.trainable: expected .*got none in"):
         fj.linen.trainable({"params": {}})

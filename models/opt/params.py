@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from flashjax.checkpoint import CheckpointWriter, atomic_folder
 from flashjax.nn import SparseDense
-from flashjax.nn_trainable import TrainableSparseDense
+from flashjax.nn_trainable import TrainableSparseDense, rounded
 from flashjax.nnx_tree import node_at
 from flashjax.sparse_matrix import check_tokens
 
@@ -126,7 +126,8 @@ def save_pretrained(
 
     Raises:
       CheckpointError: the folder exists, or cannot be written; nothing is left behind.
-      ValueError: model or tokenizer is of another type.
+      ValueError: model or tokenizer is of another type, or values that were trained are
+        NaN or too large for the model's half precision.
     """
     if not isinstance(model, OPT):
         raise ValueError(f"expected an OPT model, got {type(model).__name__}")
@@ -161,14 +162,17 @@ def _tensors(model: OPT) -> Iterator[tuple[str, np.ndarray, bool]]:
         layer = node_at(model, f"{parent}.{FUSED}" if fused else target.module)
         sparse = False
         if target.attribute != "kernel":
-            tensor = np.asarray(getattr(layer, target.attribute)[...])
+            variable = getattr(layer, target.attribute)[...]
             if isinstance(layer, TrainableSparseDense):
-                tensor = tensor.astype(layer.bias_dtype)
+                variable = rounded(name, variable, layer.bias_dtype)
+            tensor = np.asarray(variable)
         else:
             sparse = isinstance(layer, SparseDense)
             if layer is not unpacked_layer:
                 kernel: Any = layer.kernel.get_value()
                 dense = kernel.to_dense() if sparse else kernel
+                if isinstance(layer, TrainableSparseDense):
+                    dense = rounded(name, dense, dense.dtype)
                 unpacked_layer, unpacked = layer, np.asarray(transpose_anywhere(dense))
                 del dense
             tensor = unpacked

@@ -252,6 +252,14 @@ def test_sparsify_and_fine_tuning(folder, tmp_path):
     np.testing.assert_array_equal(
         found, 2 * load_file(folder / "model.safetensors")[V_PROJ]
     )
+    # What half precision does not hold is not stored as infinity.
+    for variable in (layer.values, layer.bias):
+        kept = variable.get_value()
+        variable.set_value(jnp.full_like(kept, 1e6))
+        with pytest.raises(ValueError, match=r"layers\.0\..*_proj.*up to 65504"):
+            opt.save_pretrained(model, None, tmp_path / "large")
+        variable.set_value(kept)
+    assert not (tmp_path / "large").exists()
 
 
 def test_synthetic_models_are_fused():
