@@ -2,9 +2,9 @@
 
 Tensors are put on the device one by one into a model that has no arrays yet
 (`nnx.eval_shape`), while the next few are read. Beside what is loaded the host holds
-less than two layers take on the disk: what was read, and packed. What is stored sparse
-and goes to one device is packed without being expanded, a matrix while the one before
-it is copied to the device.
+less than two layers take on the disk, or half a gigabyte where layers are small: what
+was read, and packed. What is stored sparse and goes to one device is packed without
+being expanded, a matrix while the one before it is copied to the device.
 """
 
 import collections
@@ -44,6 +44,8 @@ _MAKERS = 3
 # What the host holds at a time, in layers as they are stored. On top comes memory that
 # JAX has for a matrix on its way to a GPU, and keeps: less than another layer.
 _LAYERS = 1.5
+# But never less than this: small layers would wait for each other.
+_LEAST_BYTES = 512 << 20
 # An array up to this size does not wait until a matrix was copied to the device.
 _SMALL_BYTES = 1 << 20
 
@@ -74,21 +76,27 @@ def load(
     as_rows = as_rows and sparse is not False
     too_large: list[str] = []
 
+    def is_kernel(stored_name):
+        return stored.targets[stored.names[stored_name]].attribute == "kernel"
+
     def read(stored_name):
-        return stored.read(stored_name, dtype, as_rows)
+        return stored.read(stored_name, dtype, as_rows and is_kernel(stored_name))
 
     readers = _READERS if stored.reads_side_by_side else 1
     # Several processes must make slices in the same order.
     in_order = parallel is not None
     place = parallel or _OneDevice(tokens)
-    sizes = {name: stored.read_bytes(name, as_rows) for name in stored.names}
+    sizes = {
+        name: stored.read_bytes(name, as_rows and is_kernel(name))
+        for name in stored.names
+    }
     done, total = 0, sum(sizes.values())
     # Matrices are taken with their other form, so that making one never has to wait.
     held = {
         name: size * (2 if len(stored.reader.shape(name)) == 2 else 1)
         for name, size in sizes.items()
     }
-    most = int(_LAYERS * _layer_bytes(stored, sizes))
+    most = max(int(_LAYERS * _layer_bytes(stored, sizes)), _LEAST_BYTES)
     makers = 1 if in_order else _MAKERS
     with _Loader(model, place, makers, most, fuse_qkv) as loader:
         # No name for what this iterates over: an error would keep it, and its threads.

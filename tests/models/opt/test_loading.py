@@ -1,5 +1,6 @@
 """What the host holds while a checkpoint is loaded."""
 
+import shutil
 import threading
 import time
 
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 from opt_folders import DATA, LINEARS, edited, sparse_layers
 
-from flashjax.checkpoint import CheckpointError
+from flashjax.checkpoint import CheckpointError, CheckpointReader, CheckpointWriter
 from flashjax.models import opt
 from flashjax.models.opt import loading
 from flashjax.models.opt.host_memory import put_in_pieces, read_ahead
@@ -86,6 +87,7 @@ def test_matrices_that_are_made_slowly_do_not_pile_up(folder, loaders, monkeypat
         return put(*args)
 
     monkeypatch.setattr(loading._OneDevice, "put_sparse", slowly)
+    monkeypatch.setattr(loading, "_LEAST_BYTES", 0)
     opt.from_pretrained(folder)
     (loader,) = loaders
     table = 2 * 50 * 32 * 4  # the largest tensor but the positions
@@ -93,6 +95,27 @@ def test_matrices_that_are_made_slowly_do_not_pile_up(folder, loaders, monkeypat
     assert 1 < most <= loading._MAKERS
     # A layer has at most six, and two layers may be held, each matrix with its copy.
     assert loader.most_made <= 6
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("part", ["embed_tokens", "embed_positions", "fc1"])
+def test_any_tensor_may_be_stored_sparse(folder, tmp_path, part, dtype):
+    logits = []
+    for form in ("dense", "sparse"):
+        shutil.copytree(folder, tmp_path / form)
+        (tmp_path / form / "model.safetensors").unlink()
+        with (
+            CheckpointReader(folder) as reader,
+            CheckpointWriter(tmp_path / form) as writer,
+        ):
+            for name in reader.names():
+                array = reader.load(name).astype(np.float16)
+                sparse = form == "sparse" and part in name and array.ndim == 2
+                (writer.add_sparse if sparse else writer.add)(name, array)
+            writer.close()
+        model, _ = opt.from_pretrained(tmp_path / form, dtype)
+        logits.append(model(np.arange(12).reshape(2, 6)))
+    np.testing.assert_array_equal(*logits)
 
 
 @pytest.mark.parametrize("fuse_qkv", [True, False])
