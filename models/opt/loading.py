@@ -43,7 +43,7 @@ _READERS = 4
 _MAKERS = 3
 # What the host holds at a time, in layers as they are stored. On top comes memory that
 # JAX has for a matrix on its way to a GPU, and keeps: less than another layer.
-_LAYERS = 1.5
+_LAYERS = 1.25
 # But never less than this: small layers would wait for each other.
 _LEAST_BYTES = 512 << 20
 # An array up to this size does not wait until a matrix was copied to the device.
