@@ -41,9 +41,10 @@ HALVES = (jnp.float16, jnp.bfloat16)
 _READERS = 4
 # Matrices that are packed at a time: copying one to the device leaves the cores idle.
 _MAKERS = 3
-# What the host holds at a time, in layers as they are stored. On top comes memory that
-# JAX has for a matrix on its way to a GPU, and keeps: less than another layer.
-_LAYERS = 1.25
+# What the host holds at a time, in layers as they are stored: little more than the 4/3
+# that `fc1` and `fc2` need, both in two forms, so that one is made while the other is
+# read. On top comes memory that JAX has for a matrix on its way to a GPU, and keeps.
+_LAYERS = 1.35
 # But never less than this: small layers would wait for each other.
 _LEAST_BYTES = 512 << 20
 # An array up to this size does not wait until a matrix was copied to the device.
