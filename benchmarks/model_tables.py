@@ -121,6 +121,8 @@ def starting_figures(compiled: Iterable[pathlib.Path], loaded: pathlib.Path) -> 
         for r in models
     )
     reading = json.loads(loaded.read_text(encoding="utf-8"))
+    before = reading["host_bytes_before"]
+    grown = reading["host_bytes_peak"] - before
     text = (
         f"On one {facts[0]['device']} both programs of a request of "
         f"{models[0]['prompt']} tokens and {models[0]['new']} new ones were compiled "
@@ -131,9 +133,10 @@ def starting_figures(compiled: Iterable[pathlib.Path], loaded: pathlib.Path) -> 
         f"{gigabytes(reading['file_bytes'])} GB, was loaded in "
         f"{reading['load_seconds']:.0f} s, where reading its files alone took "
         f"{reading['read_seconds']:.0f} s, both from the disk, on {reading['cores']} "
-        f"cores; the process had {gigabytes(reading['host_bytes_before'])} GB of the "
-        f"host's memory before, {gigabytes(reading['host_bytes_peak'])} at most and "
-        f"{gigabytes(reading['host_bytes_after'])} after "
+        f"cores. To the {gigabytes(before)} GB of the host's memory that the process "
+        "had, with what JAX needs to manage the GPU's, loading added at most "
+        f"{gigabytes(grown)}, {grown / reading['layer_bytes']:.1f} times what a layer "
+        f"takes on the disk; {gigabytes(reading['host_bytes_after'] - before)} stayed "
         f"({origin(reading['environment'])}; `benchmarks/load.py`)."
     )
     return textwrap.fill(text, 98)
