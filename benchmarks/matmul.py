@@ -13,6 +13,7 @@ Prints a table and writes `benchmarks/results/matmul-DEVICE.json`.
 """
 
 import functools
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated
 
@@ -170,7 +171,9 @@ def main(
     rows: Annotated[
         str, typer.Option(help="N: rows of x.")
     ] = "1,2,8,16,32,64,128,256,512",
-    dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
+    dtype: Annotated[
+        str, typer.Option(help="float16, bfloat16, or both, comma-separated.")
+    ] = "float16",
     kernel: Annotated[
         str, typer.Option(help="auto (as sparse_matmul), mma or wgmma.")
     ] = "auto",
@@ -190,12 +193,12 @@ def main(
     if unknown:
         raise SystemExit(f"expected layers from {known}, got {sorted(unknown)}")
     results = []
-    for layer in layers.split(","):
+    for layer, one_dtype in itertools.product(layers.split(","), dtype.split(",")):
         results += time_shape(
             layer,
             [float(s) for s in sparsity.split(",")],
             [int(n) for n in rows.split(",")],
-            jnp.dtype(dtype),
+            jnp.dtype(one_dtype),
             kernel,
             tokens or None,
         )
