@@ -73,6 +73,36 @@ def layer_table(facts: dict, results: list[dict]) -> str:
     return captioned(text, columns, rows)
 
 
+def bfloat16_figures(facts: dict, results: list[dict]) -> str:
+    """How long bfloat16 takes beside float16 in the same run."""
+    sparse, dense = (
+        {(r["layer"], r["n"], r["sparsity"], r["dtype"]): r[us] for r in results}
+        for us in ("sparse_us", "dense_us")
+    )
+
+    def ratios(times):
+        return [
+            time / times[*case, "float16"]
+            for (*case, dtype), time in times.items()
+            if dtype == "bfloat16"
+        ]
+
+    shapes = " / ".join(dict.fromkeys(f"{r['m']}x{r['k']}" for r in results))
+    sparsities = " and ".join(
+        f"{s:.0%}" for s in sorted({r["sparsity"] for r in results})
+    )
+    rows = sorted({r["n"] for r in results})
+    text = (
+        f"A product in bfloat16 takes {statistics.geometric_mean(ratios(sparse)):.2f} "
+        f"times as long as in float16, {min(ratios(sparse)):.2f} to "
+        f"{max(ratios(sparse)):.2f}, and a dense one {min(ratios(dense)):.2f} to "
+        f"{max(ratios(dense)):.2f} times: both in one run on one {facts['device']}, "
+        f"layers of {shapes}, {sparsities} zeros, {rows[0]} to {rows[-1]} rows "
+        f"({origin(facts)}, `benchmarks/matmul.py --dtype float16,bfloat16`)."
+    )
+    return textwrap.fill(text, 98)
+
+
 def cpu_table(facts: dict, results: list[dict]) -> str:
     rows = sorted({r["rows"] for r in results})
     layers = {(r["out"], r["in"]) for r in results}

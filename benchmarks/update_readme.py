@@ -23,7 +23,13 @@ from parallel_tables import (
     parallel_table,
     whole_model,
 )
-from product_tables import cpu_table, headline, layer_table, speed_table
+from product_tables import (
+    bfloat16_figures,
+    cpu_table,
+    headline,
+    layer_table,
+    speed_table,
+)
 from result_tables import H100, H200, RESULTS, ROOT, load, replace
 
 README = ROOT / "README.md"
@@ -38,6 +44,7 @@ def main() -> None:
     gpu = load(RESULTS / f"matmul-{H200}.json")
     few_tokens = load(RESULTS / f"matmul-tokens-8-{H200}.json")
     few_bfloat16 = load(RESULTS / f"matmul-tokens-8-bfloat16-{H200}.json")
+    both_halves = load(RESULTS / f"matmul-bfloat16-{H200}.json")
     llama = load(RESULTS / f"matmul-llama-{H200}.json")
     several = [
         load_steps(RESULTS.glob(f"opt-parallel*-{device}.json"))
@@ -62,6 +69,7 @@ def main() -> None:
     replace(WHEN_SPARSE_PAYS, "matmul-h100", speed_table(*older_gpu))
     replace(WHEN_SPARSE_PAYS, "tokens", speed_table(*few_tokens))
     replace(WHEN_SPARSE_PAYS, "tokens-bfloat16", layer_table(*few_bfloat16))
+    replace(WHEN_SPARSE_PAYS, "bfloat16", bfloat16_figures(*both_halves))
     replace(WHEN_SPARSE_PAYS, "llama", layer_table(*llama))
     replace(MULTI_GPU, "parallel", "\n\n".join(parallel_table(*s) for s in several))
     replace(MULTI_GPU, "large", large_table(*large))
