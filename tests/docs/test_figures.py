@@ -65,6 +65,16 @@ def test_figures_in_pages_are_up_to_date(benchmarks, tmp_path, monkeypatch):
         assert copy.read_bytes() == page.read_bytes(), "run benchmarks/update_readme.py"
 
 
+def test_the_scaling_model_is_up_to_date(benchmarks, tmp_path, monkeypatch):
+    scaling = load(benchmarks / "scaling_model.py")
+    page, copy = scaling.DOCUMENT, tmp_path / "page.md"
+    copy.write_bytes(page.read_bytes())
+    monkeypatch.setattr(scaling, "DOCUMENT", copy)
+    monkeypatch.setattr(scaling, "PLOT", tmp_path / "plot.png")
+    scaling.main()
+    assert copy.read_bytes() == page.read_bytes(), "run benchmarks/scaling_model.py"
+
+
 def test_collectives_are_told_by_their_names(benchmarks):
     tables = load(benchmarks / "parallel_tables.py")
     names = {
