@@ -94,9 +94,10 @@ def freeze(variables: Mapping[str, Any]) -> dict[str, Any]:
             if name == _KERNEL and isinstance(child, SparsePositions):
                 matrix = TrainableMatrix(child, params.pop(name))
                 sparse[name] = frozen_matrix("linen.freeze", matrix)
-                like = sparse.pop(_BIAS_DTYPE, None)
-                if like is not None:
-                    params[_BIAS] = rounded("linen.freeze", params[_BIAS], like.dtype)
+                bias = params.get(_BIAS)
+                if bias is not None:
+                    like = sparse.pop(_BIAS_DTYPE, bias)
+                    params[_BIAS] = rounded("linen.freeze", bias, like.dtype)
             elif isinstance(child, Mapping):
                 sparse[name], params[name] = join(child, params.get(name, {}))
         return sparse, params

@@ -147,7 +147,8 @@ def _taken(model, predicate):
 def freeze(model: Model) -> Model:
     """Turns trainable() back, in place: values are rounded and packed.
 
-    What was trained to 0 is no longer stored. Call it outside of jax.jit.
+    What was trained to 0 is no longer stored. Call it outside of jax.jit. The packed
+    weights of all layers are made beside the trained ones, which are given up at last.
 
     Args:
       model: an nnx.Module, or lists, tuples and dicts of them.
@@ -168,8 +169,9 @@ def freeze(model: Model) -> Model:
 
 def _frozen_layer(layer: TrainableSparseDense) -> SparseDense:
     bias: Any = layer.bias
-    if bias is not None and bias.dtype != layer.bias_dtype:
-        bias = nnx.Param(rounded("freeze", bias[...], layer.bias_dtype))
+    if bias is not None:
+        kept = rounded("freeze", bias[...], layer.bias_dtype)
+        bias = bias if bias.dtype == kept.dtype else nnx.Param(kept)
     return SparseDense.from_matrix(
         frozen_matrix("freeze", layer.kernel.get_value()),
         bias,

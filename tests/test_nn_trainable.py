@@ -138,12 +138,15 @@ def test_freeze_refuses_what_is_not_finite(factor):
         fj.freeze(layer)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
 @pytest.mark.parametrize("wrong", ["values", "bias"])
-def test_freeze_changes_nothing_on_an_error(wrong):
+@pytest.mark.filterwarnings("ignore:trainable. . parameters are float16")
+def test_freeze_changes_nothing_on_an_error(wrong, dtype):
     layers = [fj.SparseDense(8, 8, rngs=nnx.Rngs(i)) for i in range(2)]
-    model = fj.trainable(nnx.Sequential(*layers))
+    model = fj.trainable(nnx.Sequential(*layers), dtype=dtype)
     variable = getattr(model.layers[1], wrong)
-    variable.set_value(jnp.full_like(variable.get_value(), 1e6))
+    large = 1e6 if dtype == jnp.float32 else np.nan
+    variable.set_value(jnp.full_like(variable.get_value(), large))
     with pytest.raises(ValueError, match=r"freeze: .*up to 65504 for float16, got \d"):
         fj.freeze(model)
     assert [type(layer) for layer in model.layers] == [TrainableSparseDense] * 2
@@ -244,7 +247,11 @@ def test_linen(x):
     assert jax.tree.map(lambda leaf: leaf.dtype, frozen["params"]) == dtypes
     assert frozen["sparse"]["first"].keys() == variables["sparse"]["first"].keys()
     trained["params"]["first"]["bias"] += 1e6
-    with pytest.raises(ValueError, match=r"linen.freeze: .*up to 65504 for float16"):
-        fj.linen.freeze(trained)
+    with pytest.warns(UserWarning, match="linen.trainable: 2 parameters are float16"):
+        halves = fj.linen.trainable(variables, jnp.float16)
+    halves["params"]["first"]["bias"] += np.float16(np.nan)
+    for wrong in (trained, halves):
+        with pytest.raises(ValueError, match=r"linen.freeze: .*up to 65504 for fl"):
+            fj.linen.freeze(wrong)
     with pytest.raises(ValueError, match=r"linen.trainable: expected .*got none in"):
         fj.linen.trainable({"params": {}})

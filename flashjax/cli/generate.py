@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 import time
 import warnings
@@ -301,7 +302,8 @@ def read_prompts(file: Path | None) -> list[str]:
             f"{data[error.start]:#04x} at offset {error.start}"
         ) from error
     # Not splitlines(), which also splits at separators that a prompt may hold.
-    prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    lines = re.split(r"\r\n?|\n", text)
+    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"--file: expected a prompt a line in {name}, got no text")
     return prompts

@@ -101,7 +101,7 @@ def _check_options(options: Mapping[str, Any], budget: Any) -> Settings:
 
 
 def _check_report(report: Path, out: Path) -> None:
-    if report.resolve() == out.resolve():
+    if os.path.realpath(report) == os.path.realpath(out):
         raise ValueError(f"{report}: expected another file than the folder to write")
     # It is replaced as a whole, which a device must not be.
     if report.exists() and not report.is_file():

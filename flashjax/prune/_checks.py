@@ -51,14 +51,17 @@ def check_sparsity(
     if pattern is not None and sparsity is None:
         return pattern.sparsity
     if isinstance(sparsity, np.ndarray | jax.Array) and sparsity.ndim == 0:
-        sparsity = float(sparsity)
-    if not isinstance(sparsity, numbers.Real) or isinstance(sparsity, bool):
+        sparsity = sparsity.item()
+    if not isinstance(sparsity, numbers.Real) or isinstance(sparsity, bool | np.bool):
         raise TypeError(
             f"{where}: expected sparsity to be a number from 0 to 1, got "
             f"{type(sparsity).__name__}"
         )
-    sparsity = float(sparsity)
-    if not math.isfinite(sparsity) or not 0.0 <= sparsity <= 1.0:
+    try:
+        sparsity = float(sparsity)
+    except OverflowError:  # a whole number
+        sparsity = math.inf if sparsity > 0 else -math.inf
+    if not 0.0 <= sparsity <= 1.0:
         raise ValueError(f"{where}: expected sparsity from 0 to 1, got {sparsity}")
     if pattern is not None and abs(sparsity - pattern.sparsity) > 1e-6:
         raise ValueError(

@@ -237,7 +237,7 @@ def check_target(source: Path, target: Path, *, resume: bool, overwrite: bool) -
     _check_new(target, overwrite)
     if partial.exists() and not (resume or overwrite):
         raise ValueError(
-            f"{target}: an interrupted run left {partial.name} (resume goes on with "
+            f"{target}: an interrupted run left {partial} (resume goes on with "
             "it, overwrite starts again)"
         )
 
@@ -325,9 +325,7 @@ def _check_id(job_id: Any) -> None:
     try:
         _json_line({"index": 0, "result": {"id": job_id}}).encode("utf-8")
     except (ValueError, RecursionError) as error:  # also of lone surrogates
-        raise ValueError(
-            f"expected an id that JSON has as UTF-8, got {error}"
-        ) from error
+        raise ValueError(f"expected an id that JSON can hold, got {error}") from error
 
 
 def _json_line(content: Any) -> str:

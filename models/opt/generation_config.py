@@ -174,7 +174,7 @@ class GenerationConfig:
 
         Raises:
           CheckpointError: (a ValueError) there is no such folder, or the file is
-            damaged or has wrong values.
+            damaged or has wrong values, or ones that do not go with the options.
           TypeError, ValueError: an option is unknown or wrong whatever the file says.
         """
         _check_names(options)

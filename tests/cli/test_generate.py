@@ -114,9 +114,9 @@ def test_file(cli, sparse_folder, tmp_path):
 
 def test_a_prompt_may_hold_other_separators(tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_text("a\N{LINE SEPARATOR}b\N{NEXT LINE}c\x0cd\ne\r\n", newline="")
+    path.write_text("a\N{LINE SEPARATOR}b\N{NEXT LINE}c\x0cd\ne\r\nf\rg", newline="")
     prompts = command.read_prompts(path)
-    assert prompts == ["a\N{LINE SEPARATOR}b\N{NEXT LINE}c\x0cd", "e"]
+    assert prompts == ["a\N{LINE SEPARATOR}b\N{NEXT LINE}c\x0cd", "e", "f", "g"]
 
 
 def test_stdin(cli, sparse_folder, monkeypatch):

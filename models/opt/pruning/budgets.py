@@ -1,6 +1,5 @@
 """How sparse each matrix becomes."""
 
-import math
 import numbers
 from collections.abc import Mapping
 from typing import Literal
@@ -47,7 +46,7 @@ def check_budget(budget: Budget, pattern: str | None, config: OPTConfig) -> None
         )
     for name, value in budget.items():
         number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or not 0 <= value <= 1:
+        if not number or not 0 <= value <= 1:
             raise ValueError(
                 f"budget: expected a sparsity from 0 to 1 for {name}, got {value!r}"
             )

@@ -186,11 +186,9 @@ def partial_run(
     check_target(out, overwrite)
     run = PartialRun(out.with_name(f"{out.name}.partial"), parts)
     found = os.path.lexists(run.folder)
-    if not found:
-        _make(run, out, arguments)
-    with _open_lock(run) as lock:
+    with _open_lock(run) if found else _make(run, out, arguments) as lock:
         # First, as what a run is writing is not unfinished.
-        if not try_lock(lock):
+        if found and not try_lock(lock):
             raise CheckpointError(f"{run.folder}: another run is writing there")
         if found:
             _check_unfinished(run, arguments, resume)
@@ -208,6 +206,8 @@ def _open_lock(run: PartialRun) -> TextIO:
         raise CheckpointError(
             f"{run.folder}: expected nothing or an unfinished run, got something else"
         ) from error
+    except OSError as error:
+        raise CheckpointError(f"{run.folder}: {error.strerror}") from error
 
 
 def _check_unfinished(
@@ -234,13 +234,17 @@ def _check_unfinished(
         )
 
 
-def _make(run: PartialRun, out: Path, arguments: Mapping[str, Any]) -> None:
+def _make(run: PartialRun, out: Path, arguments: Mapping[str, Any]) -> TextIO:
+    """Makes the folder of a run, and locks it before others see it."""
     temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         (temporary / "model").mkdir(parents=True)
         content = json.dumps(dict(arguments), indent=1) + "\n"
         (temporary / "run.json").write_text(content, encoding="utf-8")
+        lock = (temporary / "run.json").open("r+", encoding="utf-8")
+        try_lock(lock)
         temporary.rename(run.folder)
+        return lock
     except OSError as error:
         raise CheckpointError(
             f"{out}: expected a folder that can be made, got: {error.strerror}"

@@ -54,10 +54,10 @@ class Settings:
                 f"method must be one of {', '.join(prune.METHODS)}, got {self.method!r}"
             )
         # The same checks as for every matrix, before anything is read.
+        self._set("sparsity", _as_float(self.sparsity))
         prune.magnitude(
             np.zeros((1, 1), np.float16), self.sparsity, pattern=self.pattern
         )
-        self._set("sparsity", _as_float(self.sparsity))
         self._set("damping", _as_float(self.damping))
         if isinstance(self.budget, Mapping):
             named = {name: _as_float(value) for name, value in self.budget.items()}
@@ -116,6 +116,11 @@ class Settings:
 
 def _as_float(value: Any) -> Any:
     """The number of any kind as a float; anything else as it is."""
-    scalar = isinstance(value, np.ndarray | jax.Array) and value.ndim == 0
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return float(value) if scalar or real else value
+    if isinstance(value, np.ndarray | jax.Array) and value.ndim == 0:
+        value = value.item()
+    if not isinstance(value, numbers.Real) or isinstance(value, bool | np.bool):
+        return value
+    try:
+        return float(value)
+    except OverflowError:  # a whole number that is out of every range
+        return value

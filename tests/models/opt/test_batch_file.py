@@ -132,7 +132,7 @@ def test_resume(model, tokenizer, source, tmp_path, monkeypatch, torn):
     assert not target.exists()
     assert len(partial.read_text().splitlines()) == 3
     os.truncate(partial, partial.stat().st_size - torn)
-    with pytest.raises(ValueError, match=r"interrupted run left out\.partial"):
+    with pytest.raises(ValueError, match=r"interrupted run left .*out\.partial \("):
         opt.generate_file(model, tokenizer, source, target, **again)
     changed = OPTIONS.with_options(seed=4, temperature=2.0)
     with pytest.raises(ValueError, match=r"the same options \(temperature, seed\)"):
@@ -251,8 +251,8 @@ def test_existing_output(model, tokenizer, source, tmp_path):
         ({"prompt": "x" * 40}, "32 positions, got a prompt of 41 tokens"),
         ('{"prompt": "\\ud800"}', "whole characters"),
         ('{"prompt": "x", "id": ["\\ud800"]}', "an id that JSON can hold"),
-        ('{"prompt": "x", "id": NaN}', "an id that JSON can hold, got .* nan"),
-        ('{"prompt": "x", "id": 1e999}', "an id that JSON can hold, got .* inf"),
+        ('{"prompt": "x", "id": NaN}', "an id that JSON can hold"),
+        ('{"prompt": "x", "id": 1e999}', "an id that JSON can hold"),
         ('{"prompt": "x", "id": ' + "[" * 100_000, "expected a JSON object, got"),
     ],
 )
@@ -301,16 +301,19 @@ def test_an_output_behind_a_link(model, tokenizer, source, tmp_path):
         opt.generate_file(*arguments, config=OPTIONS)
 
 
-@pytest.mark.parametrize("changed", ["first", "bias", "tokenizer"])
+@pytest.mark.parametrize("changed", ["first", "last", "bias", "tokenizer"])
 def test_resuming_something_else(tokenizer, source, tmp_path, monkeypatch, changed):
+    if changed in ("first", "last"):  # their matrices are looked at, whatever the size
+        monkeypatch.setattr(batch_file, "_SMALL_BYTES", 0)
     config = dataclasses.replace(CONFIG, num_layers=3)
     model, target = opt.OPT(config, rngs=nnx.Rngs(0)), tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(batch_file, "_write", None)
         with pytest.raises(TypeError):
             opt.generate_file(model, tokenizer, source, target, config=OPTIONS)
-    if changed == "first":
-        kernel = model.layers[0].self_attn.q_proj.kernel
+    if changed in ("first", "last"):
+        layer = model.layers[0 if changed == "first" else -1]
+        kernel = layer.self_attn.q_proj.kernel
         kernel[...] = kernel[...].at[0, 0].add(1)
     elif changed == "bias":
         bias = model.layers[1].fc1.bias

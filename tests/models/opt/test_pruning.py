@@ -355,6 +355,8 @@ def test_pattern(tokens, tmp_path):
         ({"budget": "owl", "pattern": "2:4"}, "expected 'uniform' with the pattern"),
         ({"damping": 0.1}, "the method wanda has none"),
         ({"damping": -1}, "damping: expected a number of at least 0, got -1"),
+        ({"sparsity": 10**400}, "expected sparsity from 0 to 1, got inf"),
+        ({"budget": {"layers.0.fc1": np.asarray(True)}}, "layers.0.fc1, got True"),
         ({"dtype": jnp.float32}, "format 'hf' stores it"),
         ({"format": "gguf"}, "expected 'flashjax' or 'hf', got gguf"),
         ({"dtype": jnp.int8}, "dtype must be float32, float16 or bfloat16"),
