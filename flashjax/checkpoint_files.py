@@ -13,6 +13,7 @@ from flashjax.checkpoint import (
     parse_metadata,
     save_and_sync,
 )
+from flashjax.checkpoint.arrays import as_stored
 from flashjax.checkpoint.metadata import parse_checksums
 from flashjax.checkpoint.reader import PARTS
 from flashjax.checkpoint.tensor_file import TensorFile
@@ -31,7 +32,7 @@ def write_file(
     Returns:
       Bytes of the tensors as stored, and their names in the file.
     """
-    tensors = {name: np.ascontiguousarray(array) for name, array in dense.items()}
+    tensors = {name: as_stored(name, array) for name, array in dense.items()}
     entries = {}
     for name, array in sparse.items():
         tensors[f"{name}.bitmap"], tensors[f"{name}.values"] = encode(array)

@@ -42,6 +42,7 @@ def trainable(
       dtype: of the values: float32, float16 or bfloat16.
 
     Raises:
+      TypeError: these are no variables.
       ValueError: there is no SparseMatrix in the collection "sparse", or a wrong dtype.
     """
     found = False
@@ -64,7 +65,7 @@ def trainable(
                 sparse[name], params[name] = split(child, params.get(name, {}))
         return sparse, params
 
-    result = _map(variables, split)
+    result = _map("linen.trainable", variables, split)
     if not found:
         raise ValueError(
             "linen.trainable: expected variables with SparseMatrix kernels in the "
@@ -85,6 +86,7 @@ def freeze(variables: Mapping[str, Any]) -> dict[str, Any]:
       variables: what trainable() returned, with other values perhaps; not modified.
 
     Raises:
+      TypeError: these are no variables.
       ValueError: values or biases are NaN, or too large for their half precision.
     """
 
@@ -102,10 +104,14 @@ def freeze(variables: Mapping[str, Any]) -> dict[str, Any]:
                 sparse[name], params[name] = join(child, params.get(name, {}))
         return sparse, params
 
-    return _map(variables, join)
+    return _map("linen.freeze", variables, join)
 
 
-def _map(variables, function):
+def _map(op, variables, function):
+    if not isinstance(variables, Mapping):
+        raise TypeError(
+            f"{op}: expected the variables of a model, got {type(variables).__name__}"
+        )
     sparse, params = function(
         variables.get(LINEN_COLLECTION, {}), variables.get("params", {})
     )

@@ -68,9 +68,9 @@ def sparse_matmul(
       preferred_element_type: dtype of the result: float16, bfloat16 or float32.
         `None` takes the promoted dtype of x and w.
       layer: which matrix of a stack (`SparseMatrix.stack`) to multiply by: an integer,
-        or a traced one, such as the step of a loop. A traced one out of range means the
-        nearest, as for JAX's dynamic slices. The kernels read the layer where it lies;
-        plain JAX copies its packed arrays first.
+        or an array of JAX, such as the step of a loop, which if it is out of range
+        means the nearest, as for JAX's dynamic slices. The kernels read the layer where
+        it lies; plain JAX copies its packed arrays first.
 
     Returns:
       (..., M).

@@ -1,5 +1,7 @@
 """What `sparse_matmul` checks before anything is traced; shared by its containers."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,6 +81,8 @@ def check_layer(layer, w: SparseMatrix) -> jax.Array | np.ndarray:
             "sparse_matmul: expected layer to be one integer, got "
             f"{layer.dtype} {layer.shape}"
         )
+    if isinstance(layer, np.ndarray):
+        return check_layer(int(layer), w)
     return layer.astype(np.int32)
 
 
@@ -146,21 +150,24 @@ def _check_bias(bias, m: int, owner: str, layers: int | None) -> None:
             f"sparse_matmul: expected bias of shape ({m},){stack} for {owner}, got "
             f"{bias.shape}"
         )
-    if not jnp.issubdtype(bias.dtype, jnp.floating):
+    if not jnp.issubdtype(bias.dtype, jnp.floating) or not bias.dtype.isnative:
         raise ValueError(
             f"sparse_matmul: expected bias of a float dtype, got {bias.dtype}"
         )
 
 
-def _check_implementation(implementation, x) -> None:
-    if implementation is None:
-        return
-    if implementation not in IMPLEMENTATIONS:
+def check_implementation_name(op: str, implementation: Any) -> None:
+    """Raises ValueError unless it is the name of one, or None."""
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(
-            f"sparse_matmul: expected implementation to be one of {IMPLEMENTATIONS} or "
-            f"None, got {implementation!r}"
+            f"{op}: expected implementation to be one of {IMPLEMENTATIONS} or None, "
+            f"got {implementation!r}"
         )
-    if implementation == "xla":
+
+
+def _check_implementation(implementation, x) -> None:
+    check_implementation_name("sparse_matmul", implementation)
+    if implementation in (None, "xla"):
         return
     if implementation == "cuda" and not _native.cuda_available():
         raise NotImplementedError(

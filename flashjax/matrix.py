@@ -37,13 +37,19 @@ class PackedMatrix:
 
     @property
     def nnz(self) -> int:
-        """Number of nonzero elements; needs concrete arrays of this process."""
+        """Nonzero elements, of a stack in all; needs concrete arrays of the process."""
         return int(np.asarray(self.counts).sum(dtype=np.int64))
 
     @property
     def sparsity(self) -> float:
-        """Share of zeros, from 0 to 1; 0 for a matrix without elements."""
-        return 1.0 - self.nnz / self.size if self.size else 0.0
+        """Share of zeros, from 0 to 1, in all of a stack; 0 without elements."""
+        elements = self.size * self._layers
+        return 1.0 - self.nnz / elements if elements else 0.0
+
+    @property
+    def _layers(self) -> int:
+        """Matrices of a stack; 1 of none."""
+        return int(np.prod(np.shape(self.counts)[:-1]))
 
     @property
     def nbytes(self) -> int:

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from . import checkpoint, prune
 from .matmul import Activation, sparse_matmul
+from .matmul_checks import check_implementation_name
 from .nnx_tree import check_model, layers_of, replace_layers
 from .sharding import ShardedSparseMatrix
 from .sparse_matrix import SparseMatrix, check_tokens
@@ -98,6 +99,7 @@ class SparseDense(nnx.Module):
         rngs: nnx.Rngs | None,
         _packed: tuple[SparseMatrix, nnx.Param[Any] | None] | None = None,
     ):
+        check_implementation_name("SparseDense", implementation)
         # Only through __init__ does NNX set up an object, also for from_matrix().
         if _packed is not None:
             matrix, bias = _packed
@@ -142,8 +144,15 @@ class SparseDense(nnx.Module):
           implementation: see the class.
 
         Raises:
-          ValueError: bias has another shape.
+          TypeError: the kernel is no SparseMatrix or ShardedSparseMatrix.
+          ValueError: it is a stack, or the bias has another shape or no floating dtype.
         """
+        if not isinstance(matrix, SparseMatrix | ShardedSparseMatrix):
+            raise TypeError(
+                f"kernel: expected a SparseMatrix, got {type(matrix).__name__}"
+            )
+        if isinstance(matrix, SparseMatrix):
+            matrix.check_leaves("kernel")
         variable: Any = bias
         if bias is not None and not isinstance(bias, nnx.Variable):
             variable = nnx.Param(jnp.asarray(bias))
@@ -152,6 +161,8 @@ class SparseDense(nnx.Module):
                 f"bias: expected shape ({matrix.shape[1]},) for a kernel of shape "
                 f"{matrix.shape}, got {variable.shape}"
             )
+        if variable is not None and not jnp.issubdtype(variable.dtype, jnp.floating):
+            raise ValueError(f"bias: expected a floating dtype, got {variable.dtype}")
         return cls(
             *matrix.shape,
             dtype=dtype,
@@ -260,6 +271,11 @@ class LinenSparseDense(linen.Module):
         matrix: Any = kernel.value
         if isinstance(matrix, SparsePositions):  # flashjax.linen.trainable()
             matrix = TrainableMatrix(matrix, self.get_variable("params", "kernel"))
+        if matrix.shape[-1] != self.features:
+            raise ValueError(
+                f"{type(self).__name__}: expected a kernel of {self.features} "
+                f"features, got one of shape {matrix.shape}"
+            )
         return _apply(
             inputs, matrix, bias, self.dtype, None, self.implementation, activation
         )
@@ -282,9 +298,15 @@ class LinenSparseDense(linen.Module):
           {"params": {"bias": ...}, "sparse": {"kernel": SparseMatrix}}.
 
         Raises:
-          ValueError: the kernel is traced, no matrix, or does not fit the dtype.
+          ValueError: the kernel is traced, no matrix, or does not fit the dtype, or
+            the bias does not fit the kernel.
         """
         matrix = SparseMatrix.from_dense(_cast(kernel, "kernel", dtype))
+        if bias is not None and jnp.shape(bias) != (matrix.shape[1],):
+            raise ValueError(
+                f"bias: expected shape ({matrix.shape[1]},) for a kernel of shape "
+                f"{matrix.shape}, got {jnp.shape(bias)}"
+            )
         params = {} if bias is None else {"bias": jnp.asarray(bias)}
         return {"params": params, LINEN_COLLECTION: {"kernel": matrix}}
 
@@ -332,6 +354,7 @@ def sparsify(
     """
     check_model("sparsify", model)
     check_tokens("sparsify", tokens)
+    check_implementation_name("sparsify", implementation)
     found: dict[int, tuple[nnx.Linear, list[str]]] = {}
     for path, layer in layers_of(model, nnx.Linear):
         found.setdefault(id(layer), (layer, []))[1].append(path)
@@ -354,7 +377,7 @@ def sparsify(
             f"none of {len(candidates)} ({listed})"
         )
     for layer, path in taken.values():
-        _check_linear(layer, path, dtype)
+        _check_linear(layer, path or "the model", dtype)
     swapped: dict[int, Any] = {}
 
     def swap(layer: nnx.Linear) -> Any:
@@ -417,14 +440,21 @@ def _apply(
             result = jnp.result_type(*dtypes)
     if dtype is not None or not jnp.issubdtype(inputs.dtype, jnp.floating):
         inputs = inputs.astype(result)
+    result = jnp.dtype(preferred_element_type or result)
+    # Products are accumulated in float32, also for those who compute in float64.
+    inputs = inputs.astype(_at_most_float32(inputs.dtype))
     return sparse_matmul(
         inputs,
         matrix,
         bias=bias,
         activation=activation,
         implementation=implementation,
-        preferred_element_type=jnp.dtype(preferred_element_type or result),
-    )
+        preferred_element_type=_at_most_float32(result),
+    ).astype(result)
+
+
+def _at_most_float32(dtype: np.dtype) -> np.dtype:
+    return jnp.dtype(jnp.float32) if dtype == jnp.float64 else dtype
 
 
 def _half(dtype: DTypeLike, name: str) -> np.dtype:

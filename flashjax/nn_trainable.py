@@ -1,9 +1,11 @@
 """Sparse layers of Flax NNX whose nonzero weights are trained."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,6 +18,37 @@ from .trainable_matrix import SparsePositions, TrainableMatrix
 
 nnx.register_data_type(SparsePositions)
 nnx.register_data_type(TrainableMatrix)
+
+
+def _to_state(packed: Any) -> dict[str, Any]:
+    return {
+        field.name: flax.serialization.to_state_dict(getattr(packed, field.name))
+        for field in _array_fields(packed)
+    }
+
+
+def _from_state(target: Any, state: Mapping[str, Any]) -> Any:
+    names = [f.name for f in _array_fields(target)]
+    if sorted(state) != sorted(names):
+        raise ValueError(
+            f"{type(target).__name__}: expected the arrays {', '.join(sorted(names))}, "
+            f"got {', '.join(sorted(state))}"
+        )
+    restored = {
+        name: flax.serialization.from_state_dict(getattr(target, name), state[name])
+        for name in names
+    }
+    return dataclasses.replace(target, **restored)
+
+
+def _array_fields(packed: Any) -> list[dataclasses.Field[Any]]:
+    fields = dataclasses.fields(packed)
+    return [field for field in fields if not field.metadata.get("static")]
+
+
+# For going on with training: unlike a SparseMatrix these follow the packed layout.
+for _kind in (SparsePositions, TrainableMatrix):
+    flax.serialization.register_serialization_state(_kind, _to_state, _from_state)
 
 
 class TrainableSparseDense(SparseDense):
@@ -31,24 +64,33 @@ class TrainableSparseDense(SparseDense):
       bias: nnx.Param (out_features,) or None; of a half precision no more, if the
         values are float32.
       bias_dtype: what it was, and becomes again; None if there is none.
+      had_transpose: whether the kernel had a second packing, and gets it again.
     """
 
-    def __init__(self, layer: SparseDense, dtype: DTypeLike = jnp.float32):
+    def __init__(
+        self,
+        layer: SparseDense,
+        dtype: DTypeLike = jnp.float32,
+        biases: dict[int, Any] | None = None,
+    ):
         """Takes over a layer, whose bias it shares unless its dtype changes.
 
         Args:
           layer: the layer.
           dtype: of the values: float32, float16 or bfloat16.
+          biases: what has become of biases of other layers, by id(); this layer's is
+            added.
         """
-        matrix = TrainableMatrix.from_sparse(layer.kernel.get_value(), dtype)
+        kernel: Any = layer.kernel.get_value()
+        matrix = TrainableMatrix.from_sparse(kernel, dtype)
+        self.had_transpose = kernel.transposed is not None
         self.values = nnx.Param(matrix.values)
         self.positions = SparseWeight(matrix.positions)
         bias: Any = layer.bias
         self.bias_dtype = None if bias is None else bias.dtype
-        if bias is not None and self.bias_dtype != (
-            wider := trained_bias_dtype(bias, matrix.values)
-        ):
-            bias = nnx.Param(bias[...].astype(wider))
+        if bias is not None:
+            wider = trained_bias_dtype(bias, matrix.values)
+            bias = _replaced(bias, wider, lambda b: b.astype(wider), biases)
         self.bias = nnx.data(bias)
         self.in_features, self.out_features = matrix.shape
         self.use_bias = layer.use_bias
@@ -115,7 +157,11 @@ def trainable(
                 f"trainable: {path}: expected a layer that holds a SparseMatrix, got "
                 f"{type(kernel).__name__}"
             )
-    new = {key: TrainableSparseDense(layer, dtype) for key, (_, layer) in found.items()}
+    biases: dict[int, Any] = {}
+    new = {
+        key: TrainableSparseDense(layer, dtype, biases)
+        for key, (_, layer) in found.items()
+    }
     model = replace_layers(model, SparseDense, lambda old: new.get(id(old), old))
     params = nnx.to_flat_state(nnx.state(model, nnx.Param))
     warn_of_float16(
@@ -163,22 +209,39 @@ def freeze(model: Model) -> Model:
     """
     check_model("freeze", model)
     layers = {id(layer): layer for _, layer in layers_of(model, TrainableSparseDense)}
-    frozen = {key: _frozen_layer(layer) for key, layer in layers.items()}
+    biases: dict[int, Any] = {}
+    frozen = {key: _frozen_layer(layer, biases) for key, layer in layers.items()}
     return replace_layers(model, TrainableSparseDense, lambda layer: frozen[id(layer)])
 
 
-def _frozen_layer(layer: TrainableSparseDense) -> SparseDense:
+def _frozen_layer(layer: TrainableSparseDense, biases: dict[int, Any]) -> SparseDense:
     bias: Any = layer.bias
     if bias is not None:
         kept = rounded("freeze", bias[...], layer.bias_dtype)
-        bias = bias if bias.dtype == kept.dtype else nnx.Param(kept)
+        bias = _replaced(bias, kept.dtype, lambda _: kept, biases)
+    matrix = frozen_matrix("freeze", layer.kernel.get_value())
     return SparseDense.from_matrix(
-        frozen_matrix("freeze", layer.kernel.get_value()),
+        matrix.with_transpose() if layer.had_transpose else matrix,
         bias,
         dtype=layer.dtype,
         preferred_element_type=layer.preferred_element_type,
         implementation=layer.implementation,
     )
+
+
+def _replaced(
+    bias: Any,
+    dtype: Any,
+    convert: Callable[[jax.Array], jax.Array],
+    biases: dict[int, Any] | None,
+) -> Any:
+    """A variable of the same kind with another dtype, one for all that share it."""
+    if bias.dtype == dtype:
+        return bias
+    biases = {} if biases is None else biases
+    if id(bias) not in biases:
+        biases[id(bias)] = bias.replace(convert(bias[...]))
+    return biases[id(bias)]
 
 
 def frozen_matrix(where: str, matrix: TrainableMatrix) -> SparseMatrix:

@@ -99,7 +99,8 @@ def _sample_blocks(shape, factors, arrays, sample):
             axis=1,
         )
         block = _transposed_product(columns, *x)
-        return sample(block, bitmap, entries, first, slots)
+        # Under jax_enable_x64 it would be an int64.
+        return sample(block, bitmap, entries, first.astype(jnp.int32), slots)
 
     blocks = -(-strips // strips_a_block)
     slots = jax.lax.fori_loop(np.int32(0), np.int32(blocks), one_block, slots)

@@ -6,6 +6,8 @@ after Megatron-LM (arXiv:1909.08053). A column-parallel product needs no communi
 a row-parallel one ends in one all-reduce.
 """
 
+import contextlib
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -146,10 +148,11 @@ class ShardedSparseMatrix(PackedMatrix):
         places = sharding.addressable_devices_indices_map((count,))
         devices = {d: where[0].start or 0 for d, where in places.items() if where}
         made: dict[int, SparseMatrix] = {}
-        for device, index in devices.items():
-            if index not in made:
-                made[index] = shard(index, device)
-                _check_shard(made[index], expected, dtype, index)
+        with without_mesh():
+            for device, index in devices.items():
+                if index not in made:
+                    made[index] = shard(index, device)
+                    _check_shard(made[index], expected, dtype, index)
         longest = max(matrix.values.shape[0] for matrix in made.values())
         longest = _largest_of_all_processes(longest, mesh)
 
@@ -157,9 +160,11 @@ class ShardedSparseMatrix(PackedMatrix):
             parts = []
             for device, index in devices.items():
                 part = jax.device_put(getattr(made[index], name), device)
-                if name == "values":
-                    part = jnp.pad(part, ((0, longest - len(part)), (0, 0), (0, 0)))
-                parts.append(part[None])
+                with without_mesh():
+                    if name == "values":
+                        missing = longest - len(part)
+                        part = jnp.pad(part, ((0, missing), (0, 0), (0, 0)))
+                    parts.append(part[None])
             shape = (count, *parts[0].shape[1:])
             return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
@@ -176,6 +181,23 @@ class ShardedSparseMatrix(PackedMatrix):
     def count(self) -> int:
         """Number of shards."""
         return self.mesh.shape[self.axis]
+
+    @property
+    def _layers(self) -> int:
+        return int(np.prod(np.shape(self.counts)[:-2]))
+
+    def __copy__(self) -> "ShardedSparseMatrix":
+        return dataclasses.replace(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ShardedSparseMatrix":
+        leaves = {name: copy.deepcopy(getattr(self, name), memo) for name in _LEAVES}
+        return dataclasses.replace(self, **leaves)
+
+    def __reduce__(self):
+        raise TypeError(
+            "ShardedSparseMatrix: expected something with a stored form, got a matrix "
+            "that is spread over devices: store SparseMatrix.from_dense(w.to_dense())"
+        )
 
     def __repr__(self) -> str:
         details = (
@@ -319,6 +341,11 @@ def _to_dense(w):
     return w._map(local, (P(w.axis),), spec)(w)
 
 
+def without_mesh() -> contextlib.AbstractContextManager[Any]:
+    """For work on one device, which JAX refuses inside of `jax.set_mesh`."""
+    return jax.set_mesh(Mesh(np.empty((), dtype=object), ()))
+
+
 def shard_shape(
     shape: tuple[int, ...], mesh: Mesh, axis: str, dim: Dim
 ) -> tuple[int, int]:
@@ -338,7 +365,8 @@ def shard_shape(
     count = mesh.shape[axis]
     k, m = shape
     features = m if dim == "out" else k
-    if features % count:
+    # Of no input features there is no product on a device.
+    if features % count or (dim == "in" and not features):
         raise ValueError(
             f"expected {dim}_features that mesh axis {axis!r} divides into {count} "
             f"equal shards, got {features} (shape {tuple(shape)})"

@@ -29,7 +29,7 @@ class SparseMatrix(PackedMatrix):
     Build one with `from_dense`. The packed arrays follow `cpu/lscd_layout.h`, or
     `cpu/gather_layout.h` where `layout` says so (see `flashjax.layouts`); they are
     private, may change with the version in `layout`, and are not meant for storage
-    (`pickle` stores an independent form).
+    (`pickle` stores an independent form, but of a stack the packed one).
 
     Attributes:
       shape: (in_features, out_features).
@@ -96,7 +96,9 @@ class SparseMatrix(PackedMatrix):
                 f"({jax.typeof(dense)}). The packed size depends on the data: pack "
                 "outside of jit, vmap and grad and pass the SparseMatrix as an argument"
             )
-        if not isinstance(dense, np.ndarray | jax.Array):
+        if not isinstance(dense, np.ndarray | jax.Array) or isinstance(
+            dense, np.ma.MaskedArray
+        ):
             raise TypeError(
                 "SparseMatrix.from_dense: expected a numpy or JAX array, got "
                 f"{type(dense).__name__}"
@@ -107,13 +109,13 @@ class SparseMatrix(PackedMatrix):
                 f"out_features), got shape {dense.shape}"
             )
         dtype = _check_dtype("SparseMatrix.from_dense", dense.dtype)
-        if not isinstance(threads, int) or threads < 0:
+        if not isinstance(threads, int | np.integer) or not 0 <= threads < 2**31:
             raise ValueError(
                 f"SparseMatrix.from_dense: expected threads >= 0, got {threads!r}"
             )
         check_tokens("SparseMatrix.from_dense", tokens)
         k, m = dense.shape
-        leaves, layout = packing.pack_for(tokens, dense, threads)
+        leaves, layout = packing.pack_for(tokens, dense, int(threads))
         bitmap, entries, values, counts = leaves
         return cls(
             bitmap, entries, values, counts, shape=(k, m), dtype=dtype, layout=layout
@@ -164,7 +166,8 @@ class SparseMatrix(PackedMatrix):
         Everything else ignores it: `pickle` makes it again, checkpoints leave it out.
 
         Returns:
-          A matrix that shares this one's arrays, with `transposed` on the same device.
+          A matrix that shares this one's arrays, with `transposed` on the same device
+          (of a matrix on several devices, on JAX's default device).
 
         Raises:
           TypeError: the matrix is traced.
@@ -214,6 +217,10 @@ class SparseMatrix(PackedMatrix):
           ValueError: there are no matrices, or they differ or are stacks.
           TypeError: something else than a SparseMatrix is among them.
         """
+        if isinstance(matrices, SparseMatrix):
+            raise TypeError(
+                "SparseMatrix.stack: expected a sequence of SparseMatrix, got one"
+            )
         matrices = list(matrices)
         if not matrices:
             raise ValueError(
@@ -246,9 +253,12 @@ class SparseMatrix(PackedMatrix):
 
         The dense matrix exists for the duration of the call.
         """
-        from flashjax.sharding import ShardedSparseMatrix  # imports this module
+        # It imports this module.
+        from flashjax.sharding import ShardedSparseMatrix, without_mesh
 
-        return ShardedSparseMatrix.from_dense(self.to_dense(), mesh, axis, dim=dim)
+        with without_mesh():
+            dense = self.to_dense()
+        return ShardedSparseMatrix.from_dense(dense, mesh, axis, dim=dim)
 
     @property
     def packed(self) -> tuple[Any, Any, Any]:
@@ -292,7 +302,8 @@ class SparseMatrix(PackedMatrix):
 
     def __repr__(self) -> str:
         details = f"shape={self.shape}, dtype={self.dtype.name}"
-        if all(_is_concrete(getattr(self, name)) for name in _LEAVES):
+        # Anything may stand in a leaf's place: a gradient's float0, what was donated.
+        if all(_is_readable(getattr(self, name)) for name in _LEAVES):
             if np.ndim(self.counts) == 1:
                 details += f", nnz={self.nnz}, sparsity={self.sparsity:.3f}"
             details += f", nbytes={self.nbytes}"
@@ -383,6 +394,12 @@ def _is_concrete(leaf: Any) -> bool:
     return isinstance(leaf, np.ndarray | jax.Array) and not isinstance(
         leaf, jax.core.Tracer
     )
+
+
+def _is_readable(leaf: Any) -> bool:
+    if not _is_concrete(leaf) or leaf.dtype != np.uint32:
+        return False
+    return not (isinstance(leaf, jax.Array) and leaf.is_deleted())
 
 
 def _fits(got: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:

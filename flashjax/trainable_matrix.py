@@ -146,7 +146,10 @@ class TrainableMatrix(PackedMatrix):
         )
 
     def to_dense(self) -> jax.Array:
-        """The dense (in_features, out_features) array of `dtype`, differentiable."""
+        """The dense (in_features, out_features) array of `dtype`.
+
+        Differentiable in reverse mode.
+        """
         self.check_leaves("TrainableMatrix.to_dense")
         call = rules.SampleCall(self.shape, self.dtype)
         return _to_dense(call, self.values, self.positions.arrays)

@@ -73,6 +73,33 @@ def test_linen_init_cannot_be_transformed():
         jax.jit(layer.init)(jax.random.key(0), jnp.ones((2, 4), jnp.float16))
 
 
+def test_linen_features_and_bias_fit_the_kernel():
+    variables = fj_linen.SparseDense.params_from_dense(np.ones((16, 20)))
+    x = jnp.ones((3, 16))
+    with pytest.raises(ValueError, match=r"kernel of 21 features, .*\(16, 20\)"):
+        fj_linen.SparseDense(21, use_bias=False).apply(variables, x)
+    with pytest.raises(ValueError, match=r"bias: expected shape \(20,\) .* \(21,\)"):
+        fj_linen.SparseDense.params_from_dense(np.ones((16, 20)), np.ones(21))
+    for function in (fj_linen.trainable, fj_linen.freeze):
+        with pytest.raises(TypeError, match="variables of a model, got SparseDense"):
+            function(fj_linen.SparseDense(21))
+
+
+def test_what_is_trained_is_stored_by_flax():
+    x = jnp.ones((3, 16), jnp.float16)
+    variables = fj_linen.SparseDense(20).init(jax.random.key(0), x)
+    trained = fj_linen.trainable(variables)
+    data = flax.serialization.to_bytes(trained)
+    restored = flax.serialization.from_bytes(trained, data)
+    assert jax.tree.structure(restored) == jax.tree.structure(trained)
+    jax.tree.map(np.testing.assert_array_equal, restored, trained)
+    fj_linen.freeze(restored)
+    state = flax.serialization.to_state_dict(trained["sparse"]["kernel"])
+    state.pop("live")
+    with pytest.raises(ValueError, match="SparsePositions: expected the arrays bitmap"):
+        flax.serialization.from_state_dict(trained["sparse"]["kernel"], state)
+
+
 def test_linen_wrong_inputs():
     layer = fj_linen.SparseDense(features=8)
     variables = layer.init(jax.random.key(0), jnp.ones((2, 4), jnp.float16))

@@ -155,6 +155,37 @@ def test_arguments_are_checked(arguments, message):
         SparseDense(4, 4, **arguments, rngs=nnx.Rngs(0))
 
 
+def test_matrices_are_checked():
+    matrix = SparseMatrix.from_dense(np.eye(8, dtype=np.float16))
+    with pytest.raises(TypeError, match="kernel: expected a SparseMatrix, got ndarray"):
+        SparseDense.from_matrix(np.eye(8))
+    with pytest.raises(ValueError, match="kernel: expected one SparseMatrix, got a st"):
+        SparseDense.from_matrix(SparseMatrix.stack([matrix, matrix]))
+    with pytest.raises(ValueError, match="bias: expected a floating dtype, got int32"):
+        SparseDense.from_matrix(matrix, np.ones(8, np.int32))
+    for make in (
+        lambda: SparseDense.from_matrix(matrix, implementation="fast"),
+        lambda: sparsify(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), implementation="fast"),
+    ):
+        with pytest.raises(ValueError, match="expected implementation to be one of"):
+            make()
+
+
+@pytest.mark.parametrize("dtype", [None, "float64"])
+def test_float64(dtype):
+    """Computed in float32, as all products are."""
+    jax.config.update("jax_enable_x64", True)
+    try:
+        linear = nnx.Linear(8, 8, dtype=dtype, rngs=nnx.Rngs(0))
+        x = jnp.ones((2, 8))
+        with jax.numpy_dtype_promotion("standard"):
+            y, expected = SparseDense.from_linear(linear)(x), linear(x)
+        assert y.dtype == expected.dtype == jnp.float64
+        np.testing.assert_allclose(y, expected, rtol=1e-2, atol=1e-2)
+    finally:
+        jax.config.update("jax_enable_x64", False)
+
+
 def test_no_rngs():
     with pytest.raises(ValueError, match=r"expected rngs to be nnx\.Rngs, got None"):
         SparseDense(4, 4, rngs=None)

@@ -104,6 +104,25 @@ def test_a_bias_that_keeps_its_dtype_is_shared(x):
         assert TrainableSparseDense(layer, dtype).bias is layer.bias
 
 
+class TaggedParam(nnx.Param):
+    """A kind of its own, as filters of optimizers tell them apart."""
+
+
+def test_biases_stay_what_they_are():
+    """One of two layers, of its own kind and with its metadata."""
+    matrix = fj.SparseDense(8, 8, rngs=nnx.Rngs(0)).kernel[...].with_transpose()
+    bias = TaggedParam(jnp.ones(8, jnp.float16), mark="x")
+    model = nnx.List([fj.SparseDense.from_matrix(matrix, bias) for _ in range(2)])
+    for change, dtype in ((fj.trainable, jnp.float32), (fj.freeze, jnp.float16)):
+        model = change(model)
+        first, second = (layer.bias for layer in model)
+        assert first is second
+        assert type(first) is TaggedParam
+        assert first.get_metadata()["mark"] == "x"
+        assert first.dtype == dtype
+    assert all(layer.kernel[...].transposed is not None for layer in model)
+
+
 def test_adam_in_half_precision(x):
     """Whose epsilon is 0 in float16."""
     layers = [fj.SparseDense(40, 40, rngs=nnx.Rngs(i)) for i in range(2)]

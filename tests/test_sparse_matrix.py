@@ -317,6 +317,41 @@ def test_pickle_of_special_trees(w):
     assert pickle.loads(pickle.dumps(stack)).bitmap.shape == stack.bitmap.shape
 
 
+def test_a_stack_has_the_sparsity_of_its_matrices(w):
+    stack = fj.SparseMatrix.stack([w, w, w])
+    assert stack.nnz == 3 * w.nnz
+    assert stack.sparsity == pytest.approx(w.sparsity)
+
+
+def test_repr_of_what_cannot_be_read(w):
+    x = jnp.ones((2, w.shape[0]), w.dtype)
+
+    def loss(w):
+        return jnp.sum(fj.sparse_matmul(x, w), dtype=jnp.float32)
+
+    gradient = jax.grad(loss, allow_int=True)(w)
+    donated = jax.tree.map(jnp.copy, w)
+    donated.counts.delete()
+    for matrix in (gradient, donated):
+        assert repr(matrix).startswith(f"SparseMatrix(shape={w.shape}, dtype=")
+
+
+def test_arguments_that_are_nearly_right(dense, w):
+    again = fj.SparseMatrix.from_dense(dense, threads=np.int64(2))
+    assert_same(again.to_dense(), dense)
+    with pytest.raises(ValueError, match="expected threads >= 0, got 10000000000"):
+        fj.SparseMatrix.from_dense(dense, threads=10**10)
+    with pytest.raises(TypeError, match="numpy or JAX array, got MaskedArray"):
+        fj.SparseMatrix.from_dense(np.ma.masked_array(np.asarray(dense)))
+    with pytest.raises(TypeError, match="expected a sequence of SparseMatrix, got one"):
+        fj.SparseMatrix.stack(w)
+    x = np.ones((2, w.shape[0]), w.dtype)
+    with pytest.raises(ValueError, match="bias of a float dtype, got >f4"):
+        fj.sparse_matmul(x, w, bias=np.ones(w.shape[1], ">f4"))
+    with pytest.raises(ValueError, match="a layer from 0 to 1 of a stack of 2, got 7"):
+        fj.sparse_matmul(x, fj.SparseMatrix.stack([w, w]), layer=np.array(7))
+
+
 def test_copies(dense, w):
     for again in (copy.copy(w), copy.deepcopy(w), copy.deepcopy([w])[0]):
         assert_same(again.to_dense(), dense)

@@ -277,6 +277,31 @@ def test_gradient_of_to_dense(small):
     np.testing.assert_array_equal(scatter(t, gradient), expected)
 
 
+def test_without_jit(small):
+    """As one debugs."""
+    t, x, weights = small
+    with jax.disable_jit():
+        y = fj.sparse_matmul(x, t.to_sparse())
+        gradient = value_gradient(fj.sparse_matmul, t, x, weights)
+        dense_gradient = jax.grad(lambda v: t.replace(v).to_dense().sum())(t.values)
+    np.testing.assert_array_equal(y, fj.sparse_matmul(x, t))
+    check_gradient(gradient, t, x, weights)
+    assert np.array_equal(dense_gradient != 0, t.values != 0)
+
+
+@pytest.fixture
+def x64():
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@every_implementation
+def test_gradients_with_x64(product, small, x64):
+    t, x, weights = small
+    check_gradient(value_gradient(product, t, x, weights), t, x, weights)
+
+
 def test_repeats_bit_for_bit():
     t = make((1031, 300), 0.7, "float16")
     x = op_cases.random_x((33, 1031), "float32")

@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,6 +116,27 @@ def test_under_set_mesh_with_sharded_rows(dim):
         assert jax.typeof(y).sharding.spec == spec
     expected = x.astype(np.float32) @ dense.astype(np.float32) + bias[None, None]
     np.testing.assert_allclose(y, expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("dim", ["out", "in"])
+def test_is_made_under_set_mesh(dim, kind):
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(kind,))
+    w = fj.SparseMatrix.from_dense(np.eye(32, dtype=np.float16))
+    with jax.set_mesh(mesh):
+        made = fj.ShardedSparseMatrix.from_dense(w.to_dense(), mesh, "model", dim=dim)
+        for matrix in (made, w.shard(mesh, "model", dim=dim)):
+            np.testing.assert_array_equal(matrix.to_dense(), np.eye(32))
+
+
+def test_copies_and_pickle():
+    mesh = make_mesh((2,), ("model",))
+    w = fj.SparseMatrix.from_dense(np.eye(32, dtype=np.float16))
+    sharded = w.shard(mesh, "model", dim="out")
+    for again in (copy.copy(sharded), copy.deepcopy(sharded)):
+        np.testing.assert_array_equal(again.to_dense(), np.eye(32))
+    with pytest.raises(TypeError, match="ShardedSparseMatrix: expected something with"):
+        pickle.dumps(sharded)
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
