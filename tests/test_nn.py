@@ -11,7 +11,13 @@ import optax
 import pytest
 from flax import nnx
 
-from flashjax import SparseMatrix, checkpoint, prune, sparse_matmul
+from flashjax import (
+    SparseMatrix,
+    TrainableMatrix,
+    checkpoint,
+    prune,
+    sparse_matmul,
+)
 from flashjax import linen as fj_linen
 from flashjax.nn import SparseDense, SparseWeight, sparsify
 
@@ -396,6 +402,18 @@ def test_orbax(tmp_path, canonical):
     nnx.update(other, restored)
     x = random((2, 70), jnp.float16)
     assert jnp.array_equal(other(x), layer(x))
+
+
+def test_what_has_no_canonical_arrays():
+    w = SparseMatrix.from_dense(np.eye(32, dtype=np.float16))
+    trained = TrainableMatrix.from_sparse(w)
+    for wrong in (trained, trained.positions):
+        with pytest.raises(
+            TypeError, match=r"export_tree: a\.0: .* got (Tr|SparsePos)"
+        ):
+            checkpoint.export_tree({"a": [wrong]})
+    with pytest.raises(ValueError, match=r"export_tree: a\.0: .* got a stack"):
+        checkpoint.export_tree({"a": [SparseMatrix.stack([w, w])]})
 
 
 def test_pickle():

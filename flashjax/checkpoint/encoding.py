@@ -3,24 +3,20 @@
 import math
 from concurrent.futures import ThreadPoolExecutor
 
-import ml_dtypes
 import numpy as np
+from numpy.typing import ArrayLike
 
 from flashjax.sparse_rows import SparseRows
 
+from .arrays import HALF_DTYPES, native
 from .checks import expect
-
-HALF_DTYPES = {
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
 
 # Elements that a thread converts at a time, so that temporaries stay in the cache; of
 # fewer it would mostly wait for the interpreter.
 _BLOCK = 1 << 18
 
 
-def encode(dense: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def encode(dense: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Splits a matrix into the bitmap and the values of its nonzeros.
 
     Args:
@@ -31,9 +27,10 @@ def encode(dense: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
       The bitmap, uint8 (ceil(out * in / 8),), and the values, (nnz,) of dense's dtype.
 
     Raises:
+      TypeError: dense is no array.
       ValueError: dense is no matrix of one of these dtypes.
     """
-    dense = np.ascontiguousarray(dense)
+    dense = native("sparse weight", dense)
     if dense.ndim != 2 or dense.dtype not in HALF_DTYPES.values():
         raise ValueError(
             "a sparse weight must be a float16 or bfloat16 matrix, got "

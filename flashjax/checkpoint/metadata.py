@@ -9,8 +9,8 @@ import numpy as np
 
 from flashjax.atomic_folder import CheckpointError
 
+from .arrays import HALF_DTYPES
 from .checks import expect, kind, parse_json
-from .encoding import HALF_DTYPES
 
 FORMAT = "flashjax-sparse"
 VERSION = 1

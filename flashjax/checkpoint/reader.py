@@ -97,7 +97,7 @@ class CheckpointReader:
         return name in self._tensors
 
     def close(self) -> None:
-        """Forgets the files."""
+        """Forgets the files: nothing can be loaded any more."""
         self._announcer.shutdown(wait=False, cancel_futures=True)
         self._files.clear()
 
@@ -128,7 +128,13 @@ class CheckpointReader:
         return self._file(name).dtype(name)
 
     def nnz(self, name: str) -> int:
-        """The number of stored values of a sparse weight, from the file's header."""
+        """The number of stored values of a sparse weight, from the file's header.
+
+        Raises:
+          KeyError: there is no such tensor.
+          CheckpointError: it is stored dense, or the header lies.
+        """
+        self._check_sparse(name)
         shape = self._file(name).shape(f"{name}.values")
         where = f"{self.folder}: {name}"
         expect(len(shape) == 1, where, "values rank", 1, len(shape))
@@ -138,8 +144,11 @@ class CheckpointReader:
         """The same, but counted in the bitmap.
 
         Raises:
-          CheckpointError: bitmap and header contradict each other.
+          KeyError: there is no such tensor.
+          CheckpointError: it is stored dense, or bitmap and header contradict each
+            other.
         """
+        self._check_sparse(name)
         (bitmap,) = self._read(name, "bitmap")
         where = f"{self.folder}: {name}"
         expect(bitmap.dtype == np.uint8, where, "bitmap dtype", "uint8", bitmap.dtype)
@@ -163,7 +172,8 @@ class CheckpointReader:
 
         Raises:
           KeyError: there is no such tensor.
-          CheckpointError: the stored parts contradict each other.
+          CheckpointError: the stored parts contradict each other, or the reader was
+            closed.
         """
         if name in self.sparse:
             return self.load_rows(name).to_dense()
@@ -174,9 +184,11 @@ class CheckpointReader:
         """Reads one sparse weight as it is stored.
 
         Raises:
-          KeyError: there is no such sparse weight.
-          CheckpointError: the stored parts contradict each other.
+          KeyError: there is no such tensor.
+          CheckpointError: it is stored dense, or the stored parts contradict each
+            other, or the reader was closed.
         """
+        self._check_sparse(name)
         entry = self.sparse[name]
         self._announce(name)
         bitmap, values = self._read(name, *PARTS)
@@ -184,7 +196,17 @@ class CheckpointReader:
         return check_rows(bitmap, values, entry.shape, entry.dtype, where)
 
     def _file(self, name: str) -> TensorFile:
-        return self._files[self._tensors[name]]
+        file = self._files.get(self._tensors[name])
+        if file is None:
+            raise CheckpointError(
+                f"{self.folder}: {name}: expected a reader that is open, got one that "
+                "was closed"
+            )
+        return file
+
+    def _check_sparse(self, name: str) -> None:
+        ok = name in self.sparse or name not in self._tensors
+        expect(ok, str(self.folder), repr(name), "a sparse weight", "a dense tensor")
 
     def _announce(self, name: str) -> None:
         """Has the system read a tensor's file and the next one ahead.

@@ -14,26 +14,9 @@ from safetensors import SafetensorError, safe_open
 from flashjax import _native
 from flashjax.atomic_folder import CheckpointError
 
+from .arrays import DTYPES
 from .checks import expect
 from .checksums import in_parts
-from .encoding import HALF_DTYPES
-
-# safetensors' names of the dtypes that a model folder may hold.
-_DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": HALF_DTYPES["float16"],
-    "BF16": HALF_DTYPES["bfloat16"],
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U64": np.dtype(np.uint64),
-    "U32": np.dtype(np.uint32),
-    "U16": np.dtype(np.uint16),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
 
 # How a text of Git LFS begins.
 _LFS_POINTER = b"version https://git-lfs"
@@ -115,9 +98,9 @@ class TensorFile:
           CheckpointError: it is none that a model's tensors have.
         """
         dtype = self._stored[name].dtype
-        expected = ", ".join(_DTYPES)
-        expect(dtype in _DTYPES, f"{self.path}: {name}", "dtype", expected, dtype)
-        return _DTYPES[dtype]
+        expected = ", ".join(DTYPES)
+        expect(dtype in DTYPES, f"{self.path}: {name}", "dtype", expected, dtype)
+        return DTYPES[dtype]
 
     def read(self, name: str, checksums: Mapping[str, int]) -> np.ndarray:
         """Reads a tensor.

@@ -25,7 +25,18 @@ def to_arrays(matrix: "SparseMatrix") -> dict[str, np.ndarray]:
     Returns:
       {"flashjax_sparse": int32 () the version, "shape": int64 (2,) (out, in),
       "bitmap": see encode(), "values": see encode()}.
+
+    Raises:
+      TypeError: matrix is no SparseMatrix.
+      ValueError: it is a stack, whose matrices unstack() gives.
     """
+    from flashjax.sparse_matrix import SparseMatrix
+
+    if not isinstance(matrix, SparseMatrix):
+        raise TypeError(
+            f"to_arrays: expected a SparseMatrix, got {type(matrix).__name__}"
+        )
+    matrix.check_leaves("to_arrays")
     bitmap, values = encode(np.asarray(matrix.to_dense()).T)
     return {
         TREE_KEY: np.asarray(VERSION, np.int32),
@@ -71,17 +82,28 @@ def export_tree(tree: Any) -> Any:
 
     Returns:
       The tree, with the dicts of to_arrays() for SparseMatrix.
+
+    Raises:
+      TypeError: a matrix has no canonical arrays: it is being trained (freeze the
+        model first) or is spread over devices.
+      ValueError: a matrix is a stack.
     """
-    from flashjax.sparse_matrix import SparseMatrix
+    from flashjax.matrix import PackedMatrix
+    from flashjax.trainable_matrix import SparsePositions
 
-    def is_matrix(node):
-        return isinstance(node, SparseMatrix)
+    def is_packed(node):
+        return isinstance(node, PackedMatrix | SparsePositions)
 
-    return jax.tree.map(
-        lambda node: to_arrays(node) if is_matrix(node) else node,
-        tree,
-        is_leaf=is_matrix,
-    )
+    def export(path, node):
+        if not is_packed(node):
+            return node
+        try:
+            return to_arrays(node)
+        except (TypeError, ValueError) as error:
+            where = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise type(error)(f"export_tree: {where}: {error}") from error
+
+    return jax.tree_util.tree_map_with_path(export, tree, is_leaf=is_packed)
 
 
 def import_tree(tree: Any) -> Any:

@@ -1,5 +1,6 @@
 """Folders that appear whole or not at all, full disks included."""
 
+import contextlib
 import errno
 import os
 import resource
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 
 from flashjax.checkpoint import (
     CheckpointError,
+    CheckpointReader,
     CheckpointWriter,
     atomic_folder,
     writer,
@@ -216,3 +218,133 @@ def test_an_error_waits_for_the_shard_that_is_written(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert ended
+
+
+def add(tensors, *names):
+    for name in names:
+        tensors.add(name, np.full(3, ord(name)))
+
+
+@pytest.mark.parametrize("old", [1, 1 << 30])
+@pytest.mark.parametrize("new", [1, 1 << 30])
+def test_a_folder_with_weights_is_refused(tmp_path, old, new):
+    with CheckpointWriter(tmp_path, shard_bytes=old) as tensors:
+        add(tensors, "a", "b")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    found = "model-00001-of-00002.*index" if old == 1 else r"model\.safetensors$"
+    with pytest.raises(CheckpointError, match=f"without weights, got.* {found}"):
+        CheckpointWriter(tmp_path, shard_bytes=new)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors.index.json", "part-00000.safetensors", "model.safetensors"],
+)
+def test_what_is_left_of_weights_is_refused(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=f"without weights, got one .* {name}"):
+        CheckpointWriter(tmp_path)
+
+
+def test_other_files_of_a_folder_are_kept(tmp_path):
+    for name in ("config.json", "model-card.md", "adapter.safetensors"):
+        (tmp_path / name).write_text("x")
+    with CheckpointWriter(tmp_path) as tensors:
+        add(tensors, "a")
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 1 << 30])
+def test_two_writers_in_a_folder(tmp_path, shard_bytes):
+    with CheckpointWriter(tmp_path) as first:
+        with CheckpointWriter(tmp_path, shard_bytes) as second:
+            add(second, "a", "b")
+        add(first, "c")
+        with pytest.raises(CheckpointError, match="expected a folder without weights"):
+            first.close()
+    with CheckpointReader(tmp_path) as reader:
+        assert reader.names() == ["a", "b"]
+        assert reader.load("b")[0] == ord("b")
+    assert not list(tmp_path.glob("part-*"))
+
+
+@pytest.mark.parametrize("kind", ["nothing", "a file"])
+def test_a_writer_needs_a_folder(tmp_path, kind):
+    folder = tmp_path / "model"
+    if kind == "a file":
+        folder.touch()
+    with pytest.raises(CheckpointError, match=f"model: expected .* folder, got {kind}"):
+        CheckpointWriter(folder)
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 1 << 30])
+def test_a_block_without_an_error_closes(tmp_path, shard_bytes):
+    with CheckpointWriter(tmp_path, shard_bytes) as tensors:
+        add(tensors, "a", "b")
+    with CheckpointReader(tmp_path) as reader:
+        assert reader.names() == ["a", "b"]
+    before = siblings(tmp_path / "x")
+    assert tensors.close() == tensors.close() == 48
+    assert siblings(tmp_path / "x") == before
+    for method in (tensors.add, tensors.add_sparse):
+        with pytest.raises(CheckpointError, match="expected a writer that is open"):
+            method("c", np.eye(3, dtype=np.float16))
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 1 << 30])
+def test_a_block_with_an_error_leaves_no_files(tmp_path, shard_bytes):
+    (tmp_path / "config.json").touch()
+
+    def interrupted():
+        with CheckpointWriter(tmp_path, shard_bytes) as tensors:
+            add(tensors, "a", "b")
+            writers.append(tensors)
+            raise KeyboardInterrupt
+
+    writers = []
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert siblings(tmp_path / "x") == ["config.json"]
+    for call in (writers[0].close, lambda: add(writers[0], "c")):
+        with pytest.raises(CheckpointError, match="open, got one that has failed"):
+            call()
+
+
+@pytest.mark.parametrize("name", ["-00002-of", "index"])
+def test_a_close_that_fails_leaves_no_files(tmp_path, monkeypatch, name):
+    rename, write_text = Path.rename, Path.write_text
+
+    def failing(function):
+        def call(path, argument, *rest):
+            if name in str(path) + str(argument)[:200]:
+                raise OSError(errno.EIO, "io")
+            return function(path, argument, *rest)
+
+        return call
+
+    monkeypatch.setattr(Path, "rename", failing(rename))
+    monkeypatch.setattr(Path, "write_text", failing(write_text))
+    with CheckpointWriter(tmp_path, shard_bytes=1) as tensors:
+        add(tensors, "a", "b")
+        with pytest.raises(OSError, match="io"):
+            tensors.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_that_was_caught_is_raised_at_the_end(tmp_path, monkeypatch):
+    def full(path, *unused):
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer, "save_tensors", full)
+
+    def ignoring():
+        with CheckpointWriter(tmp_path, shard_bytes=1) as tensors:
+            add(tensors, "a")
+            with contextlib.suppress(OSError):
+                add(tensors, "b")
+
+    with pytest.raises(OSError, match="No space"):
+        ignoring()
+    assert list(tmp_path.iterdir()) == []

@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import re
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+import flashjax as fj
 from flashjax import checkpoint, checkpoint_files
 from flashjax.checkpoint import (
     CheckpointError,
     CheckpointReader,
     CheckpointWriter,
+    arrays,
     tensor_file,
 )
 
@@ -189,6 +193,149 @@ def test_empty_folder_round_trip(tmp_path):
     assert CheckpointReader(tmp_path).names() == []
 
 
+LAYOUTS = {
+    "transposed": lambda array: array.T,
+    "strided": lambda array: np.repeat(array, 2, axis=1)[:, ::2],
+    "backward": lambda array: array[::-1],
+    "no elements": lambda array: array[:0],
+    "one number": lambda array: array[0, 0],
+    "big-endian": lambda array: array.astype(array.dtype.newbyteorder(">")),
+    "JAX": jnp.asarray,
+    "JAX, transposed": lambda array: jnp.asarray(array).T,
+    "list": lambda array: array.tolist(),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_any_layout_is_stored_as_it_reads(tmp_path, layout, dtype):
+    array = LAYOUTS[layout](np.arange(1, 7, dtype=dtype).reshape(2, 3))
+    expected = np.asarray(array)
+    tensors, sparse = {"w": array}, set()
+    if expected.ndim == 2 and expected.dtype.type is np.float16:
+        tensors["s"] = array
+        sparse.add("s")
+    write(tmp_path, tensors, sparse)
+    path = tmp_path / "other"
+    checkpoint.save_tensors(str(path), {"w": array}, {})
+    found = [checkpoint_files.read_file(path)["w"]]
+    with CheckpointReader(tmp_path) as reader:
+        found += [reader.load(name) for name in tensors]
+    for loaded in found:
+        assert loaded.dtype == expected.dtype.newbyteorder("=")
+        np.testing.assert_array_equal(loaded, expected)
+
+
+@pytest.mark.parametrize("dtype", arrays.DTYPES.values(), ids=str)
+def test_every_dtype_that_is_written_is_read(tmp_path, dtype):
+    array = np.array([[0, 1, 1], [1, 0, 3]]).astype(dtype)
+    write(tmp_path, {"w": array, "n": array[0, 1]}, ())
+    with CheckpointReader(tmp_path) as reader:
+        assert reader.dtype("w") == reader.load("n").dtype == dtype
+        np.testing.assert_array_equal(reader.load("w"), array)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros(3, ml_dtypes.float8_e4m3fn),
+        np.zeros(3, ml_dtypes.int4),
+        np.zeros(3, np.complex64),
+        np.array(["a"]),
+        np.array([None]),
+        np.zeros(3, "f4,f4"),
+    ],
+    ids=lambda array: str(array.dtype),
+)
+def test_dtypes_that_no_reader_takes(tmp_path, array):
+    message = re.escape("w: dtype: expected float64, float32, float16, bfloat16, int64")
+    with CheckpointWriter(tmp_path) as writer:
+        writer.add("before", np.ones(2))
+        with pytest.raises(CheckpointError, match=f"{message}.*, got "):
+            writer.add("w", array)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.save_tensors(tmp_path / "other", {"w": array}, {})
+    assert CheckpointReader(tmp_path).names() == ["before"]
+    assert not (tmp_path / "other").exists()
+
+
+MATRIX = fj.SparseMatrix.from_dense(np.eye(4, dtype=np.float16))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda w: w.add("w", MATRIX), "^w: expected .* array, got SparseMatrix"),
+        (lambda w: w.add_sparse("w", MATRIX), "^w: expected .*, got SparseMatrix"),
+        (lambda w: w.add("w", None), "^w: expected .* array, got NoneType"),
+        (lambda w: w.add(3, np.ones(2)), "string as a tensor's name, got int"),
+        (lambda w: w.add_sparse(3, np.eye(2)), "string as a tensor's name, got int"),
+        (lambda w: checkpoint.encode(MATRIX), "expected .* array, got SparseMatrix"),
+        (lambda w: checkpoint.to_arrays(np.eye(2)), "SparseMatrix, got ndarray"),
+        (lambda w: checkpoint.save_tensors("x", {"w": MATRIX}, {}), "^w: expected"),
+    ],
+)
+def test_wrong_types(tmp_path, call, message):
+    with CheckpointWriter(tmp_path) as writer, pytest.raises(TypeError, match=message):
+        call(writer)
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "\ud800"])
+def test_names_that_no_file_can_have(tmp_path, name):
+    with (
+        CheckpointWriter(tmp_path) as writer,
+        pytest.raises(CheckpointError, match="expected a tensor's name in UTF-8"),
+    ):
+        writer.add(name, np.ones(2))
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 1 << 30])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (("add", "w"), ("add", "w")),
+        (("add", "w"), ("add_sparse", "w")),
+        (("add_sparse", "w"), ("add", "w")),
+        (("add_sparse", "w"), ("add_sparse", "w")),
+        (("add_sparse", "w"), ("add", "w.values")),
+        (("add", "w.bitmap"), ("add_sparse", "w")),
+    ],
+)
+def test_a_name_that_is_added_twice(tmp_path, first, second, shard_bytes):
+    method, name = first
+    weight = np.eye(3, dtype=np.float16)
+    with CheckpointWriter(tmp_path, shard_bytes) as writer:
+        getattr(writer, method)(name, weight)
+        with pytest.raises(CheckpointError, match=r"every tensor once, got 'w.* twice"):
+            getattr(writer, second[0])(second[1], weight * 2)
+    with CheckpointReader(tmp_path) as reader:
+        assert reader.names() == [name]
+        np.testing.assert_array_equal(reader.load(name), weight)
+
+
+def test_an_array_may_be_used_again(tmp_path):
+    buffer = np.zeros((2, 3), np.float16)
+    view = buffer.view()
+    view.flags.writeable = False
+    with CheckpointWriter(tmp_path) as writer:
+        for i, given in enumerate([buffer, view, buffer[1:], memoryview(buffer)]):
+            buffer[:] = i
+            writer.add(str(i), given)
+        buffer[:] = 4
+        writer.add_sparse("4", buffer)
+        buffer[:] = 5
+    with CheckpointReader(tmp_path) as reader:
+        for name in reader.names():
+            np.testing.assert_array_equal(reader.load(name), int(name))
+
+
+def test_arrays_of_jax_need_no_copy():
+    array = np.asarray(jnp.ones((2, 3)))
+    assert not arrays.may_change(array)
+    assert not arrays.may_change(array.T)
+    assert arrays.may_change(array.copy()[1:])
+
+
 @pytest.mark.parametrize("kind", ["missing", "file", "empty", "foreign"])
 def test_no_model_folder(tmp_path, kind):
     folder = tmp_path / "x"
@@ -209,6 +356,29 @@ def test_truncated_file(tmp_path, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match="expected a whole safetensors file"):
         CheckpointReader(tmp_path)
+
+
+def test_a_reader_that_was_closed(tmp_path):
+    weight = random_sparse((9, 9), np.float16)
+    write(tmp_path, {"a": weight, "b": weight}, {"a"})
+    reader = CheckpointReader(tmp_path)
+    reader.close()
+    reader.close()
+    for call in (reader.load, reader.load_rows, reader.nnz, reader.counted_nnz):
+        with pytest.raises(CheckpointError, match="a: expected a reader that is open"):
+            call("a")
+    with pytest.raises(CheckpointError, match="b: expected a reader that is open"):
+        reader.load("b")
+
+
+def test_what_only_sparse_weights_have(tmp_path):
+    write(tmp_path, {"b": random_sparse((9, 9), np.float16)}, ())
+    with CheckpointReader(tmp_path) as reader:
+        for call in (reader.nnz, reader.counted_nnz, reader.load_rows):
+            with pytest.raises(CheckpointError, match="'b': expected a sparse weight"):
+                call("b")
+            with pytest.raises(KeyError, match="gone"):
+                call("gone")
 
 
 def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
