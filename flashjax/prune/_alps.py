@@ -56,8 +56,8 @@ def alps(
 
     Raises:
       ValueError: an argument is out of range, shapes do not fit, weights or statistics
-        are not finite, the gram is singular after damping, or a new weight is too large
-        for the dtype.
+        are not finite, or on different devices, the gram is singular after damping, or
+        a new weight is too large for the dtype.
       TypeError: an argument is of the wrong type, or traced.
     """
     where = "prune.alps"

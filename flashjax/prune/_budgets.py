@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._checks import check_array, check_sparsity, check_weight, native
+from ._checks import (
+    check_array,
+    check_mapping,
+    check_number,
+    check_sparsity,
+    check_weight,
+    native,
+)
 from ._magnitude import magnitude_bits
 from ._statistics import InputStatistics, check_statistics
 from ._wanda import wanda_importance
@@ -31,9 +38,10 @@ def magnitude_global(matrices: Mapping[str, Any], sparsity: float) -> dict[str, 
 
     Raises:
       ValueError: sparsity is out of range; a dtype is another; there is NaN.
-      TypeError: a value is no array; sparsity is no number.
+      TypeError: matrices are no mapping; a value is no array; sparsity is no number.
     """
     where = "prune.magnitude_global"
+    check_mapping(where, "matrices", matrices)
     sparsity = check_sparsity(where, sparsity)
     # The upper half of the bits finds the bin of the threshold, the lower half the
     # threshold within the bin.
@@ -103,13 +111,14 @@ def outlier_ratio(dense: Any, stats: InputStatistics, multiple: float = 5.0) -> 
       From 0 to 1.
 
     Raises:
-      ValueError: shapes or dtypes do not fit; weights or statistics are not finite;
-        multiple is not positive.
+      ValueError: shapes or dtypes do not fit; weights or statistics are not finite, or
+        on different devices; multiple is not positive.
       TypeError: an argument is of the wrong type, or traced.
     """
     where = "prune.outlier_ratio"
     check_weight(where, dense)
     check_statistics(where, dense, stats)
+    multiple = check_number(where, "multiple to be a number", multiple)
     if not 0 < multiple < float("inf"):
         raise ValueError(f"{where}: expected a positive multiple, got {multiple}")
     if not dense.size:
@@ -149,22 +158,28 @@ def owl(
 
     Raises:
       ValueError: a number is out of range, or the names of ratios and sizes differ.
-      TypeError: sparsity is no number.
+      TypeError: ratios or sizes are no mapping; a number is none.
     """
     where = "prune.owl"
+    check_mapping(where, "ratios", ratios)
+    if sizes is not None:
+        check_mapping(where, "sizes", sizes)
     sparsity = check_sparsity(where, sparsity)
+    spread = check_number(where, "spread to be a number from 0 to 0.5", spread)
     if not 0 <= spread <= 0.5:
         raise ValueError(f"{where}: expected a spread from 0 to 0.5, got {spread}")
     if sizes is not None and set(sizes) != set(ratios):
-        names = sorted(set(sizes) ^ set(ratios))
+        names = sorted(map(str, set(sizes) ^ set(ratios)))
         raise ValueError(
             f"{where}: expected ratios and sizes of the same names, got only one of "
-            f"them for {', '.join(map(str, names[:5]))}"
+            f"them for {', '.join(names[:5])}"
         )
     if not ratios:
         return {}
-    outliers = np.array([ratios[name] for name in ratios], np.float64)
-    weights = np.array([sizes[name] if sizes else 1 for name in ratios], np.float64)
+    outliers = _numbers(where, "ratio", ratios)
+    weights = np.ones(len(outliers))
+    if sizes is not None:
+        weights = _numbers(where, "size", {name: sizes[name] for name in ratios})
     if not np.isfinite(outliers).all():
         raise ValueError(f"{where}: expected finite ratios, got {dict(ratios)}")
     if not (np.isfinite(weights).all() and (weights > 0).all()):
@@ -173,6 +188,16 @@ def owl(
     share = (outliers - outliers.min()) / span if span else np.zeros_like(outliers)
     levels = _shifted(-2 * spread * share, sparsity, weights / weights.sum())
     return {name: float(level) for name, level in zip(ratios, levels, strict=True)}
+
+
+def _numbers(where: str, what: str, values: Mapping[str, Any]) -> np.ndarray:
+    """Returns numbers, by name, as an array of float64."""
+    return np.array(
+        [
+            check_number(where, f"the {what} of {name} to be a number", values[name])
+            for name in values
+        ]
+    )
 
 
 def _shifted(levels: np.ndarray, mean: float, weights: np.ndarray) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 import math
 import numbers
+import operator
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -44,23 +46,60 @@ def parse_pattern(where: str, text: str | None) -> Pattern | None:
     return Pattern(keep, group)
 
 
+def check_number(where: str, expected: str, number: Any) -> float:
+    """Returns a number as a float; those too large for one as infinity."""
+    found = type(number).__name__
+    is_array = isinstance(number, np.ndarray | jax.Array)
+    if is_array and not isinstance(number, jax.core.Tracer) and number.ndim == 0:
+        number = number.item()
+    if not isinstance(number, numbers.Real) or isinstance(number, bool | np.bool):
+        raise TypeError(f"{where}: expected {expected}, got {found}")
+    try:
+        return float(number)
+    except OverflowError:  # a whole number
+        return -math.inf if number < 0 else math.inf
+
+
+def check_whole_number(where: str, name: str, number: Any, least: int) -> int:
+    """Returns a whole number, of any of the types of integers, as an int."""
+    try:
+        whole = operator.index(number)
+    except TypeError:
+        whole = None
+    if whole is None or isinstance(number, bool):
+        raise TypeError(
+            f"{where}: expected {name} to be an int, got {type(number).__name__}"
+        )
+    if whole < least:
+        raise ValueError(f"{where}: expected {name} of at least {least}, got {whole}")
+    return whole
+
+
+def check_mapping(where: str, name: str, mapping: Any) -> None:
+    """Raises if something is no mapping."""
+    if not isinstance(mapping, Mapping):
+        raise TypeError(
+            f"{where}: expected {name} to be a mapping by name, got "
+            f"{type(mapping).__name__}"
+        )
+
+
+def check_not_masked(where: str, array: Any) -> None:
+    """Raises for a masked array of numpy, whose mask JAX would drop."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(
+            f"{where}: expected an array without a mask, got {type(array).__name__}; "
+            "fill it first"
+        )
+
+
 def check_sparsity(
     where: str, sparsity: float | None, pattern: Pattern | None = None
 ) -> float:
     """Returns the share of zeros as a float; a pattern has its own."""
     if pattern is not None and sparsity is None:
         return pattern.sparsity
-    if isinstance(sparsity, np.ndarray | jax.Array) and sparsity.ndim == 0:
-        sparsity = sparsity.item()
-    if not isinstance(sparsity, numbers.Real) or isinstance(sparsity, bool | np.bool):
-        raise TypeError(
-            f"{where}: expected sparsity to be a number from 0 to 1, got "
-            f"{type(sparsity).__name__}"
-        )
-    try:
-        sparsity = float(sparsity)
-    except OverflowError:  # a whole number
-        sparsity = math.inf if sparsity > 0 else -math.inf
+    sparsity = check_number(where, "sparsity to be a number from 0 to 1", sparsity)
     if not 0.0 <= sparsity <= 1.0:
         raise ValueError(f"{where}: expected sparsity from 0 to 1, got {sparsity}")
     if pattern is not None and abs(sparsity - pattern.sparsity) > 1e-6:
@@ -82,6 +121,7 @@ def check_array(where: str, dense: Any) -> None:
         raise TypeError(
             f"{where}: expected a numpy or JAX array, got {type(dense).__name__}"
         )
+    check_not_masked(where, dense)
     is_float = jnp.issubdtype(dense.dtype, jnp.floating)
     if not is_float or dense.dtype.itemsize not in (2, 4, 8):
         raise ValueError(

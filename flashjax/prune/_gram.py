@@ -1,20 +1,17 @@
 """The gram of a layer's inputs, made ready to be factorised."""
 
 import math
-import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from ._checks import check_number
+
 
 def check_damping(where: str, damping: Any) -> float:
     """Returns the damping as a float."""
-    if not isinstance(damping, numbers.Real) or isinstance(damping, bool):
-        raise TypeError(
-            f"{where}: expected damping to be a number, got {type(damping).__name__}"
-        )
-    damping = float(damping)
+    damping = check_number(where, "damping to be a number", damping)
     if not math.isfinite(damping) or damping < 0:
         raise ValueError(
             f"{where}: expected a finite damping of at least 0, got {damping}"

@@ -1,12 +1,36 @@
 """Arrays in, arrays of the same kind out."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ._checks import Array, all_finite, native
+
+
+def check_devices(where: str, **arrays: Any) -> None:
+    """Raises if JAX arrays, by name, are bound to different devices.
+
+    A computation takes numpy arrays, and JAX arrays that were put on no certain device,
+    wherever the others are.
+    """
+    bound = {
+        name: array.sharding.device_set
+        for name, array in arrays.items()
+        if isinstance(array, jax.Array) and array.committed
+    }
+    if len({frozenset(devices) for devices in bound.values()}) > 1:
+        found = [f"{name} on {_names(devices)}" for name, devices in bound.items()]
+        raise ValueError(
+            f"{where}: expected {' and '.join(bound)} on the same devices, got "
+            f"{' and '.join(found)}; move one of them with jax.device_put"
+        )
+
+
+def _names(devices: set[jax.Device]) -> str:
+    return ", ".join(map(str, sorted(devices, key=lambda device: device.id)))
 
 
 def on_device_of(dense: Array, prune: Callable[[jax.Array], jax.Array]) -> Array:

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jax.scipy.linalg import solve_triangular
 
-from ._checks import Array, Pattern
+from ._checks import Array, Pattern, check_whole_number
 from ._gram import check_damping, damped_diagonal, dead_inputs, singular, with_diagonal
 from ._placement import on_device_of, rounded
 from ._selection import keys, smallest
@@ -51,13 +51,13 @@ def sparsegpt(
 
     Raises:
       ValueError: an argument is out of range, shapes do not fit, weights or statistics
-        are not finite, the gram is singular after damping, or a new weight is too large
-        for the dtype.
+        are not finite, or on different devices, the gram is singular after damping, or
+        a new weight is too large for the dtype.
       TypeError: an argument is of the wrong type, or traced.
     """
     where = "prune.sparsegpt"
     damping = check_damping(where, damping)
-    block = _check_block_size(where, block_size)
+    block = check_whole_number(where, "block_size", block_size, 1)
     sparsity, groups = check_arguments(where, dense, stats, sparsity, pattern)
     K, M = dense.shape
     block = min(block, max(K, 1))
@@ -75,19 +75,6 @@ def sparsegpt(
         return rounded(where, pruned, dense.dtype)
 
     return on_device_of(dense, prune)
-
-
-def _check_block_size(where: str, block_size: Any) -> int:
-    if not isinstance(block_size, int | np.integer) or isinstance(block_size, bool):
-        raise TypeError(
-            f"{where}: expected block_size to be an int, got "
-            f"{type(block_size).__name__}"
-        )
-    if block_size < 1:
-        raise ValueError(
-            f"{where}: expected a block_size of at least 1, got {block_size}"
-        )
-    return int(block_size)
 
 
 def _zeros_of_blocks(total: int, dead: np.ndarray, M: int, block: int) -> np.ndarray:

@@ -8,19 +8,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ._checks import (
     Pattern,
     all_finite,
+    check_not_masked,
     check_sparsity,
     check_weight,
+    check_whole_number,
     native,
     parse_pattern,
 )
+from ._placement import check_devices
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class InputStatistics:
     """What the methods need to know of a layer's inputs, summed over calibration text.
 
@@ -36,7 +41,13 @@ class InputStatistics:
 
     @classmethod
     def zeros(cls, K: int) -> "InputStatistics":
-        """Returns the statistics of no inputs, for a layer of `K` input features."""
+        """Returns the statistics of no inputs, for a layer of `K` input features.
+
+        Raises:
+          ValueError: K is negative.
+          TypeError: K is no whole number.
+        """
+        K = check_whole_number("InputStatistics.zeros", "K", K, 0)
         return cls(jnp.zeros((K, K), jnp.float32), jnp.zeros((), jnp.uint32))
 
     @property
@@ -49,7 +60,8 @@ class InputStatistics:
 
         Args:
           x: (..., K), any float dtype. Half-precision inputs are multiplied exactly and
-            summed in float32, others are multiplied in float32.
+            summed in float32, others are multiplied in float32. Rows may be split over
+            devices; over explicit axes, every device gets the whole result.
           mask: (...), bool; inputs where it is False (padding, say) do not count, even
             if they hold NaN. None: all count.
 
@@ -58,7 +70,10 @@ class InputStatistics:
 
         Raises:
           ValueError: the shape or dtype of x or mask does not fit.
+          TypeError: x or mask is a masked array.
         """
+        for array in (x, mask):
+            check_not_masked("InputStatistics.update", array)
         x = jnp.asarray(x)
         K = self.in_features
         if x.ndim < 1 or x.shape[-1] != K:
@@ -71,8 +86,7 @@ class InputStatistics:
             )
         if x.dtype not in (jnp.float16, jnp.bfloat16):
             x = x.astype(jnp.float32)
-        rows = math.prod(x.shape[:-1])
-        count = jnp.uint32(rows)
+        count = jnp.uint32(math.prod(x.shape[:-1]))
         if mask is not None:
             mask = jnp.asarray(mask)
             if mask.shape != x.shape[:-1] or mask.dtype != jnp.bool_:
@@ -80,17 +94,46 @@ class InputStatistics:
                     f"InputStatistics.update: expected a bool mask of shape "
                     f"{x.shape[:-1]}, got {mask.dtype} of shape {mask.shape}"
                 )
-            x = jnp.where(mask[..., None], x, jnp.zeros_like(x))
+            x = _zero_unless(mask, x)
             count = mask.sum(dtype=jnp.uint32)
-        x = x.reshape(rows, K)
-        gram = lax.dot_general(
-            x,
-            x,
-            (((0,), (0,)), ((), ())),
-            precision=lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
-        return InputStatistics(self.gram + gram, self.count + count)
+        return InputStatistics(self.gram + _gram(x), self.count + count)
+
+
+def _is_explicit(x: jax.Array) -> bool:
+    """Whether the type of x says how it is split."""
+    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
+def _gram(x: jax.Array) -> jax.Array:
+    """Returns the sum of ``x[:, None] * x[None, :]`` over all rows, (K, K) float32."""
+    whole = None
+    if _is_explicit(x):
+        sharding = jax.typeof(x).sharding
+        rows = P(*sharding.spec[:-1], None)
+        x = jax.reshard(x, NamedSharding(sharding.mesh, rows))
+        whole = NamedSharding(sharding.mesh, P(None, None))
+    else:
+        x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    dims = tuple(range(x.ndim - 1))
+    return lax.dot_general(
+        x,
+        x,
+        ((dims, dims), ((), ())),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+        out_sharding=whole,
+    )
+
+
+# Under jit, a mask that is on no mesh yet goes where x is.
+@jax.jit
+def _zero_unless(mask: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns x with zeros in the rows where the mask is False."""
+    if _is_explicit(x):
+        sharding = jax.typeof(x).sharding
+        rows = P(*sharding.spec[:-1])
+        mask = jax.reshard(mask, NamedSharding(sharding.mesh, rows))
+    return jnp.where(mask[..., None], x, jnp.zeros_like(x))
 
 
 def check_statistics(where: str, dense: Any, stats: Any) -> None:
@@ -110,6 +153,7 @@ def check_statistics(where: str, dense: Any, stats: Any) -> None:
             f"{where}: expected statistics of {K} input features, as the weight of "
             f"shape {dense.shape} has, got a gram of shape {stats.gram.shape}"
         )
+    check_devices(where, weight=dense, statistics=stats.gram)
     if not all_finite(stats.gram):
         raise ValueError(
             f"{where}: expected finite statistics, got NaN or infinity in the gram: "
@@ -150,7 +194,8 @@ def reconstruction_error(dense: Any, pruned: Any, stats: InputStatistics) -> flo
       0 where nothing changes, infinity where an output of zeros does.
 
     Raises:
-      ValueError: shapes or dtypes do not fit; weights or statistics are not finite.
+      ValueError: shapes or dtypes do not fit; weights or statistics are not finite, or
+        on different devices.
       TypeError: an argument is of the wrong type, or traced.
     """
     where = "prune.reconstruction_error"
@@ -162,6 +207,7 @@ def reconstruction_error(dense: Any, pruned: Any, stats: InputStatistics) -> flo
             f"{where}: expected weights of one shape, got {dense.shape} and "
             f"{pruned.shape}"
         )
+    check_devices(where, dense=dense, pruned=pruned)
     change, output = _energies(native(dense), native(pruned), stats.gram)
     change, output = max(float(change), 0.0), max(float(output), 0.0)
     if not change:

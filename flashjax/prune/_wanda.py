@@ -40,7 +40,7 @@ def wanda(
 
     Raises:
       ValueError: an argument is out of range, shapes do not fit, or weights or
-        statistics are not finite.
+        statistics are not finite, or on different devices.
       TypeError: an argument is of the wrong type, or traced.
     """
     where = "prune.wanda"

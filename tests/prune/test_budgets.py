@@ -62,6 +62,8 @@ def test_global_errors_name_the_matrix():
         fj.prune.magnitude_global({"fc1": np.ones(3)}, 0.5)
     with pytest.raises(TypeError, match=r"fc1: .* got list"):
         fj.prune.magnitude_global({"fc1": [1.0]}, 0.5)
+    with pytest.raises(TypeError, match="matrices to be a mapping by name, got list"):
+        fj.prune.magnitude_global([good, good], 0.5)
 
 
 def test_outlier_ratio():
@@ -74,6 +76,15 @@ def test_outlier_ratio():
         assert fj.prune.outlier_ratio(dense, stats, multiple) == pytest.approx(expected)
     with pytest.raises(ValueError, match="positive multiple, got 0"):
         fj.prune.outlier_ratio(dense, stats, 0)
+    for wrong in ("5", None, [5.0], True):
+        with pytest.raises(TypeError, match="multiple to be a number, got"):
+            fj.prune.outlier_ratio(dense, stats, wrong)
+    same = fj.prune.outlier_ratio(dense, stats, np.float32(5))
+    assert (
+        same
+        == fj.prune.outlier_ratio(dense, stats, jnp.float32(5))
+        == (fj.prune.outlier_ratio(dense, stats))
+    )
 
 
 def test_owl_is_the_paper():
@@ -117,9 +128,27 @@ def test_wrong_budgets(arguments, message):
         fj.prune.owl(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sizes", "message"),
+    [
+        (([0.1, 0.2], 0.7), None, "ratios to be a mapping by name, got list"),
+        (({"a": 0.1}, 0.7), [3], "sizes to be a mapping by name, got list"),
+        (({"a": 0.1}, 0.7, None), None, "spread to be a number .*, got NoneType"),
+        (({"a": 0.1}, "0.7"), None, "sparsity to be a number .*, got str"),
+        (({"a": "0.1"}, 0.7), None, "the ratio of a to be a number, got str"),
+        (({"a": 0.1}, 0.7), {"a": None}, "the size of a to be a number, got NoneType"),
+    ],
+)
+def test_budgets_of_wrong_types(arguments, sizes, message):
+    with pytest.raises(TypeError, match=f"prune.owl: expected {message}"):
+        fj.prune.owl(*arguments, sizes=sizes)
+
+
 def test_owl_needs_sizes_of_all():
     with pytest.raises(ValueError, match="only one of them for b"):
         fj.prune.owl({"a": 0.1, "b": 0.2}, 0.5, sizes={"a": 1})
+    with pytest.raises(ValueError, match="only one of them for 0, a"):
+        fj.prune.owl({0: 0.1}, 0.5, sizes={"a": 1})
     with pytest.raises(ValueError, match="positive sizes"):
         fj.prune.owl({"a": 0.1}, 0.5, sizes={"a": 0})
     assert fj.prune.owl({}, 0.5) == {}

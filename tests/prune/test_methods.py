@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mesh_support import make_mesh
 
 import flashjax as fj
 
@@ -109,6 +110,32 @@ def test_stays_on_its_device(method):
     stats = jax.device_put(statistics(8), device)
     dense = jax.device_put(jnp.ones((8, 4), jnp.float16), device)
     assert prune(method, dense, 0.5, stats=stats).devices() == {device}
+
+
+@pytest.mark.parametrize("method", WITH_STATISTICS)
+def test_statistics_on_other_devices(method):
+    here, there = make_mesh((2,)).devices.flat
+    dense = np.ones((8, 4), np.float32)
+    stats = jax.device_put(statistics(8), there)
+    message = (
+        f"prune.{method}: expected weight and statistics on the same devices, got "
+        f"weight on {here} and statistics on {there}; move one of them"
+    )
+    with pytest.raises(ValueError, match=message):
+        prune(method, jax.device_put(dense, here), 0.5, stats=stats)
+    expected = prune(method, dense, 0.5)
+    for free in (dense, jnp.asarray(dense)):  # goes where the statistics are
+        pruned = prune(method, free, 0.5, stats=stats)
+        np.testing.assert_array_equal(pruned, expected)
+    pruned = prune(method, jax.device_put(dense, there), 0.5, stats=statistics(8))
+    assert pruned.devices() == {there}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_masked_arrays_are_refused(method):
+    dense = np.ma.masked_array(np.ones((8, 4), np.float32), np.eye(8, 4) > 0)
+    with pytest.raises(TypeError, match=f"prune.{method}: .*mask, got MaskedArray"):
+        prune(method, dense, 0.5)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -3,6 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import prune_reference as reference
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from mesh_support import make_mesh
 
 import flashjax as fj
 
@@ -53,6 +56,74 @@ def test_wrong_inputs(x, mask, message):
         Statistics.zeros(4).update(x, mask)
 
 
+@pytest.mark.parametrize(
+    ("K", "error", "message"),
+    [
+        ((64, 48), TypeError, "K to be an int, got tuple"),
+        (8.0, TypeError, "K to be an int, got float"),
+        (True, TypeError, "K to be an int, got bool"),
+        (-1, ValueError, "K of at least 0, got -1"),
+    ],
+)
+def test_wrong_numbers_of_features(K, error, message):
+    with pytest.raises(error, match=f"InputStatistics.zeros: expected {message}"):
+        Statistics.zeros(K)
+
+
+@pytest.mark.parametrize("K", [0, 3, np.int64(3), np.uint8(3), np.array(3)])
+def test_numbers_of_features(K):
+    assert Statistics.zeros(K).gram.shape == (K, K)
+
+
+def test_masked_arrays_are_refused():
+    x = np.ma.masked_array(np.ones((2, 4), np.float32), np.zeros((2, 4), bool))
+    with pytest.raises(TypeError, match="without a mask, got MaskedArray"):
+        Statistics.zeros(4).update(x)
+    with pytest.raises(TypeError, match="without a mask, got MaskedArray"):
+        Statistics.zeros(4).update(x.data, np.ma.masked_array([True, True]))
+
+
+def test_are_equal_to_themselves_only():
+    stats = Statistics.zeros(4)
+    assert stats == stats
+    assert stats != Statistics.zeros(4)
+    assert len({stats, stats, Statistics.zeros(4)}) == 2
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("in_context", [False, True])
+@pytest.mark.parametrize("update", [Statistics.update, jax.jit(Statistics.update)])
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((8, 96), P("data")),
+        ((8, 96), P(None, "data")),
+        ((8, 96), P("data", "model")),
+        ((8, 96), P(("data", "model"))),
+        ((2, 4, 96), P("data", "model")),
+        ((3, 4, 96), P(None, "data")),
+    ],
+)
+def test_split_inputs(shape, spec, update, in_context, kind):
+    mesh = make_mesh((2, 2), ("data", "model"), kind)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(shape).astype(np.float32)
+    mask = rng.random(shape[:-1]) < 0.7
+    split = jax.device_put(x, NamedSharding(mesh, spec))
+    where = NamedSharding(mesh, P(*spec[: x.ndim - 1]))
+    with jax.set_mesh(mesh if in_context else jax.sharding.get_mesh()):
+        stats = update(Statistics.zeros(96), split)
+        for some in (mask, jax.device_put(mask, where)):
+            stats = update(stats, split, some)
+        stats = update(stats, x)
+    rows = x.reshape(-1, 96)
+    expected = 2 * rows.T @ rows + 2 * x[mask].T @ x[mask]
+    np.testing.assert_allclose(stats.gram, expected, rtol=1e-4, atol=1e-4)
+    assert int(stats.count) == 2 * mask.size + 2 * mask.sum()
+    if kind == AxisType.Explicit:
+        assert stats.gram.sharding.is_fully_replicated
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_reconstruction_error(seed):
     X, dense = reference.correlated_layer(seed)
@@ -72,3 +143,13 @@ def test_reconstruction_error_of_other_shapes():
         fj.prune.reconstruction_error(
             np.ones((4, 3), np.float32), np.ones((4, 2), np.float32), stats
         )
+
+
+def test_reconstruction_error_over_other_devices():
+    here, there = make_mesh((2,)).devices.flat
+    dense = jax.device_put(jnp.ones((4, 3)), here)
+    stats = Statistics.zeros(4).update(np.ones((1, 4), np.float32))
+    assert fj.prune.reconstruction_error(dense, 0 * dense, stats) == 1
+    message = f"expected dense and pruned on the same devices, got dense on {here} and "
+    with pytest.raises(ValueError, match=message + f"pruned on {there}"):
+        fj.prune.reconstruction_error(dense, jax.device_put(dense, there), stats)
