@@ -37,7 +37,7 @@ from .text_stream import stream_text
 
 _KEYS = ("id", "prompt", "max_new_tokens", "seed")
 _FORMAT = "flashjax-partial/1"
-_SMALL_BYTES = 1 << 20
+_SMALL_BYTES = 1 << 20  # of arrays whose content is always looked at
 FAILED = "failed"  # the finish_reason of a line that has no result
 
 
