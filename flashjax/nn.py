@@ -156,11 +156,8 @@ class SparseDense(nnx.Module):
         variable: Any = bias
         if bias is not None and not isinstance(bias, nnx.Variable):
             variable = nnx.Param(jnp.asarray(bias))
-        if variable is not None and variable.shape != (matrix.shape[1],):
-            raise ValueError(
-                f"bias: expected shape ({matrix.shape[1]},) for a kernel of shape "
-                f"{matrix.shape}, got {variable.shape}"
-            )
+        if variable is not None:
+            _check_bias_shape(variable.shape, matrix)
         if variable is not None and not jnp.issubdtype(variable.dtype, jnp.floating):
             raise ValueError(f"bias: expected a floating dtype, got {variable.dtype}")
         return cls(
@@ -302,11 +299,8 @@ class LinenSparseDense(linen.Module):
             the bias does not fit the kernel.
         """
         matrix = SparseMatrix.from_dense(_cast(kernel, "kernel", dtype))
-        if bias is not None and jnp.shape(bias) != (matrix.shape[1],):
-            raise ValueError(
-                f"bias: expected shape ({matrix.shape[1]},) for a kernel of shape "
-                f"{matrix.shape}, got {jnp.shape(bias)}"
-            )
+        if bias is not None:
+            _check_bias_shape(jnp.shape(bias), matrix)
         params = {} if bias is None else {"bias": jnp.asarray(bias)}
         return {"params": params, LINEN_COLLECTION: {"kernel": matrix}}
 
@@ -455,6 +449,14 @@ def _apply(
 
 def _at_most_float32(dtype: np.dtype) -> np.dtype:
     return jnp.dtype(jnp.float32) if dtype == jnp.float64 else dtype
+
+
+def _check_bias_shape(shape: tuple[int, ...], matrix: Any) -> None:
+    if shape != (matrix.shape[1],):
+        raise ValueError(
+            f"bias: expected shape ({matrix.shape[1]},) for a kernel of shape "
+            f"{matrix.shape}, got {shape}"
+        )
 
 
 def _half(dtype: DTypeLike, name: str) -> np.dtype:

@@ -90,7 +90,7 @@ class TrainableSparseDense(SparseDense):
         self.bias_dtype = None if bias is None else bias.dtype
         if bias is not None:
             wider = trained_bias_dtype(bias, matrix.values)
-            bias = _replaced(bias, wider, lambda b: b.astype(wider), biases)
+            bias = _replaced(bias, bias[...].astype(wider), biases)
         self.bias = nnx.data(bias)
         self.in_features, self.out_features = matrix.shape
         self.use_bias = layer.use_bias
@@ -218,7 +218,7 @@ def _frozen_layer(layer: TrainableSparseDense, biases: dict[int, Any]) -> Sparse
     bias: Any = layer.bias
     if bias is not None:
         kept = rounded("freeze", bias[...], layer.bias_dtype)
-        bias = _replaced(bias, kept.dtype, lambda _: kept, biases)
+        bias = _replaced(bias, kept, biases)
     matrix = frozen_matrix("freeze", layer.kernel.get_value())
     return SparseDense.from_matrix(
         matrix.with_transpose() if layer.had_transpose else matrix,
@@ -229,19 +229,12 @@ def _frozen_layer(layer: TrainableSparseDense, biases: dict[int, Any]) -> Sparse
     )
 
 
-def _replaced(
-    bias: Any,
-    dtype: Any,
-    convert: Callable[[jax.Array], jax.Array],
-    biases: dict[int, Any] | None,
-) -> Any:
-    """A variable of the same kind with another dtype, one for all that share it."""
-    if bias.dtype == dtype:
+def _replaced(bias: Any, value: jax.Array, biases: dict[int, Any] | None) -> Any:
+    """The variable, or one of its kind for all that share it if the dtype changes."""
+    if bias.dtype == value.dtype:
         return bias
-    biases = {} if biases is None else biases
-    if id(bias) not in biases:
-        biases[id(bias)] = bias.replace(convert(bias[...]))
-    return biases[id(bias)]
+    new = bias.replace(value)
+    return new if biases is None else biases.setdefault(id(bias), new)
 
 
 def frozen_matrix(where: str, matrix: TrainableMatrix) -> SparseMatrix:

@@ -352,11 +352,10 @@ def _fingerprint(model: OPT) -> str:
     All weights would take as long as reading the model again.
     """
     digest = hashlib.sha256()
-    ends = [model.layers[0], model.layers[-1]]
-    for leaf in jax.tree.leaves([nnx.state(layer) for layer in ends]):
-        digest.update(np.asarray(leaf).tobytes())
+    states = [nnx.state(layer) for layer in (model.layers[0], model.layers[-1])]
+    ends = {id(leaf) for leaf in jax.tree.leaves(states)}
     for leaf in jax.tree.leaves(nnx.state(model)):
-        if leaf.nbytes <= _SMALL_BYTES:
+        if leaf.nbytes <= _SMALL_BYTES or id(leaf) in ends:
             digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()
 

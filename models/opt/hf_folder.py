@@ -92,10 +92,10 @@ class StoredOPT:
     ) -> tuple[np.ndarray | SparseRows, bool]:
         """One tensor in a dtype, and whether all finite values stayed finite.
 
-        With `as_rows` a weight that is stored sparse is not expanded.
+        With `as_rows` a kernel that is stored sparse is not expanded.
         """
         reader = self.reader
-        if not as_rows or not self.is_sparse(stored_name):
+        if not as_rows or not self._is_sparse_kernel(stored_name):
             return convert(reader.load(stored_name), dtype)
         assert isinstance(reader, CheckpointReader), "no other stores sparse weights"
         rows = reader.load_rows(stored_name)
@@ -107,7 +107,7 @@ class StoredOPT:
     def read_bytes(self, stored_name: str, as_rows: bool) -> int:
         """About what `read` holds of a tensor."""
         reader = self.reader
-        if as_rows and self.is_sparse(stored_name):
+        if as_rows and self._is_sparse_kernel(stored_name):
             assert isinstance(reader, CheckpointReader), (
                 "no other stores sparse weights"
             )
@@ -122,6 +122,10 @@ class StoredOPT:
     def is_sparse(self, stored_name: str) -> bool:
         """Whether a tensor is stored in flashjax.checkpoint's sparse form."""
         return stored_name in getattr(self.reader, "sparse", {})
+
+    def _is_sparse_kernel(self, stored_name: str) -> bool:
+        kernel = self.targets[self.names[stored_name]].attribute == "kernel"
+        return kernel and self.is_sparse(stored_name)
 
 
 @contextlib.contextmanager

@@ -77,20 +77,14 @@ def load(
     as_rows = as_rows and sparse is not False
     too_large: list[str] = []
 
-    def is_kernel(stored_name):
-        return stored.targets[stored.names[stored_name]].attribute == "kernel"
-
     def read(stored_name):
-        return stored.read(stored_name, dtype, as_rows and is_kernel(stored_name))
+        return stored.read(stored_name, dtype, as_rows)
 
     readers = _READERS if stored.reads_side_by_side else 1
     # Several processes must make slices in the same order.
     in_order = parallel is not None
     place = parallel or _OneDevice(tokens)
-    sizes = {
-        name: stored.read_bytes(name, as_rows and is_kernel(name))
-        for name in stored.names
-    }
+    sizes = {name: stored.read_bytes(name, as_rows) for name in stored.names}
     done, total = 0, sum(sizes.values())
     # Matrices are taken with their other form, so that making one never has to wait.
     held = {

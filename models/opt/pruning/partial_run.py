@@ -187,10 +187,10 @@ def partial_run(
     run = PartialRun(out.with_name(f"{out.name}.partial"), parts)
     found = os.path.lexists(run.folder)
     with _open_lock(run) if found else _make(run, out, arguments) as lock:
-        # First, as what a run is writing is not unfinished.
-        if found and not try_lock(lock):
-            raise CheckpointError(f"{run.folder}: another run is writing there")
         if found:
+            # First, as what a run is writing is not unfinished.
+            if not try_lock(lock):
+                raise CheckpointError(f"{run.folder}: another run is writing there")
             _check_unfinished(run, arguments, resume)
         try:
             yield run

@@ -53,15 +53,15 @@ class Settings:
             raise ValueError(
                 f"method must be one of {', '.join(prune.METHODS)}, got {self.method!r}"
             )
+        for name in ("sparsity", "damping"):
+            object.__setattr__(self, name, _as_float(getattr(self, name)))
+        if isinstance(self.budget, Mapping):
+            named = {name: _as_float(value) for name, value in self.budget.items()}
+            object.__setattr__(self, "budget", named)
         # The same checks as for every matrix, before anything is read.
-        self._set("sparsity", _as_float(self.sparsity))
         prune.magnitude(
             np.zeros((1, 1), np.float16), self.sparsity, pattern=self.pattern
         )
-        self._set("damping", _as_float(self.damping))
-        if isinstance(self.budget, Mapping):
-            named = {name: _as_float(value) for name, value in self.budget.items()}
-            self._set("budget", named)
         if not isinstance(self.damping, float | None):
             raise TypeError(
                 "damping: expected a number of at least 0, got "
@@ -74,9 +74,6 @@ class Settings:
         parameters = inspect.signature(prune.METHODS[self.method].function).parameters
         if self.damping is not None and "damping" not in parameters:
             raise ValueError(f"damping: the method {self.method} has none")
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
 
     @property
     def needs_calibration(self) -> bool:
