@@ -115,6 +115,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture
+def x64():
+    """With the 64-bit dtypes of JAX."""
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture
 def product(request: pytest.FixtureRequest):
     """sparse_matmul; the parameter is an implementation and a platform."""
     import op_cases

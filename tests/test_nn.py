@@ -178,18 +178,14 @@ def test_matrices_are_checked():
 
 
 @pytest.mark.parametrize("dtype", [None, "float64"])
-def test_float64(dtype):
+def test_float64(dtype, x64):
     """Computed in float32, as all products are."""
-    jax.config.update("jax_enable_x64", True)
-    try:
-        linear = nnx.Linear(8, 8, dtype=dtype, rngs=nnx.Rngs(0))
-        x = jnp.ones((2, 8))
-        with jax.numpy_dtype_promotion("standard"):
-            y, expected = SparseDense.from_linear(linear)(x), linear(x)
-        assert y.dtype == expected.dtype == jnp.float64
-        np.testing.assert_allclose(y, expected, rtol=1e-2, atol=1e-2)
-    finally:
-        jax.config.update("jax_enable_x64", False)
+    linear = nnx.Linear(8, 8, dtype=dtype, rngs=nnx.Rngs(0))
+    x = jnp.ones((2, 8))
+    with jax.numpy_dtype_promotion("standard"):
+        y, expected = SparseDense.from_linear(linear)(x), linear(x)
+    assert y.dtype == expected.dtype == jnp.float64
+    np.testing.assert_allclose(y, expected, rtol=1e-2, atol=1e-2)
 
 
 def test_no_rngs():

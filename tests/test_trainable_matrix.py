@@ -289,13 +289,6 @@ def test_without_jit(small):
     assert np.array_equal(dense_gradient != 0, t.values != 0)
 
 
-@pytest.fixture
-def x64():
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
-
-
 @every_implementation
 def test_gradients_with_x64(product, small, x64):
     t, x, weights = small
