@@ -10,7 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -28,6 +28,13 @@ from flashjax.sparse_matrix import SparseMatrix
 Dim = Literal["out", "in"]
 
 _LEAVES = ("bitmap", "entries", "values", "counts")
+
+
+@contextlib.contextmanager
+def without_mesh() -> Iterator[None]:
+    """For work on one device, which JAX refuses inside of `jax.set_mesh`."""
+    with jax.set_mesh(Mesh(np.empty((), dtype=object), ())):
+        yield
 
 
 @jax.tree_util.register_dataclass
@@ -117,6 +124,7 @@ class ShardedSparseMatrix(PackedMatrix):
         return cls.from_shards(shard, shape, dense.dtype, mesh, axis, dim=dim)
 
     @classmethod
+    @without_mesh()
     def from_shards(
         cls,
         shard: Callable[[int, jax.Device], SparseMatrix],
@@ -148,11 +156,10 @@ class ShardedSparseMatrix(PackedMatrix):
         places = sharding.addressable_devices_indices_map((count,))
         devices = {d: where[0].start or 0 for d, where in places.items() if where}
         made: dict[int, SparseMatrix] = {}
-        with without_mesh():
-            for device, index in devices.items():
-                if index not in made:
-                    made[index] = shard(index, device)
-                    _check_shard(made[index], expected, dtype, index)
+        for device, index in devices.items():
+            if index not in made:
+                made[index] = shard(index, device)
+                _check_shard(made[index], expected, dtype, index)
         longest = max(matrix.values.shape[0] for matrix in made.values())
         longest = _largest_of_all_processes(longest, mesh)
 
@@ -160,11 +167,9 @@ class ShardedSparseMatrix(PackedMatrix):
             parts = []
             for device, index in devices.items():
                 part = jax.device_put(getattr(made[index], name), device)
-                with without_mesh():
-                    if name == "values":
-                        missing = longest - len(part)
-                        part = jnp.pad(part, ((0, missing), (0, 0), (0, 0)))
-                    parts.append(part[None])
+                if name == "values":
+                    part = jnp.pad(part, ((0, longest - len(part)), (0, 0), (0, 0)))
+                parts.append(part[None])
             shape = (count, *parts[0].shape[1:])
             return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
@@ -339,11 +344,6 @@ def _to_dense(w):
 
     spec = P(None, w.axis) if w.dim == "out" else P(w.axis, None)
     return w._map(local, (P(w.axis),), spec)(w)
-
-
-def without_mesh() -> contextlib.AbstractContextManager[Any]:
-    """For work on one device, which JAX refuses inside of `jax.set_mesh`."""
-    return jax.set_mesh(Mesh(np.empty((), dtype=object), ()))
 
 
 def shard_shape(
