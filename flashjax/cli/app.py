@@ -69,6 +69,9 @@ def _options(
         typer.Option("--no-cache", help="Keep no compiled programs for later runs."),
     ] = False,
 ) -> None:
+    # Errors of XLA, not its warnings: of timings while it tunes, say, which tell a user
+    # nothing. JAX reads it when it is imported.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if no_cache:
         os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
     else:

@@ -234,6 +234,15 @@ def test_reader_that_goes_away(sparse_folder):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("given", [None, "0"])
+def test_warnings_of_xla_are_left_out(cli, monkeypatch, given):
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", given or "")
+    if given is None:
+        monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL")
+    assert cli("info", "nothing").code == 1
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == (given or "2")
+
+
 @pytest.mark.parametrize(
     ("args", "given", "expected"),
     [

@@ -334,6 +334,17 @@ def test_hub_name_offline(monkeypatch):
         opt.from_pretrained("nobody/nothing")
 
 
+def test_a_name_that_may_be_mistyped_is_named_before_the_hub_is_asked(
+    monkeypatch, caplog
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="'opt-1.3b-06' is no local folder"):
+        opt.from_pretrained("opt-1.3b-06")
+    assert caplog.messages == [
+        "opt-1.3b-06 is no folder here; asking the Hugging Face hub for it"
+    ]
+
+
 @pytest.mark.parametrize("safetensors", [True, False])
 def test_hub_download(monkeypatch, folder, safetensors):
     if not safetensors:
