@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flashjax.sharding import ShardedSparseMatrix
     from flashjax.sparse_matrix import SparseMatrix
     from flashjax.trainable_matrix import TrainableMatrix
+    from flashjax.tuning import autotune
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "SparseMatrix",
     "TrainableMatrix",
     "__version__",
+    "autotune",
     "checkpoint",
     "cuda_available",
     "cuda_unavailable_reason",
@@ -45,6 +47,7 @@ _HOMES = {
     "SparseDense": "nn",
     "SparseMatrix": "nn",  # which makes it known to Flax
     "TrainableMatrix": "nn_trainable",
+    "autotune": "tuning",
     "cuda_available": "_native",
     "cuda_unavailable_reason": "_native",
     "freeze": "nn_trainable",

@@ -15,9 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flashjax import _native, gather, layouts, packing, partitioning, reference
+from flashjax import (
+    _native,
+    gather,
+    layouts,
+    packing,
+    partitioning,
+    reference,
+    tuned_rows,
+)
 
-# Rows of x up to which the sparse kernel is used; above, expand and multiply.
+# Rows of x up to which the sparse kernel is used; above, expand and multiply. Where
+# `flashjax.autotune` found another number for a matrix, that counts.
 KERNEL_ROWS = {"cuda": 2048, "cpu": 128}
 # With many zeros the CUDA kernel takes as long as the other way up to twice as many
 # (docs/kernel-log.md, section 11), and needs no memory for a dense matrix.
@@ -43,6 +52,8 @@ class Call:
     activation: str | None = None  # one of ACTIVATIONS, of x @ w + bias
     # Of the packed matrix and of its packed transpose.
     layouts: tuple[str, str] = (layouts.DEFAULT, layouts.DEFAULT)
+    # Rows of x up to which the kernel is used, whatever is usual: to time both ways.
+    kernel_rows: int | None = None
 
 
 class Operands(NamedTuple):
@@ -121,7 +132,8 @@ def _cpu(call, operands):
     rows = math.prod(x.shape[:-1])
     if _is_gather(call, operands):
         return _expand_plainly(call, operands, _after_on_cpu)
-    if _exceeds(rows, KERNEL_ROWS["cpu"]) or _is_empty(call, rows):
+    arrays = transposed if packed is None else packed
+    if _exceeds(rows, _kernel_rows("cpu", call, arrays)) or _is_empty(call, rows):
 
         def unpack(packed, shape, layer):
             return packing.unpack_cpu(packed, shape, call.dtype, _FLOAT32, layer)
@@ -154,7 +166,10 @@ def _cuda(call, operands, kernel="auto"):
     is_gather = _is_gather(call, operands)
     if (
         packed is None
-        or _exceeds(rows, gather.KERNEL_ROWS if is_gather else _cuda_rows(call, packed))
+        or _exceeds(
+            rows,
+            gather.KERNEL_ROWS if is_gather else _kernel_rows("cuda", call, packed),
+        )
         # Its kernel takes no more, and how many a symbol stands for is not known.
         or (is_gather and not isinstance(rows, int))
         or x.dtype != call.dtype
@@ -202,10 +217,23 @@ def cuda_kernel_rows(zeros: float) -> int:
     return KERNEL_ROWS["cuda"] * (2 if zeros >= _MANY_ZEROS else 1)
 
 
-def _cuda_rows(call, packed):
+def _kernel_rows(platform, call, packed):
+    """Rows of x up to which the kernel is used for a matrix."""
+    if call.kernel_rows is not None:
+        return call.kernel_rows
+    stored = stored_share(call.shape, packed)
+    matrix = tuned_rows.describe(call.shape, call.dtype, layouts.DEFAULT, stored)
+    tuned = tuned_rows.find(tuned_rows.device_kind(platform), matrix)
+    if tuned is not None:
+        return tuned
+    return cuda_kernel_rows(1 - stored) if platform == "cuda" else KERNEL_ROWS["cpu"]
+
+
+def stored_share(shape: tuple[int, int], packed: packing.Packed) -> float:
+    """Values that a matrix stores, explicit zeros included, by its elements."""
     *_, values = packed
-    stored = 2 * math.prod(values.shape[-3:])  # without the layers of a stack
-    return cuda_kernel_rows(1 - stored / max(1, math.prod(call.shape)))
+    # Two to a word; without the layers of a stack.
+    return 2 * math.prod(values.shape[-3:]) / max(1, math.prod(shape))
 
 
 def _layout(call: Call, operands: Operands) -> str:

@@ -40,6 +40,8 @@ def _platform(config: pytest.Config) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # What somebody tuned on this machine is none of the tests' business.
+    os.environ["FLASHJAX_TUNING"] = ""
     # Before the first import of jax: it reads these once.
     if _platform(config) == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"

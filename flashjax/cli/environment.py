@@ -14,13 +14,15 @@ from typing import Any
 
 
 def environment() -> dict[str, Any]:
-    """Device, driver, versions, commit, date, and XLA's variables where they are set.
+    """Device, driver, versions, commit, date.
 
-    What is unknown is left out.
+    Also XLA's variables where they are set, and how many matrices `flashjax.autotune`
+    timed on such a device. What is unknown is left out.
     """
     import jax
 
     import flashjax as fj
+    from flashjax import tuned_rows
     from flashjax.cli.report import device_name
 
     device = jax.devices()[0]
@@ -35,6 +37,7 @@ def environment() -> dict[str, Any]:
         "jax": jax.__version__,
         "plugin": "" if cpu else _plugins(),
         "flashjax": fj.__version__,
+        "tuned": len(tuned_rows.known(tuned_rows.device_kind(device.platform))),
         "commit": _commit(),
         "variables": " ".join(
             f"{name}={value}"

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import sys
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,10 @@ def show_system(as_json: bool) -> None:
     table.add_row("cuda available", escape(f"no: {reason}" if reason else "yes"))
     for name, state in system["implementations"].items():
         table.add_row(f"kernel {name}", escape(state))
+    tuning = system["tuning"]
+    if tuning["matrices"] or tuning["problem"]:
+        found = tuning["problem"] or f"{tuning['matrices']} matrices: {tuning['file']}"
+        table.add_row("tuned", escape(found))
     console.print(table)
 
 
@@ -100,7 +105,21 @@ def system_info() -> dict[str, Any]:
             "unavailable_reason": reason,
         },
         "implementations": states,
+        "tuning": _tuning(backend),
     }
+
+
+def _tuning(backend: str) -> dict[str, Any]:
+    """What `flashjax.autotune` left for the devices of the backend."""
+    from flashjax import tuned_rows
+
+    file = tuned_rows.file()
+    kind = tuned_rows.device_kind(backend)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        matrices = len(tuned_rows.known(kind))
+    problem = str(caught[0].message) if caught else ""
+    return {"file": str(file or ""), "matrices": matrices, "problem": problem}
 
 
 def _version(package: str) -> str:

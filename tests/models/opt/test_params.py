@@ -338,7 +338,7 @@ def test_a_name_that_may_be_mistyped_is_named_before_the_hub_is_asked(
     monkeypatch, caplog
 ):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match="'opt-1.3b-06' is no local folder"):
+    with pytest.raises(CheckpointError, match=r"'opt-1\.3b-06' is no local folder"):
         opt.from_pretrained("opt-1.3b-06")
     assert caplog.messages == [
         "opt-1.3b-06 is no folder here; asking the Hugging Face hub for it"

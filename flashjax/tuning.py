@@ -1,0 +1,277 @@
+"""Times a matrix' kernel on the user's device beside what else computes its product."""
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flashjax import _native, layouts, matmul_impl, tuned_rows
+from flashjax.matmul_checks import make_call
+from flashjax.sparse_matrix import SparseMatrix
+
+_ROWS = {
+    "cuda": (1, 8, 32, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096),
+    "cpu": (1, 4, 16, 32, 64, 128, 192, 256, 512),
+}
+# The copies of a matrix that a program goes through are more than a GPU's L2 cache.
+_COLD_BYTES = 160 << 20
+_MOST_COPIES = 48
+_RUNS, _SECONDS = 5, 0.03
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Microseconds of a product with some rows of x, each the median of several runs.
+
+    Attributes:
+      rows: N.
+      kernel: of the sparse kernel.
+      expand: of expanding the weight and multiplying by the dense matrix.
+      dense: of `x @ dense`, where the weight is dense all the time.
+    """
+
+    rows: int
+    kernel: float
+    expand: float
+    dense: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TunedMatrix:
+    """What `autotune` found for one matrix.
+
+    Attributes:
+      shape: (in_features, out_features).
+      dtype: of the weight and of x.
+      sparsity: share of zeros.
+      device: where.
+      kernel_rows: rows of x up to which `sparse_matmul` uses the kernel from now on.
+      timings: by rows of x.
+    """
+
+    shape: tuple[int, int]
+    dtype: np.dtype
+    sparsity: float
+    device: str
+    kernel_rows: int
+    timings: tuple[Timing, ...]
+
+    def __str__(self) -> str:
+        k, m = self.shape
+        lines = [
+            f"{k} x {m}, {self.dtype.name}, {self.sparsity:.0%} zeros, {self.device}: "
+            f"the kernel up to {self.kernel_rows} rows of x",
+            "rows of x     kernel     expand      dense   x dense",
+        ]
+        for t in self.timings:
+            speedup = t.dense / min(t.kernel, t.expand)
+            lines.append(
+                f"{t.rows:9} {t.kernel:7.1f} us {t.expand:7.1f} us {t.dense:7.1f} us "
+                f"{speedup:9.2f}"
+            )
+        return "\n".join(lines)
+
+
+def autotune(
+    weights: Any,
+    rows: Sequence[int] | None = None,
+    *,
+    save: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[TunedMatrix]:
+    """Finds on this device up to how many rows of x the sparse kernels are worth it.
+
+    With many rows the kernels, which expand a weight anew for every 256 rows or so,
+    lose to expanding it once, to a temporary dense matrix. Where, depends on the GPU,
+    the shape and the zeros; without this FlashJAX takes what is usual on an H200. What
+    is found counts for every matrix of that shape, dtype and number of zeros (within 5%
+    of the elements) on such a device, here and in later processes; programs compiled
+    before are compiled again when they are called next. The two ways round differently:
+    a result may differ in its last bit from one before, where it takes the other one.
+
+    It also tells whether sparse pays at all for a layer: beside the times of both ways
+    are those of the dense product. It takes a minute or so for a shape on a GPU, most
+    of it for XLA to choose its kernels for the dense products, and the GPU should do
+    nothing else meanwhile.
+
+    Args:
+      weights: a SparseMatrix, several, or an NNX model with sparse layers; in the
+        default layout, on one device. Of those that are alike one is timed.
+      rows: numbers of rows of x to time, in any order; None takes some up to 4096 on a
+        GPU and up to 512 on a CPU. Between two of them the kernel is used up to the
+        lower one.
+      save: keep what is found in a JSON file, `$FLASHJAX_TUNING` or
+        `~/.cache/flashjax/tuning.json`. False only measures.
+      progress: called with how many products have been timed, and of how many.
+
+    Returns:
+      What was found, by matrix; printed, each is a table.
+
+    Raises:
+      ValueError: no matrix, or no or bad numbers of rows; a matrix has no elements, is
+        a stack or in the layout for few tokens; they are on several devices; or the
+        file is none of this function's.
+      TypeError: something is no SparseMatrix, or traced.
+      NotImplementedError: there is no kernel for the device.
+      OSError: the file cannot be written.
+    """
+    matrices = _matrices(weights)
+    platform = _platform(matrices)
+    numbers = _check_rows(_ROWS[platform] if rows is None else rows)
+    device = tuned_rows.device_kind(platform)
+    assert device is not None, "the matrices are there"
+    if save and (path := tuned_rows.file()) is not None and path.exists():
+        tuned_rows.add(device, [])  # before minutes of timing: can it be written?
+    chosen: list[tuple[SparseMatrix, tuned_rows.TunedRows]] = []
+    for w in matrices:
+        new = tuned_rows.describe(w.shape, w.dtype, w.layout, _stored(w))
+        if not any(known.is_for(new) for _, known in chosen):
+            chosen.append((w, new))
+    found, entries = [], []
+    for index, (w, entry) in enumerate(chosen):
+
+        def report(done: int, before: int = index * len(numbers)) -> None:
+            if progress is not None:
+                progress(before + done, len(chosen) * len(numbers))
+
+        timings = _time(w, platform, numbers, report)
+        kernel_rows = _kernel_rows(timings)
+        entries.append(dataclasses.replace(entry, kernel_rows=kernel_rows))
+        found.append(
+            TunedMatrix(w.shape, w.dtype, w.sparsity, device, kernel_rows, timings)
+        )
+    if save:
+        tuned_rows.add(device, entries)
+        jax.clear_caches()  # of programs that follow what was known before
+    return found
+
+
+def _kernel_rows(timings: Sequence[Timing]) -> int:
+    """The last number of rows before the first one with which expanding is faster."""
+    most = 0
+    for timing in timings:
+        if timing.kernel > timing.expand:
+            break
+        most = timing.rows
+    return most
+
+
+def _matrices(weights: Any) -> list[SparseMatrix]:
+    if isinstance(weights, SparseMatrix) or hasattr(weights, "get_value"):
+        weights = [weights]
+    elif not isinstance(weights, Iterable):
+        from flashjax.nn import sparse_layers  # which imports Flax
+
+        weights = [layer.kernel for _, layer in sparse_layers(weights)]
+    # A Flax variable stands for its value.
+    matrices = [w.get_value() if hasattr(w, "get_value") else w for w in weights]
+    if not matrices:
+        raise ValueError("autotune: expected at least one sparse matrix, got none")
+    for w in matrices:
+        _check_matrix(w)
+    return matrices
+
+
+def _check_matrix(w: Any) -> None:
+    if not isinstance(w, SparseMatrix):
+        raise TypeError(f"autotune: expected a SparseMatrix, got {type(w).__name__}")
+    w.check_leaves("autotune")
+    if isinstance(w.bitmap, jax.core.Tracer):
+        raise TypeError("autotune: expected concrete matrices, got traced ones")
+    if w.layout != layouts.DEFAULT:
+        raise ValueError(
+            f"autotune: expected matrices in the layout {layouts.DEFAULT!r}, which has "
+            f"kernels for any number of rows, got {w.layout!r}"
+        )
+    if not w.size:
+        raise ValueError(f"autotune: expected a matrix with elements, got {w.shape}")
+
+
+def _platform(matrices: list[SparseMatrix]) -> str:
+    devices = {device for w in matrices for device in w.bitmap.devices()}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"autotune: expected matrices on one device, got {names}")
+    (device,) = devices
+    platform = {"gpu": "cuda", "cpu": "cpu"}.get(device.platform)
+    if platform is None:
+        raise NotImplementedError(f"autotune: there are no kernels for {device}")
+    if platform == "cuda" and not _native.cuda_available():
+        raise NotImplementedError(
+            f"autotune: no kernel runs here: {_native.cuda_unavailable_reason()}"
+        )
+    return platform
+
+
+def _check_rows(rows: Sequence[int]) -> list[int]:
+    for n in rows:
+        if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
+            raise ValueError(f"autotune: expected rows of at least 1, got {n!r}")
+    if not len(rows):
+        raise ValueError("autotune: expected at least one number of rows, got none")
+    return sorted({int(n) for n in rows})
+
+
+def _stored(w: SparseMatrix) -> float:
+    return matmul_impl.stored_share(w.shape, w.packed)
+
+
+def _time(
+    w: SparseMatrix, platform: str, rows: Sequence[int], report: Callable[[int], None]
+) -> tuple[Timing, ...]:
+    dense = w.to_dense()
+
+    def product(kernel_rows: int) -> Callable[[Any, Any], jax.Array]:
+        def multiply(x, packed):
+            call = make_call(x, w, None, platform, None)
+            call = dataclasses.replace(call, kernel_rows=kernel_rows)
+            operands = matmul_impl.Operands(x, None, packed, None)
+            return matmul_impl.compute(call, operands)
+
+        return multiply
+
+    timings = []
+    for done, n in enumerate(rows, 1):
+        timings.append(
+            Timing(
+                n,
+                kernel=_microseconds(product(n), n, w, w.packed),
+                expand=_microseconds(product(0), n, w, w.packed),
+                dense=_microseconds(jnp.matmul, n, w, dense),
+            )
+        )
+        report(done)
+    return tuple(timings)
+
+
+def _microseconds(
+    product: Callable[[Any, Any], jax.Array], n: int, w: SparseMatrix, weight: Any
+) -> float:
+    """Of `product(x, weight)`, in a program of several with a copy of the weight each.
+
+    A copy was not in the cache when its turn comes, as in a model of many layers.
+    """
+    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(weight))
+    count = min(max(2, math.ceil(_COLD_BYTES / max(1, nbytes))), _MOST_COPIES)
+    copies = [jax.tree.map(jnp.copy, weight) for _ in range(count)]
+    # An x each, too: products of the same x could be computed as one.
+    keys = jax.random.split(jax.random.key(n), count)
+    xs = [jax.random.normal(key, (n, w.shape[0]), w.dtype) for key in keys]
+
+    @jax.jit
+    def program(xs, copies):
+        return [product(x, copy) for x, copy in zip(xs, copies, strict=True)]
+
+    jax.block_until_ready(program(xs, copies))
+    times: list[float] = []
+    while len(times) < _RUNS or sum(times) < _SECONDS:
+        began = time.perf_counter()
+        jax.block_until_ready(program(xs, copies))
+        times.append(time.perf_counter() - began)
+    return 1e6 * statistics.median(times) / count
