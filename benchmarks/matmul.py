@@ -8,12 +8,15 @@ sequence of products, each with an x and a copy of the weight of its own (the co
 are more than 300 MB, so that they do not come from the L2 cache). The time is the
 device's, from the profiler: a program's span divided by its products, the median of
 several executions. Dense is the faster of the two memory orders of the weight.
+`of_byte_limit` is what the weight, x and y take at the rate at which this GPU reads a
+large array, by the time measured.
 
 Prints a table and writes `benchmarks/results/matmul-DEVICE.json`.
 """
 
 import functools
 import itertools
+import pathlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated
 
@@ -27,6 +30,7 @@ from rich.table import Table
 
 import flashjax as fj
 from flashjax import matmul_impl
+from flashjax.models import opt
 
 # (out_features, in_features) of linear layers, by the model that has them.
 SHAPES = {
@@ -49,6 +53,7 @@ OTHERS = {
     "llama-3-70b.up": (28_672, 8192),
     "llama-3-70b.down": (8192, 28_672),
 }
+PATTERNS = ("random", "rows", "columns", "demo")
 COLD_BYTES = 300 << 20
 LEAST_CALLS = 12  # products in a program, each with its own copy of the weight
 
@@ -91,11 +96,74 @@ def sparse_product(kernel: str):
     return product
 
 
-def time_shape(name: str, sparsities, rows, dtype, kernel: str, tokens) -> list[dict]:
-    m, k = (SHAPES | OTHERS)[name]
-    results = []
+def shape_of(name: str) -> tuple[int, int]:
+    """(out_features, in_features) of a layer."""
+    return (SHAPES | OTHERS)[name]
+
+
+def dense_weight(shape: tuple[int, int], dtype) -> jax.Array:
+    m, k = shape
     key = jax.random.key(0)
-    dense = jax.random.uniform(key, (k, m), jnp.float32, -1, 1).astype(dtype)
+    return jax.random.uniform(key, (k, m), jnp.float32, -1, 1).astype(dtype)
+
+
+def kept(shape: tuple[int, int], sparsity: float, pattern: str) -> jax.Array:
+    """Which elements of a (K, M) weight are not zero, of a share of zeros in all."""
+    m, k = shape
+    key = jax.random.key(1)
+    if pattern == "demo":
+        return demo_pattern(shape, sparsity)
+    if pattern == "random":
+        return jax.random.uniform(key, (k, m)) >= sparsity
+    # A twentieth of the outputs (rows of the weight as papers write it) or inputs is
+    # dense, the others have as many zeros more.
+    axis = {"rows": 1, "columns": 0}[pattern]
+    length = (k, m)[axis]
+    is_dense = jnp.arange(length) * 20 // length == jnp.arange(length) % 20
+    share = 1 - is_dense.mean()
+    keep = jax.random.uniform(key, (k, m)) >= min(1.0, sparsity / float(share))
+    return keep | jnp.expand_dims(is_dense, 1 - axis)
+
+
+def demo_pattern(shape: tuple[int, int], sparsity: float) -> jax.Array:
+    """Magnitude pruning of the demo model's first fc1, repeated to a (K, M) weight.
+
+    It was trained dense, then pruned to 65% and fine-tuned: with fewer zeros than that
+    some of the pruned weights are kept, at random.
+    """
+    m, k = shape
+    path = pathlib.Path(__file__).parents[1] / "examples" / "demo-opt"
+    model, _ = opt.from_pretrained(path, dtype=jnp.float16, sparse=False)
+    weight = jnp.asarray(model.layers[0].fc1.kernel[...])
+    size = jnp.abs(weight.astype(jnp.float32))
+    noise = jax.random.uniform(jax.random.key(1), weight.shape, maxval=1e-12)
+    order = jnp.where(size > 0, size, noise)
+    keep = order > jnp.quantile(order, sparsity)
+    repeats = (-(-k // weight.shape[0]), -(-m // weight.shape[1]))
+    return jnp.tile(keep, repeats)[:k, :m]
+
+
+def random_weight(
+    shape: tuple[int, int], sparsity: float, dtype, pattern: str = "random"
+) -> jax.Array:
+    """A (K, M) weight with a share of zeros."""
+    zero = jnp.zeros((), dtype)
+    return jnp.where(kept(shape, sparsity, pattern), dense_weight(shape, dtype), zero)
+
+
+def bandwidth() -> float:
+    """Bytes a second that this GPU reads, from the sum of an array of 4 GiB."""
+    array = jnp.ones((1 << 30,), jnp.int32)
+    program = jax.jit(jnp.max).lower(array).compile()
+    return array.nbytes / device_time.microseconds(program, array) * 1e6
+
+
+def time_shape(
+    name: str, sparsities, rows, dtype, kernel: str, tokens, pattern: str = "random"
+) -> list[dict]:
+    m, k = shape_of(name)
+    results = []
+    dense = dense_weight((m, k), dtype)
 
     dense_us = {}
     orders = {"(K, M)": lambda x, w: x @ w, "(M, K)": lambda x, w: x @ w.T}
@@ -108,8 +176,7 @@ def time_shape(name: str, sparsities, rows, dtype, kernel: str, tokens) -> list[
         del copies, weight
 
     for sparsity in sparsities:
-        keep = jax.random.uniform(jax.random.key(1), dense.shape) >= sparsity
-        pruned = jnp.where(keep, dense, jnp.zeros((), dtype))
+        pruned = random_weight((m, k), sparsity, dtype, pattern)
         w = fj.SparseMatrix.from_dense(pruned, tokens=tokens)
         copies = cold_copies(w, w.nbytes)
         compiled = functools.partial(
@@ -131,6 +198,7 @@ def time_shape(name: str, sparsities, rows, dtype, kernel: str, tokens) -> list[
                     "tokens": tokens,
                     "layout": w.layout,
                     "sparsity": sparsity,
+                    "pattern": pattern,
                     "bytes_per_element": round(w.nbytes / (m * k), 4),
                     "sparse_us": round(us, 2),
                     "dense_us": round(dense_us[n], 2),
@@ -142,10 +210,22 @@ def time_shape(name: str, sparsities, rows, dtype, kernel: str, tokens) -> list[
     return results
 
 
+def add_byte_limit(row: dict, read: float) -> None:
+    """Says how much of the time reading the weight, x and writing y must take.
+
+    Args:
+      row: of time_shape(); gets `of_byte_limit`.
+      read: bytes a second.
+    """
+    elements = row["m"] * row["k"] * row["bytes_per_element"]
+    moved = elements + 2 * row["n"] * (row["m"] + row["k"])
+    row["of_byte_limit"] = round(moved / read * 1e6 / row["sparse_us"], 3)
+
+
 def print_table(results: list[dict]) -> None:
     table = Table(title="sparse_matmul beside jnp.dot")
-    columns = ["layer", "M x K", "dtype", "N", "sparsity", "us", "GB/s"]
-    for column in [*columns, "dense us", "x dense"]:
+    columns = ["layer", "M x K", "dtype", "N", "zeros", "pattern", "us", "GB/s"]
+    for column in [*columns, "limit", "dense us", "x dense"]:
         table.add_column(column, justify="right", no_wrap=True)
     for r in results:
         table.add_row(
@@ -154,8 +234,10 @@ def print_table(results: list[dict]) -> None:
             r["dtype"],
             str(r["n"]),
             f"{r['sparsity']:.0%}",
+            r["pattern"],
             f"{r['sparse_us']:.1f}",
             f"{r['gb_per_s']:.0f}",
+            f"{r['of_byte_limit']:.0%}",
             f"{r['dense_us']:.1f}",
             f"{r['speedup']:.2f}",
         )
@@ -180,6 +262,13 @@ def main(
     tokens: Annotated[
         int, typer.Option(help="As in SparseMatrix.from_dense; 0: none.")
     ] = 0,
+    pattern: Annotated[
+        str,
+        typer.Option(
+            help="Of the zeros: random, rows or columns (a twentieth of the outputs or "
+            "inputs is dense), demo (the demo model's); comma-separated."
+        ),
+    ] = "random",
     name: Annotated[str, typer.Option(help="Stem of the result file.")] = "matmul",
 ) -> None:
     """Times sparse_matmul beside jnp.dot."""
@@ -192,17 +281,28 @@ def main(
     unknown = set(layers.split(",")) - set(known)
     if unknown:
         raise SystemExit(f"expected layers from {known}, got {sorted(unknown)}")
+    patterns = pattern.split(",")
+    if unknown := set(patterns) - set(PATTERNS):
+        raise SystemExit(f"expected patterns from {PATTERNS}, got {sorted(unknown)}")
     results = []
-    for layer, one_dtype in itertools.product(layers.split(","), dtype.split(",")):
-        results += time_shape(
+    read = bandwidth()
+    for layer, one_dtype, one_pattern in itertools.product(
+        layers.split(","), dtype.split(","), patterns
+    ):
+        found = time_shape(
             layer,
             [float(s) for s in sparsity.split(",")],
             [int(n) for n in rows.split(",")],
             jnp.dtype(one_dtype),
             kernel,
             tokens or None,
+            one_pattern,
         )
-        path = report.save(name, {"results": results})
+        for row in found:
+            add_byte_limit(row, read)
+        results += found
+        facts = {"read_gb_per_s": round(read / 1e9)}
+        path = report.save(name, facts | {"results": results})
     print_table(results)
     print(f"written to {path}")
 

@@ -1,0 +1,270 @@
+"""Times the kernels of Flash-LLM and SpInfer, and JAX's sparse arrays, beside ours.
+
+    python benchmarks/peers/kernels.py --flash-llm PATH --spinfer PATH
+
+The paths are those of the shared libraries that you built from their sources, for your
+GPU (the `build` folder of either repository, with SMS=90 for Hopper); nothing of theirs
+is here. A library that is not given is left out. Every figure is of one run: ours,
+`jnp.dot` and theirs by the profiler, weights not in the L2 cache, as in matmul.py. Of
+theirs it is the best of several split-K. `error` is the distance from the product in
+float32 by its norm. JAX's BCOO and BCSR are timed on the smallest layer alone.
+
+Prints a table and writes `benchmarks/results/peers-DEVICE.json`.
+"""
+
+import ctypes
+import pathlib
+import subprocess
+import sys
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich
+import typer
+from jax.experimental import sparse
+from rich.table import Table
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import device_time
+import matmul
+import report
+
+SPLIT_K = (1, 2, 3, 4, 6, 8)
+STREAM = 0  # the legacy default stream
+
+_pointer, _int = ctypes.c_void_p, ctypes.c_int
+
+
+class Peer:
+    """A library's kernel with a weight of its own format.
+
+    Its functions are C++ ones: they are found by how their mangled names begin.
+    """
+
+    def __init__(self, library: pathlib.Path):
+        self.library = ctypes.CDLL(str(library.resolve()))
+        listed = subprocess.run(
+            ["nm", "-D", "--defined-only", library],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        self.names = [line.split()[-1] for line in listed.stdout.splitlines()]
+
+    def function(self, name: str, *arguments: Any) -> Any:
+        """One of the library's functions, with the types of its arguments."""
+        stem = f"_Z{len(name)}{name}"
+        found = [known for known in self.names if known.startswith(stem)]
+        if len(found) != 1:
+            raise SystemExit(
+                f"expected one function {name} in {self.library._name}, got {found}"
+            )
+        function = self.library[found[0]]
+        function.argtypes, function.restype = arguments, _int
+        return function
+
+
+class FlashLLM(Peer):
+    """Tiled-CSL; of weights whose shape is a multiple of 256 x 64."""
+
+    def pack(self, weight: np.ndarray) -> list[np.ndarray]:
+        """Its arrays of a (M, K) float16 weight."""
+        pack = self.function(
+            "InitSparseMatrixA_API", _pointer, *3 * [_int], *2 * [_pointer]
+        )
+        (m, k), n = weight.shape, 8  # n is not used
+        words, offsets = _pointer(), _pointer()
+        count = pack(
+            weight.ctypes.data, m, n, k, ctypes.byref(words), ctypes.byref(offsets)
+        )
+        tiles = _taken(offsets, np.int32, count)
+        return [_taken(words, np.uint32, 4 * int(tiles[-1])), tiles]
+
+    def product(self, packed, x, y, workspace, split_k: int) -> None:
+        """Launches y = x W^T."""
+        run = self.function(
+            "SpMM_SplitK_API", *6 * [_pointer], *3 * [_int], _pointer, _int
+        )
+        (n, k), (_, m) = x.shape, y.shape
+        arrays = map(_address, [*packed, x, y])
+        _check(run(STREAM, None, *arrays, m, n, k, _address(workspace), split_k))
+
+
+class SpInfer(Peer):
+    """A bitmap of 8 x 8 tiles; of weights whose shape is a multiple of 64 x 64."""
+
+    def pack(self, weight: np.ndarray) -> list[np.ndarray]:
+        """Its arrays of a (M, K) float16 weight."""
+        pack = self.function(
+            "InitSparseMatrixA_bitmap", _pointer, *8 * [_int], *6 * [_pointer]
+        )
+        values, sizes, medians, tiles, bitmap = (_pointer() for _ in range(5))
+        most = _int()
+        results = map(ctypes.byref, (values, sizes, medians, tiles, bitmap, most))
+        count = pack(weight.ctypes.data, *weight.shape, 8, 16, 64, 8, 64, 64, *results)
+        ends = _taken(tiles, np.int32, count + 1)
+        _taken(sizes, np.int32, 0)
+        return [
+            _taken(values, np.float16, int(ends[-1])),
+            ends,
+            _taken(medians, np.int32, 4 * count),
+            _taken(bitmap, np.uint32, 2 * 64 * count),
+            np.array([-(-most.value // 64) * 64], np.int32),
+        ]
+
+    def product(self, packed, x, y, workspace, split_k: int) -> None:
+        """Launches y = x W^T."""
+        run = self.function(
+            "SpMM_SplitK_API_bitmap_v3", *9 * [_pointer], *3 * [_int], _pointer, _int
+        )
+        (n, k), (_, m) = x.shape, y.shape
+        arrays = map(_address, [*packed, x, y])
+        _check(run(STREAM, None, *arrays, m, n, k, _address(workspace), split_k))
+
+
+def _taken(pointer: Any, dtype: Any, count: int) -> np.ndarray:
+    """A copy of an array that the library allocated, which is freed."""
+    size = count * np.dtype(dtype).itemsize
+    array = np.frombuffer(ctypes.string_at(pointer, size), dtype)
+    ctypes.CDLL(None).free(pointer)
+    return array
+
+
+def _address(array: jax.Array) -> int:
+    return array.unsafe_buffer_pointer()
+
+
+def _check(error: int) -> None:
+    if error:
+        raise SystemExit(f"a peer's kernel failed with CUDA error {error}")
+
+
+def time_peer(peer: Peer, weight: np.ndarray, rows: list[int]) -> dict[int, dict]:
+    """Microseconds and error of a peer's product, by rows of x.
+
+    Args:
+      peer: the library.
+      weight: (M, K) float16.
+      rows: numbers of rows of x.
+    """
+    m, k = weight.shape
+    packed = [jnp.asarray(array) for array in peer.pack(weight)]
+    copies = matmul.cold_copies(packed, sum(array.nbytes for array in packed))
+    driver = ctypes.CDLL("libcuda.so.1")
+    found = {}
+    for n in rows:
+        key, shape = jax.random.key(n), (len(copies), n, k)
+        xs = list(jax.random.normal(key, shape, jnp.float16))
+        y = jnp.zeros((n, m), jnp.float16)
+        workspace = jnp.zeros((max(SPLIT_K), n, m), jnp.float16)
+        jax.block_until_ready((copies, xs, y, workspace))
+
+        def program(split_k: int, xs=xs, y=y, workspace=workspace) -> None:
+            for x, copy in zip(xs, copies, strict=True):
+                peer.product(copy, x, y, workspace, split_k)
+            _check(driver.cuCtxSynchronize())
+
+        times = {
+            split_k: device_time.microseconds(program, split_k) / len(copies)
+            for split_k in SPLIT_K
+        }
+        best = min(times, key=times.get)
+        program(best)
+        result = np.asarray(jnp.copy(y), np.float32)
+        exact = np.asarray(xs[-1], np.float32) @ weight.T.astype(np.float32)
+        error = np.linalg.norm(result - exact) / np.linalg.norm(exact)
+        found[n] = {
+            "us": round(times[best], 2),
+            "split_k": best,
+            "error": float(f"{error:.2g}"),
+            "bytes_per_element": round(
+                sum(array.nbytes for array in packed) / weight.size, 4
+            ),
+        }
+    return found
+
+
+def time_jax(pruned: jax.Array, n: int) -> dict[str, float]:
+    """Microseconds of JAX's own sparse arrays, by their name."""
+    k, _ = pruned.shape
+    found = {}
+    for name, kind in (("BCOO", sparse.BCOO), ("BCSR", sparse.BCSR)):
+        # x @ W as (W^T x^T)^T: their products take the sparse array on the left.
+        weight = kind.fromdense(pruned.T)
+        x = jax.random.normal(jax.random.key(n), (k, n), pruned.dtype)
+        program = jax.jit(lambda weight, x: weight @ x).lower(weight, x).compile()
+        found[name] = round(device_time.microseconds(program, weight, x), 2)
+    return found
+
+
+def print_table(results: list[dict], general: list[dict]) -> None:
+    names = [name for name in ("flash_llm", "spinfer") if f"{name}_us" in results[0]]
+    table = Table(title="x dense, and distance from the exact product")
+    for column in ("M x K", "zeros", "N", "dense us", "flashjax", *names):
+        table.add_column(column, justify="right", no_wrap=True)
+    for r in results:
+        table.add_row(
+            f"{r['m']}x{r['k']}",
+            f"{r['sparsity']:.0%}",
+            str(r["n"]),
+            f"{r['dense_us']:.1f}",
+            f"{r['speedup']:.2f}",
+            *(
+                f"{r['dense_us'] / r[f'{name}_us']:.2f} ({r[f'{name}_error']:.0e})"
+                for name in names
+            ),
+        )
+    rich.get_console().width = max(rich.get_console().width, 110)
+    rich.print(table)
+    for row in general:
+        rich.print(row)
+
+
+def main(
+    flash_llm: Annotated[
+        pathlib.Path | None, typer.Option(help="Flash-LLM's libSpMM_API.so.")
+    ] = None,
+    spinfer: Annotated[
+        pathlib.Path | None, typer.Option(help="SpInfer's libSpMM_API.so.")
+    ] = None,
+    layers: Annotated[
+        str, typer.Option(help="As in matmul.py.")
+    ] = "opt-30b.attention,opt-30b.fc1",
+    sparsity: Annotated[str, typer.Option()] = "0.5,0.6,0.8",
+    rows: Annotated[str, typer.Option(help="8, 16, 32, 64, 128.")] = "8,16,32,64",
+) -> None:
+    """Times peers' kernels beside sparse_matmul and jnp.dot."""
+    peers: dict[str, Peer] = {}
+    if flash_llm is not None:
+        peers["flash_llm"] = FlashLLM(flash_llm)
+    if spinfer is not None:
+        peers["spinfer"] = SpInfer(spinfer)
+    numbers = [int(n) for n in rows.split(",")]
+    results: list[dict] = []
+    general: list[dict] = []
+    for name in layers.split(","):
+        for share in map(float, sparsity.split(",")):
+            found = matmul.time_shape(name, [share], numbers, jnp.float16, "auto", None)
+            pruned = matmul.random_weight(matmul.shape_of(name), share, jnp.float16)
+            weight = np.ascontiguousarray(np.asarray(pruned).T)
+            for peer_name, peer in peers.items():
+                for row, times in zip(
+                    found, time_peer(peer, weight, numbers).values(), strict=True
+                ):
+                    row |= {f"{peer_name}_{key}": value for key, value in times.items()}
+            results += found
+            if name == "opt-30b.attention":
+                first = found[0]
+                row = {key: first[key] for key in ("layer", "n", "sparsity")}
+                row |= {key: first[key] for key in ("sparse_us", "dense_us")}
+                general.append(row | time_jax(pruned, first["n"]))
+            path = report.save("peers", {"results": results, "general": general})
+    print_table(results, general)
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
