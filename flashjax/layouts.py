@@ -60,12 +60,13 @@ def gather_pays(
 
 def has_gather_kernel(device: jax.Device) -> bool:
     """Whether the kernel of GATHER runs on a device."""
+    return is_hopper(device) and _native.cuda_available()
+
+
+def is_hopper(device: jax.Device) -> bool:
+    """Whether a device is a GPU with wgmma."""
     capability = str(getattr(device, "compute_capability", None) or "0")
-    return (
-        device.platform == "gpu"
-        and int(capability.split(".")[0]) == 9
-        and _native.cuda_available()
-    )
+    return device.platform == "gpu" and int(capability.split(".")[0]) == 9
 
 
 def plain(layout: str) -> ModuleType:

@@ -31,6 +31,8 @@ KERNEL_ROWS = {"cuda": 2048, "cpu": 128}
 # With many zeros the CUDA kernel takes as long as the other way up to twice as many
 # (docs/kernel-log.md, section 11), and needs no memory for a dense matrix.
 _MANY_ZEROS = 0.78  # stored explicit zeros count as values
+# On GPUs without wgmma, whose kernel takes 32 rows at a time (section 19).
+_MMA_ROWS = 96
 
 _CUDA_K_MULTIPLE = 8  # 16-byte rows of x
 
@@ -213,8 +215,23 @@ def _cuda(call, operands, kernel="auto"):
 
 
 def cuda_kernel_rows(zeros: float) -> int:
-    """Rows of x up to which the CUDA kernel is used, by the weight's share of zeros."""
+    """Rows of x up to which the CUDA kernel is used, by the weight's share of zeros.
+
+    On the GPU that there is; else on a Hopper.
+    """
+    if not _has_wgmma():
+        return _MMA_ROWS
     return KERNEL_ROWS["cuda"] * (2 if zeros >= _MANY_ZEROS else 1)
+
+
+@functools.cache
+def _has_wgmma() -> bool:
+    """Whether the GPU is a Hopper; True where there is none."""
+    try:
+        device, *_ = jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return True
+    return layouts.is_hopper(device)
 
 
 def _kernel_rows(platform, call, packed):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import flashjax as fj
-from flashjax import _native, matmul
+from flashjax import _native, matmul, matmul_impl
 from flashjax.trainable_matrix import TrainableMatrix
 
 from . import cuda_stand_in, op_cases
@@ -76,6 +76,15 @@ def test_many_zeros_take_more_rows(stacked):
     for rows, target in ((most, "matmul"), (most + 1, "unpack")):
         text = lower(lambda x, w: fj.sparse_matmul(x, w, layer=layer), x_of(rows), w)
         assert targets(text) == [f"flashjax_lscd_{target}_cuda"]
+
+
+def test_gpus_without_wgmma_take_fewer_rows(w, monkeypatch):
+    monkeypatch.setattr(matmul_impl, "_has_wgmma", lambda: False)
+    for rows, target in ((96, "matmul"), (97, "unpack")):
+        jax.clear_caches()
+        text = lower(fj.sparse_matmul, x_of(rows), w)
+        assert targets(text) == [f"flashjax_lscd_{target}_cuda"]
+    jax.clear_caches()
 
 
 def test_unlike_dtypes_expand_and_multiply(w):

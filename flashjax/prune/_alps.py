@@ -10,7 +10,7 @@ from jax.scipy.linalg import cho_solve
 
 from ._checks import Array, Pattern, all_finite
 from ._gram import check_damping, damped_diagonal, dead_inputs, singular, with_diagonal
-from ._placement import on_device_of, rounded
+from ._placement import jit_products, on_device_of, rounded
 from ._selection import keys, smallest, smallest_of_groups
 from ._statistics import InputStatistics, check_arguments
 
@@ -75,7 +75,7 @@ def alps(
     return on_device_of(dense, prune)
 
 
-@functools.partial(jax.jit, static_argnames="pattern")
+@functools.partial(jit_products, static_argnames="pattern")
 def _alps(
     weight: jax.Array,
     gram: jax.Array,

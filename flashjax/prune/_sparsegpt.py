@@ -11,7 +11,7 @@ from jax.scipy.linalg import solve_triangular
 
 from ._checks import Array, Pattern, check_whole_number
 from ._gram import check_damping, damped_diagonal, dead_inputs, singular, with_diagonal
-from ._placement import on_device_of, rounded
+from ._placement import jit_products, on_device_of, rounded
 from ._selection import keys, smallest
 from ._statistics import InputStatistics, check_arguments
 
@@ -93,7 +93,7 @@ def _zeros_of_blocks(total: int, dead: np.ndarray, M: int, block: int) -> np.nda
     return np.diff(np.array([0, *at])).astype(np.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("block", "pattern"))
+@functools.partial(jit_products, static_argnames=("block", "pattern"))
 def _sparsegpt(
     dense: jax.Array,
     gram: jax.Array,

@@ -21,7 +21,7 @@ from ._checks import (
     native,
     parse_pattern,
 )
-from ._placement import check_devices
+from ._placement import check_devices, jit_products
 
 
 @jax.tree_util.register_dataclass
@@ -215,7 +215,7 @@ def reconstruction_error(dense: Any, pruned: Any, stats: InputStatistics) -> flo
     return change / output if output else float(np.inf)
 
 
-@jax.jit
+@jit_products
 def _energies(
     dense: jax.Array, pruned: jax.Array, gram: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
