@@ -14,8 +14,10 @@ Prints a table and writes `benchmarks/results/peers-DEVICE.json`.
 
 import ctypes
 import pathlib
+import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import jax
@@ -167,10 +169,7 @@ def time_peer(peer: Peer, weight: np.ndarray, rows: list[int]) -> dict[int, dict
                 peer.product(copy, x, y, workspace, split_k)
             _check(driver.cuCtxSynchronize())
 
-        times = {
-            split_k: device_time.microseconds(program, split_k) / len(copies)
-            for split_k in SPLIT_K
-        }
+        times = time_splits(program, len(copies))
         best = min(times, key=times.get)
         program(best)
         result = np.asarray(jnp.copy(y), np.float32)
@@ -185,6 +184,32 @@ def time_peer(peer: Peer, weight: np.ndarray, rows: list[int]) -> dict[int, dict
             ),
         }
     return found
+
+
+def time_splits(program: Callable[[int], None], products: int) -> dict[int, float]:
+    """Microseconds of a product by split-K, the median of several executions.
+
+    All are profiled at once, which takes seconds to begin and to end. With a split a
+    product is two kernels, the second one for the sum.
+    """
+    for split_k in SPLIT_K:
+        program(split_k)
+    with device_time.profile() as events:
+        for split_k in SPLIT_K:
+            for _ in range(device_time.EXECUTIONS):
+                program(split_k)
+    kernels = {split_k: products * (1 if split_k == 1 else 2) for split_k in SPLIT_K}
+    expected = device_time.EXECUTIONS * sum(kernels.values())
+    if len(events) != expected:
+        raise RuntimeError(f"expected {expected} kernels, got {len(events)}")
+    times, begin = {}, 0
+    for split_k, count in kernels.items():
+        spans = []
+        for _ in range(device_time.EXECUTIONS):
+            spans.append(device_time.span(events[begin : begin + count]))
+            begin += count
+        times[split_k] = statistics.median(spans) / products / 1e3
+    return times
 
 
 def time_jax(pruned: jax.Array, n: int) -> dict[str, float]:
@@ -255,6 +280,7 @@ def main(
                     found, time_peer(peer, weight, numbers).values(), strict=True
                 ):
                     row |= {f"{peer_name}_{key}": value for key, value in times.items()}
+                print(name, share, peer_name, "done", flush=True)
             results += found
             if name == "opt-30b.attention":
                 first = found[0]
