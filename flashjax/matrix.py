@@ -61,3 +61,17 @@ class PackedMatrix:
         from flashjax.matmul import sparse_matmul  # its modules import this one
 
         return sparse_matmul(x, self)
+
+
+def is_concrete(leaf: Any) -> bool:
+    """Whether a leaf is an array that is not traced."""
+    return isinstance(leaf, np.ndarray | jax.Array) and not isinstance(
+        leaf, jax.core.Tracer
+    )
+
+
+def is_readable(leaf: Any) -> bool:
+    """Whether a leaf is one of packed arrays whose values are still there."""
+    if not is_concrete(leaf) or leaf.dtype != np.uint32:
+        return False
+    return not (isinstance(leaf, jax.Array) and leaf.is_deleted())

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from flashjax import layouts, packing, reference
 from flashjax.matmul import sparse_matmul
 from flashjax.matmul_checks import check_activation, check_operands, result_dtype
-from flashjax.matrix import PackedMatrix
+from flashjax.matrix import PackedMatrix, is_readable
 from flashjax.sparse_matrix import SparseMatrix
 
 Dim = Literal["out", "in"]
@@ -209,10 +209,10 @@ class ShardedSparseMatrix(PackedMatrix):
             f"shape={self.shape}, dtype={self.dtype.name}, dim={self.dim!r}, "
             f"axis={self.axis!r}, count={self.count}"
         )
-        if isinstance(self.counts, jax.Array) and not isinstance(
-            self.counts, jax.core.Tracer
-        ):
-            if self.counts.is_fully_addressable and self.counts.ndim == 2:
+        # Anything may stand in a leaf's place: a gradient's float0, what was donated.
+        if all(is_readable(getattr(self, name)) for name in _LEAVES):
+            whole = getattr(self.counts, "is_fully_addressable", True)
+            if whole and np.ndim(self.counts) == 2:
                 details += f", nnz={self.nnz}, sparsity={self.sparsity:.3f}"
             details += f", nbytes={self.nbytes}"
         return f"ShardedSparseMatrix({details}, layout={self.layout!r})"

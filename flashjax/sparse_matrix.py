@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flashjax import layouts, packing
-from flashjax.matrix import PackedMatrix
+from flashjax.matrix import PackedMatrix, is_concrete, is_readable
 from flashjax.sparse_rows import SparseRows
 
 _LEAVES = ("bitmap", "entries", "values", "counts")
@@ -303,7 +303,7 @@ class SparseMatrix(PackedMatrix):
     def __repr__(self) -> str:
         details = f"shape={self.shape}, dtype={self.dtype.name}"
         # Anything may stand in a leaf's place: a gradient's float0, what was donated.
-        if all(_is_readable(getattr(self, name)) for name in _LEAVES):
+        if all(is_readable(getattr(self, name)) for name in _LEAVES):
             if np.ndim(self.counts) == 1:
                 details += f", nnz={self.nnz}, sparsity={self.sparsity:.3f}"
             details += f", nbytes={self.nbytes}"
@@ -321,7 +321,7 @@ class SparseMatrix(PackedMatrix):
 
     def __reduce__(self):
         leaves = [getattr(self, name) for name in _LEAVES]
-        if not all(map(_is_concrete, leaves)) or np.ndim(self.counts) != 1:
+        if not all(map(is_concrete, leaves)) or np.ndim(self.counts) != 1:
             static = (self.shape, self.dtype, self.layout)
             return SparseMatrix, (*leaves, *static, self.transposed)
         # A pickle is a checkpoint to many: keep it independent of the packed layout.
@@ -388,18 +388,6 @@ def _unpickle_with_transpose(arrays: dict[str, Any]) -> SparseMatrix:
     from flashjax import checkpoint
 
     return checkpoint.from_arrays(arrays).with_transpose()
-
-
-def _is_concrete(leaf: Any) -> bool:
-    return isinstance(leaf, np.ndarray | jax.Array) and not isinstance(
-        leaf, jax.core.Tracer
-    )
-
-
-def _is_readable(leaf: Any) -> bool:
-    if not _is_concrete(leaf) or leaf.dtype != np.uint32:
-        return False
-    return not (isinstance(leaf, jax.Array) and leaf.is_deleted())
 
 
 def _fits(got: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:

@@ -259,3 +259,17 @@ def test_x_on_other_devices():
     elsewhere = jax.device_put(x, jax.devices()[-1])
     with pytest.raises(ValueError, match=r"x .*device ids.* w\.bitmap .*device ids"):
         fj.sparse_matmul(elsewhere, w)
+
+
+def test_repr_of_what_cannot_be_read():
+    dense, x, _ = operands()
+    w = fj.ShardedSparseMatrix.from_dense(dense, make_mesh(), "model", dim="out")
+
+    def loss(w):
+        return jnp.sum(fj.sparse_matmul(x, w), dtype=jnp.float32)
+
+    gradient = jax.grad(loss, allow_int=True)(w)
+    donated = jax.tree.map(jnp.copy, w)
+    donated.values.delete()
+    for matrix in (gradient, donated):
+        assert repr(matrix).startswith("ShardedSparseMatrix(shape=(96, 80), dtype=")
