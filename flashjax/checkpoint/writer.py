@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import operator
 import os
 import re
 from collections.abc import Mapping
@@ -48,7 +49,17 @@ class CheckpointWriter:
         Raises:
           CheckpointError: there is no such folder, or it holds weights: a reader could
             take those for what is written here.
+          ValueError: shard_bytes is no whole number of at least 1.
         """
+        try:
+            whole = operator.index(shard_bytes)
+        except TypeError:
+            whole = 0
+        if whole < 1 or isinstance(shard_bytes, bool):
+            raise ValueError(
+                "CheckpointWriter: expected shard_bytes of at least 1, got "
+                f"{shard_bytes!r}"
+            )
         self._folder = Path(folder)
         self._shard_bytes = shard_bytes
         self._files: list[Path] = []  # made by this writer

@@ -10,7 +10,7 @@ from jax.scipy.linalg import cho_solve
 
 from ._checks import Array, Pattern, all_finite
 from ._gram import check_damping, damped_diagonal, dead_inputs, singular, with_diagonal
-from ._placement import jit_products, on_device_of, rounded
+from ._placement import automatic, jit_products, on_device_of, rounded
 from ._selection import keys, smallest, smallest_of_groups
 from ._statistics import InputStatistics, check_arguments
 
@@ -65,9 +65,11 @@ def alps(
     sparsity, groups = check_arguments(where, dense, stats, sparsity, pattern)
     count = round(sparsity * dense.size)
 
+    gram = automatic(stats.gram)
+
     def prune(dense: jax.Array) -> jax.Array:
         weight = dense.astype(jnp.float32)
-        pruned = _alps(weight, stats.gram, damping, count, groups)
+        pruned = _alps(weight, gram, damping, count, groups)
         if not all_finite(pruned):
             raise singular(where, damping, dense.shape[0], int(stats.count))
         return rounded(where, pruned, dense.dtype)

@@ -16,6 +16,7 @@ from ._checks import (
     native,
 )
 from ._magnitude import magnitude_bits
+from ._placement import automatic
 from ._statistics import InputStatistics, check_statistics
 from ._wanda import wanda_importance
 
@@ -123,7 +124,8 @@ def outlier_ratio(dense: Any, stats: InputStatistics, multiple: float = 5.0) -> 
         raise ValueError(f"{where}: expected a positive multiple, got {multiple}")
     if not dense.size:
         return 0.0
-    return int(_outliers(native(dense), stats.gram, multiple)) / dense.size
+    outliers = _outliers(automatic(native(dense)), automatic(stats.gram), multiple)
+    return int(outliers) / dense.size
 
 
 @jax.jit

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from ._checks import Array, all_finite, native
 
@@ -43,9 +44,27 @@ def on_device_of(dense: Array, prune: Callable[[jax.Array], jax.Array]) -> Array
     if dense.size == 0:
         return dense.copy()
     if isinstance(dense, jax.Array):
-        return prune(dense)
+        pruned = prune(automatic(dense))
+        return jax.device_put(pruned, dense.sharding) if is_explicit(dense) else pruned
     pruned = np.array(prune(jnp.asarray(native(dense))))
     return pruned.astype(dense.dtype, copy=False)
+
+
+def is_explicit(array: jax.Array) -> bool:
+    """Whether the type of an array says how it is split."""
+    return AxisType.Explicit in jax.typeof(array).sharding.mesh.axis_types
+
+
+def automatic(array: jax.Array) -> jax.Array:
+    """The array, where the methods compute, split as it is but not by its type."""
+    if not is_explicit(array):
+        return array
+    sharding = array.sharding
+    assert isinstance(sharding, NamedSharding), "its type has a mesh"
+    names = sharding.mesh.axis_names
+    kinds = (AxisType.Auto,) * len(names)
+    mesh = Mesh(sharding.mesh.devices, names, axis_types=kinds)
+    return jax.device_put(array, NamedSharding(mesh, sharding.spec))
 
 
 def rounded(where: str, pruned: jax.Array, dtype: np.dtype) -> jax.Array:

@@ -11,7 +11,7 @@ from jax.scipy.linalg import solve_triangular
 
 from ._checks import Array, Pattern, check_whole_number
 from ._gram import check_damping, damped_diagonal, dead_inputs, singular, with_diagonal
-from ._placement import jit_products, on_device_of, rounded
+from ._placement import automatic, jit_products, on_device_of, rounded
 from ._selection import keys, smallest
 from ._statistics import InputStatistics, check_arguments
 
@@ -64,11 +64,13 @@ def sparsegpt(
     if groups is not None:
         block += -block % groups.group
 
+    gram = automatic(stats.gram)
+
     def prune(dense: jax.Array) -> jax.Array:
-        dead = np.asarray(dead_inputs(stats.gram))
+        dead = np.asarray(dead_inputs(gram))
         counts = _zeros_of_blocks(round(sparsity * dense.size), dead, M, block)
         pruned, factorised = _sparsegpt(
-            dense.astype(jnp.float32), stats.gram, damping, counts, block, groups
+            dense.astype(jnp.float32), gram, damping, counts, block, groups
         )
         if not bool(factorised):
             raise singular(where, damping, K, int(stats.count))

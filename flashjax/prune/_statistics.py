@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ._checks import (
@@ -21,7 +21,7 @@ from ._checks import (
     native,
     parse_pattern,
 )
-from ._placement import check_devices, jit_products
+from ._placement import automatic, check_devices, is_explicit, jit_products
 
 
 @jax.tree_util.register_dataclass
@@ -99,15 +99,10 @@ class InputStatistics:
         return InputStatistics(self.gram + _gram(x), self.count + count)
 
 
-def _is_explicit(x: jax.Array) -> bool:
-    """Whether the type of x says how it is split."""
-    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
-
-
 def _gram(x: jax.Array) -> jax.Array:
     """Returns the sum of ``x[:, None] * x[None, :]`` over all rows, (K, K) float32."""
     whole = None
-    if _is_explicit(x):
+    if is_explicit(x):
         sharding = jax.typeof(x).sharding
         rows = P(*sharding.spec[:-1], None)
         x = jax.reshard(x, NamedSharding(sharding.mesh, rows))
@@ -129,7 +124,7 @@ def _gram(x: jax.Array) -> jax.Array:
 @jax.jit
 def _zero_unless(mask: jax.Array, x: jax.Array) -> jax.Array:
     """Returns x with zeros in the rows where the mask is False."""
-    if _is_explicit(x):
+    if is_explicit(x):
         sharding = jax.typeof(x).sharding
         rows = P(*sharding.spec[:-1])
         mask = jax.reshard(mask, NamedSharding(sharding.mesh, rows))
@@ -208,7 +203,8 @@ def reconstruction_error(dense: Any, pruned: Any, stats: InputStatistics) -> flo
             f"{pruned.shape}"
         )
     check_devices(where, dense=dense, pruned=pruned)
-    change, output = _energies(native(dense), native(pruned), stats.gram)
+    dense, pruned = automatic(native(dense)), automatic(native(pruned))
+    change, output = _energies(dense, pruned, automatic(stats.gram))
     change, output = max(float(change), 0.0), max(float(output), 0.0)
     if not change:
         return 0.0

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ._checks import Array, Pattern
-from ._placement import on_device_of
+from ._placement import automatic, on_device_of
 from ._selection import keys, smallest, smallest_of_groups
 from ._statistics import InputStatistics, check_arguments
 
@@ -46,7 +46,8 @@ def wanda(
     where = "prune.wanda"
     sparsity, groups = check_arguments(where, dense, stats, sparsity, pattern)
     count = round(sparsity * dense.shape[0])
-    return on_device_of(dense, lambda w: _wanda(w, stats.gram, count, groups))
+    gram = automatic(stats.gram)
+    return on_device_of(dense, lambda w: _wanda(w, gram, count, groups))
 
 
 @functools.partial(jax.jit, static_argnames="pattern")

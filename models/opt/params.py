@@ -126,8 +126,9 @@ def save_pretrained(
 
     Raises:
       CheckpointError: the folder exists, or cannot be written; nothing is left behind.
-      ValueError: model or tokenizer is of another type, or values that were trained are
-        NaN or too large for the model's half precision.
+      ValueError: model or tokenizer is of another type, shard_bytes is no number of at
+        least 1, or values that were trained are NaN or too large for the model's half
+        precision.
     """
     if not isinstance(model, OPT):
         raise ValueError(f"expected an OPT model, got {type(model).__name__}")

@@ -518,3 +518,10 @@ def test_single_files(tmp_path, damage):
         message = "the tensor 'gone.bitmap' is missing"
     with pytest.raises(CheckpointError, match=message):
         checkpoint_files.read_file(tmp_path / "c")
+
+
+@pytest.mark.parametrize("shard_bytes", [0, -1, 1.5, True, "1GB", None])
+def test_bad_shard_bytes(tmp_path, shard_bytes):
+    with pytest.raises(ValueError, match="expected shard_bytes of at least 1, got"):
+        checkpoint.CheckpointWriter(tmp_path, shard_bytes=shard_bytes)
+    assert not list(tmp_path.iterdir())

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from mesh_support import make_mesh
 
 import flashjax as fj
@@ -129,6 +131,34 @@ def test_statistics_on_other_devices(method):
         np.testing.assert_array_equal(pruned, expected)
     pruned = prune(method, jax.device_put(dense, there), 0.5, stats=statistics(8))
     assert pruned.devices() == {there}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("spec", [P("model", None), P(None, "model"), P(None, None)])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_split_weights(kind, spec, method):
+    """The statistics are whole on every device, split by the same kind of axes."""
+    mesh = make_mesh(kind=kind)
+    dense = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32)
+    stats = statistics(16)
+    split = jax.device_put(dense, NamedSharding(mesh, spec))
+    whole = jax.tree.map(
+        lambda leaf: jax.device_put(leaf, NamedSharding(mesh, P(*[None] * leaf.ndim))),
+        stats,
+    )
+    pruned = prune(method, split, 0.5, stats=whole)
+    assert pruned.sharding == split.sharding
+    expected = prune(method, dense, 0.5, stats=stats)
+    np.testing.assert_allclose(pruned, expected, atol=1e-4)
+    errors = [
+        fj.prune.reconstruction_error(*weights)
+        for weights in ((split, pruned, whole), (dense, expected, stats))
+    ]
+    np.testing.assert_allclose(*errors, rtol=1e-3)
+    ratios = [
+        fj.prune.outlier_ratio(*weights) for weights in ((split, whole), (dense, stats))
+    ]
+    assert ratios[0] == ratios[1]
 
 
 @pytest.mark.parametrize("method", METHODS)
