@@ -51,11 +51,13 @@ def run(
         content |= dataclasses.asdict(found) | {"seconds": round(seconds, 3)}
         print(json.dumps(content, indent=2))
         return
+    if quiet:  # for scripts: the number alone
+        print(f"{found.perplexity:.4f}")
+        return
     console = Console(highlight=False, soft_wrap=True)
     console.print(f"perplexity {found.perplexity:.4f}")
-    if not quiet:
-        console.print(
-            f"{found.predicted} of {found.tokens} tokens of {escape(str(text))} in "
-            f"{found.windows} windows of {found.window}, stride {found.stride}, "
-            f"{dtype}, {seconds:.1f} s on {escape(device_line(model))}"
-        )
+    console.print(
+        f"{found.predicted} of {found.tokens} tokens of {escape(str(text))} in "
+        f"{found.windows} windows of {found.window}, stride {found.stride}, "
+        f"{dtype}, {seconds:.1f} s on {escape(device_line(model))}"
+    )
