@@ -152,7 +152,7 @@ def random_weight(
 
 
 def bandwidth() -> float:
-    """Bytes a second that this GPU reads, from the sum of an array of 4 GiB."""
+    """Bytes a second that this GPU reads, from the maximum of an array of 4 GiB."""
     array = jnp.ones((1 << 30,), jnp.int32)
     program = jax.jit(jnp.max).lower(array).compile()
     return array.nbytes / device_time.microseconds(program, array) * 1e6

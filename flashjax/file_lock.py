@@ -1,8 +1,11 @@
 """Files that one process at a time writes."""
 
+import contextlib
 import errno
 import fcntl
 import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, Any
 
 
@@ -21,3 +24,18 @@ def try_lock(file: IO[Any]) -> bool:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
     except FileNotFoundError:
         return False
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Waits until nobody else is in a block with the same file.
+
+    The file is made and stays. Where the file system has no locks, nobody waits.
+
+    Raises:
+      OSError: the file cannot be made.
+    """
+    with open(path, "ab") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -241,8 +241,11 @@ def _kernel_rows(platform, call, packed):
     stored = stored_share(call.shape, packed)
     matrix = tuned_rows.describe(call.shape, call.dtype, layouts.DEFAULT, stored)
     tuned = tuned_rows.find(tuned_rows.device_kind(platform), matrix)
-    if tuned is not None:
-        return tuned
+    return usual_kernel_rows(platform, stored) if tuned is None else tuned
+
+
+def usual_kernel_rows(platform: str, stored: float) -> int:
+    """The same for a matrix that `flashjax.autotune` did not time."""
     return cuda_kernel_rows(1 - stored) if platform == "cuda" else KERNEL_ROWS["cpu"]
 
 

@@ -417,6 +417,18 @@ def sparse_layers(model: Any) -> Iterator[tuple[str, SparseDense]]:
             yield ".".join(map(str, path)), node
 
 
+def sparse_matrices(model: Any) -> list[Any] | None:
+    """The matrices of an NNX model's sparse layers, of a layer, or in a variable.
+
+    None if it is none of these.
+    """
+    if isinstance(model, nnx.Variable):
+        return [model.get_value()]
+    if isinstance(model, nnx.Module):
+        return [layer.kernel.get_value() for _, layer in sparse_layers(model)]
+    return None
+
+
 def parameter_bytes(model: Any) -> int:
     """The bytes of all arrays of an NNX model, packed kernels included."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))

@@ -10,6 +10,7 @@ Where it says nothing of a matrix, `matmul_impl` has the number that is usual.
 import dataclasses
 import functools
 import json
+import math
 import os
 import uuid
 import warnings
@@ -21,11 +22,16 @@ import jax
 import numpy as np
 
 import flashjax
+from flashjax import _native
+from flashjax.devices import cpu_count, device_name
+from flashjax.file_lock import locked
 
 _VERSION = 1
 _VARIABLE = "FLASHJAX_TUNING"
 # Of the elements, by which a matrix may store more or less than the one that was timed.
 _ALIKE = 0.05
+# And by which it is the same, so that what is new takes the place of what was known.
+_SAME = 0.005
 _KINDS: dict[tuple[str, ...], Any] = {
     ("in_features", "out_features", "kernel_rows"): int,
     ("stored",): (int, float),
@@ -60,13 +66,17 @@ class TunedRows:
                 value = getattr(self, name)
                 if not isinstance(value, kinds) or isinstance(value, bool):
                     raise ValueError(f"{name} {value!r}")
+        if not (math.isfinite(self.stored) and self.stored >= 0):
+            raise ValueError(f"stored {self.stored!r}")
+        if self.kernel_rows < 0:
+            raise ValueError(f"kernel_rows {self.kernel_rows!r}")
 
-    def is_for(self, other: "TunedRows") -> bool:
+    def is_for(self, other: "TunedRows", within: float = _ALIKE) -> bool:
         """Whether it counts for a matrix: the same but for the number of values."""
         same = dataclasses.replace(
             other, stored=self.stored, kernel_rows=self.kernel_rows
         )
-        return self == same and abs(self.stored - other.stored) <= _ALIKE
+        return self == same and abs(self.stored - other.stored) <= within
 
 
 def describe(
@@ -91,35 +101,50 @@ def find(device: str | None, wanted: TunedRows) -> int | None:
 
 
 def known(device: str | None) -> list[TunedRows]:
-    """All that is known of a device."""
-    return _read_file(file()).get(device, []) if device else []
+    """All that is known of a device with the kernels of this version."""
+    devices, problem = _read(*_place())
+    if problem:  # a file that is wrong must not stop a product
+        warnings.warn(f"not used: {problem}", stacklevel=2)
+    entries = devices.get(device, []) if device else []
+    return [entry for entry in entries if entry.flashjax == flashjax.__version__]
 
 
 @functools.cache
 def device_kind(platform: str) -> str | None:
-    """What the file calls the devices of a platform; None if there are none."""
-    if platform == "cpu":
-        return f"CPU with {os.cpu_count()} cores"
+    """What the file calls the first device of a platform; None if there is none."""
     try:
-        return jax.local_devices(backend=platform)[0].device_kind
+        return kind_of(jax.local_devices(backend=platform)[0])
     except RuntimeError:
         return None
 
 
+def kind_of(device: jax.Device) -> str:
+    """What the file calls a device: what kernels take as long on has one name."""
+    if device.platform != "cpu":
+        return device.device_kind
+    return f"{device_name(device)}, {_native.cpu.simd()}, {cpu_count()} cores"
+
+
 def file() -> Path | None:
     """`$FLASHJAX_TUNING`, or a file in the user's cache; None if that is empty."""
+    path, _ = _place()
+    return path
+
+
+def _place() -> tuple[Path | None, bool]:
+    """The file, and whether somebody named it."""
     named = os.environ.get(_VARIABLE)
     if named is not None:
-        return Path(named) if named else None
+        return (Path(named).expanduser() if named else None), True
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache, "flashjax", "tuning.json")
+    return Path(cache, "flashjax", "tuning.json"), False
 
 
-def add(device: str, found: Iterable[TunedRows]) -> Path | None:
-    """Writes what was found, in the place of what was known of such matrices.
+def add(device: str, found: Iterable[TunedRows]) -> None:
+    """Writes what was found, in the place of what was known of the same matrices.
 
-    Returns:
-      The file; None if there is to be none.
+    Of processes that do so at a time each waits for the other. Nothing is written where
+    there is to be no file; without anything found it is only tried.
 
     Raises:
       ValueError: the file is there, but is none of ours.
@@ -127,60 +152,71 @@ def add(device: str, found: Iterable[TunedRows]) -> Path | None:
     """
     path = file()
     if path is None:
-        return None
-    devices = _parse(path) if path.exists() else {}
-    kept = devices.get(device, [])
-    for new in found:
-        kept = [old for old in kept if not new.is_for(old)] + [new]
-    devices[device] = kept
-    content = {
-        "version": _VERSION,
-        "devices": {
-            name: [dataclasses.asdict(entry) for entry in entries]
-            for name, entries in devices.items()
-        },
-    }
+        return
+    path = path.resolve()  # what a link stands for is replaced, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _read_file.cache_clear()
-    return path
+    with locked(path.with_name(f"{path.name}.lock")):
+        devices = _parse(path) if path.exists() else {}
+        for new in found:
+            kept = [
+                entry
+                for entry in devices.get(device, [])
+                if not new.is_for(entry, within=_SAME)
+            ]
+            devices[device] = [*kept, new]
+        content = {
+            "version": _VERSION,
+            "devices": {
+                name: [dataclasses.asdict(entry) for entry in entries]
+                for name, entries in devices.items()
+            },
+        }
+        try:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    forget()
+
+
+def forget() -> None:
+    """Reads the file again when it is asked for next."""
+    _read.cache_clear()
 
 
 @functools.cache
-def _read_file(path: Path | None) -> dict[str, list[TunedRows]]:
-    """Nothing if there is no such file; one that is wrong must not stop a product."""
-    if path is None or not path.exists():
-        return {}
+def _read(path: Path | None, is_named: bool) -> tuple[dict[str, list[TunedRows]], str]:
+    """What the file has, and what is wrong with it."""
     try:
-        return _parse(path)
-    except (OSError, ValueError) as error:
-        warnings.warn(f"not used: {error}", stacklevel=2)
-        return {}
+        return ({} if path is None else _parse(path)), ""
+    except (FileNotFoundError, NotADirectoryError):
+        return {}, ""
+    except OSError as error:
+        # Another user's cache, say, where nobody asked for it.
+        return {}, str(error) if is_named else ""
+    except ValueError as error:
+        return {}, str(error)
 
 
 def _parse(path: Path) -> dict[str, list[TunedRows]]:
-    def fail(what: Any) -> ValueError:
-        return ValueError(
-            f"{path}: expected what flashjax.autotune writes, version {_VERSION}, "
-            f"got {str(what)[:80]}"
-        )
-
     try:
         content = json.loads(path.read_bytes())
         if content["version"] != _VERSION:
-            raise fail(f"version {content['version']}")
+            raise ValueError(f"version {content['version']}")
         return {
             str(device): [TunedRows(**entry) for entry in entries]
             for device, entries in content["devices"].items()
         }
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise fail(f"{type(error).__name__}: {error}") from error
-    except ValueError as error:
-        if str(error).startswith(str(path)):
-            raise
-        raise fail(error) from error
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
+        raise ValueError(
+            f"{path}: expected what flashjax.autotune writes, version {_VERSION}, got "
+            f"{type(error).__name__}: {str(error)[:80]}"
+        ) from error

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -13,12 +13,14 @@ import numpy as np
 
 from flashjax import _native, layouts, matmul_impl, tuned_rows
 from flashjax.matmul_checks import make_call
+from flashjax.matrix import PackedMatrix, is_readable
 from flashjax.sparse_matrix import SparseMatrix
 
 _ROWS = {
     "cuda": (1, 8, 32, 128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096),
     "cpu": (1, 4, 16, 32, 64, 128, 192, 256, 512),
 }
+_MOST_ROWS = 1 << 20
 # The copies of a matrix that a program goes through are more than a GPU's L2 cache.
 _COLD_BYTES = 160 << 20
 _MOST_COPIES = 48
@@ -51,7 +53,7 @@ class TunedMatrix:
       dtype: of the weight and of x.
       sparsity: share of zeros.
       device: where.
-      kernel_rows: rows of x up to which `sparse_matmul` uses the kernel from now on.
+      kernel_rows: rows of x up to which the kernel is to be used.
       timings: by rows of x.
     """
 
@@ -80,7 +82,7 @@ class TunedMatrix:
 
 def autotune(
     weights: Any,
-    rows: Sequence[int] | None = None,
+    rows: Iterable[int] | None = None,
     *,
     save: bool = True,
     progress: Callable[[int, int], None] | None = None,
@@ -91,13 +93,14 @@ def autotune(
     lose to expanding it once, to a temporary dense matrix. Where, depends on the GPU,
     the shape and the zeros; without this FlashJAX takes what is usual on an H200. What
     is found counts for every matrix of that shape, dtype and number of zeros (within 5%
-    of the elements) on such a device, here and in later processes; programs compiled
-    before are compiled again when they are called next. The two ways round differently:
-    a result may differ in its last bit from one before, where it takes the other one.
+    of the elements) on such a device, here and in later processes of this version of
+    FlashJAX; functions jitted before are compiled again when they are called next
+    (those compiled by `.lower().compile()` are not). The two ways round differently: a
+    result may differ in its last bit from one before, where it takes the other one.
 
     It also tells whether sparse pays at all for a layer: beside the times of both ways
     are those of the dense product. It takes a minute or so for a shape on a GPU, most
-    of it for XLA to choose its kernels for the dense products, and the GPU should do
+    of it for XLA to choose its kernels for the dense products, and the device should do
     nothing else meanwhile.
 
     Args:
@@ -105,9 +108,12 @@ def autotune(
         default layout, on one device. Of those that are alike one is timed.
       rows: numbers of rows of x to time, in any order; None takes some up to 4096 on a
         GPU and up to 512 on a CPU. Between two of them the kernel is used up to the
-        lower one.
-      save: keep what is found in a JSON file, `$FLASHJAX_TUNING` or
-        `~/.cache/flashjax/tuning.json`. False only measures.
+        lower one; below the first and above the last what is usual stays, unless
+        that contradicts what was found.
+      save: keep what is found for each matrix as soon as it is timed, in the JSON file
+        that `$FLASHJAX_TUNING` names (empty: in none, and it does not count) or
+        `flashjax/tuning.json` in `$XDG_CACHE_HOME`, `~/.cache` without it. False only
+        measures.
       progress: called with how many products have been timed, and of how many.
 
     Returns:
@@ -117,73 +123,99 @@ def autotune(
       ValueError: no matrix, or no or bad numbers of rows; a matrix has no elements, is
         a stack or in the layout for few tokens; they are on several devices; or the
         file is none of this function's.
-      TypeError: something is no SparseMatrix, or traced.
+      TypeError: something is no SparseMatrix, or traced, or the call is.
       NotImplementedError: there is no kernel for the device.
       OSError: the file cannot be written.
     """
+    if isinstance(jnp.zeros(()) + 0, jax.core.Tracer):
+        raise TypeError(
+            "autotune: expected a call outside of jit, where things are computed, got "
+            "one while JAX traces"
+        )
     matrices = _matrices(weights)
-    platform = _platform(matrices)
-    numbers = _check_rows(_ROWS[platform] if rows is None else rows)
-    device = tuned_rows.device_kind(platform)
-    assert device is not None, "the matrices are there"
-    if save and (path := tuned_rows.file()) is not None and path.exists():
-        tuned_rows.add(device, [])  # before minutes of timing: can it be written?
+    device = _device(matrices)
+    platform = _platform(device)
+    numbers = _numbers(_ROWS[platform] if rows is None else rows)
+    kind = tuned_rows.kind_of(device)
+    if save:
+        tuned_rows.add(kind, [])  # before minutes of timing: can it be written?
     chosen: list[tuple[SparseMatrix, tuned_rows.TunedRows]] = []
     for w in matrices:
-        new = tuned_rows.describe(w.shape, w.dtype, w.layout, _stored(w))
+        stored = matmul_impl.stored_share(w.shape, w.packed)
+        new = tuned_rows.describe(w.shape, w.dtype, w.layout, stored)
         if not any(known.is_for(new) for _, known in chosen):
             chosen.append((w, new))
-    found, entries = [], []
+    found = []
     for index, (w, entry) in enumerate(chosen):
 
         def report(done: int, before: int = index * len(numbers)) -> None:
             if progress is not None:
                 progress(before + done, len(chosen) * len(numbers))
 
-        timings = _time(w, platform, numbers, report)
-        kernel_rows = _kernel_rows(timings)
-        entries.append(dataclasses.replace(entry, kernel_rows=kernel_rows))
+        with jax.default_device(device), jax.disable_jit(False):
+            timings = _time(w, platform, numbers, report)
+        usual = matmul_impl.usual_kernel_rows(platform, entry.stored)
+        kernel_rows = _kernel_rows(timings, usual)
+        if save:
+            tuned_rows.add(kind, [dataclasses.replace(entry, kernel_rows=kernel_rows)])
+            jax.clear_caches()  # of programs that follow what was known before
         found.append(
-            TunedMatrix(w.shape, w.dtype, w.sparsity, device, kernel_rows, timings)
+            TunedMatrix(w.shape, w.dtype, w.sparsity, kind, kernel_rows, timings)
         )
-    if save:
-        tuned_rows.add(device, entries)
-        jax.clear_caches()  # of programs that follow what was known before
     return found
 
 
-def _kernel_rows(timings: Sequence[Timing]) -> int:
-    """The last number of rows before the first one with which expanding is faster."""
-    most = 0
-    for timing in timings:
-        if timing.kernel > timing.expand:
-            break
-        most = timing.rows
-    return most
+def _kernel_rows(timings: tuple[Timing, ...], usual: int) -> int:
+    """Up to where the kernel is used so that the products slow down the least.
+
+    By the sum of what each takes beside the faster way, so that one time that is off
+    decides nothing; what was not measured is as usual.
+    """
+
+    def slowdown(most: int) -> float:
+        return sum(
+            (t.kernel if t.rows <= most else t.expand) / min(t.kernel, t.expand)
+            for t in timings
+        )
+
+    first, last = timings[0].rows, timings[-1].rows
+    best = min([last, *(t.rows for t in reversed(timings)), 0], key=slowdown)
+    if best == last:
+        return max(last, usual)
+    return best if best else min(first - 1, usual)
 
 
 def _matrices(weights: Any) -> list[SparseMatrix]:
-    if isinstance(weights, SparseMatrix) or hasattr(weights, "get_value"):
-        weights = [weights]
-    elif not isinstance(weights, Iterable):
-        from flashjax.nn import sparse_layers  # which imports Flax
+    from flashjax.nn import sparse_matrices  # which imports Flax
 
-        weights = [layer.kernel for _, layer in sparse_layers(weights)]
-    # A Flax variable stands for its value.
-    matrices = [w.get_value() if hasattr(w, "get_value") else w for w in weights]
+    def flat(item: Any) -> Iterable[Any]:
+        if isinstance(item, PackedMatrix):
+            return [item]
+        of_model = sparse_matrices(item)
+        return [item] if of_model is None else of_model
+
+    if isinstance(weights, Mapping):
+        weights = weights.values()
+    is_one = isinstance(weights, PackedMatrix) or sparse_matrices(weights) is not None
+    items = weights if isinstance(weights, Iterable) and not is_one else [weights]
+    matrices = [_check_matrix(w) for item in items for w in flat(item)]
     if not matrices:
         raise ValueError("autotune: expected at least one sparse matrix, got none")
-    for w in matrices:
-        _check_matrix(w)
     return matrices
 
 
-def _check_matrix(w: Any) -> None:
+def _check_matrix(w: Any) -> SparseMatrix:
     if not isinstance(w, SparseMatrix):
-        raise TypeError(f"autotune: expected a SparseMatrix, got {type(w).__name__}")
+        raise TypeError(
+            "autotune: expected a SparseMatrix, several, or an NNX model with sparse "
+            f"layers, got {type(w).__name__}"
+        )
     w.check_leaves("autotune")
-    if isinstance(w.bitmap, jax.core.Tracer):
-        raise TypeError("autotune: expected concrete matrices, got traced ones")
+    if not all(map(is_readable, w.packed)):
+        raise TypeError(
+            "autotune: expected a matrix whose arrays can be read, got traced ones, "
+            "deleted ones or shapes alone"
+        )
     if w.layout != layouts.DEFAULT:
         raise ValueError(
             f"autotune: expected matrices in the layout {layouts.DEFAULT!r}, which has "
@@ -191,14 +223,18 @@ def _check_matrix(w: Any) -> None:
         )
     if not w.size:
         raise ValueError(f"autotune: expected a matrix with elements, got {w.shape}")
+    return jax.tree.map(jnp.asarray, w)  # arrays of numpy go where a product would
 
 
-def _platform(matrices: list[SparseMatrix]) -> str:
+def _device(matrices: list[SparseMatrix]) -> jax.Device:
     devices = {device for w in matrices for device in w.bitmap.devices()}
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"autotune: expected matrices on one device, got {names}")
-    (device,) = devices
+    return devices.pop()
+
+
+def _platform(device: jax.Device) -> str:
     platform = {"gpu": "cuda", "cpu": "cpu"}.get(device.platform)
     if platform is None:
         raise NotImplementedError(f"autotune: there are no kernels for {device}")
@@ -209,21 +245,26 @@ def _platform(matrices: list[SparseMatrix]) -> str:
     return platform
 
 
-def _check_rows(rows: Sequence[int]) -> list[int]:
-    for n in rows:
-        if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
-            raise ValueError(f"autotune: expected rows of at least 1, got {n!r}")
-    if not len(rows):
+def _numbers(rows: Iterable[int]) -> list[int]:
+    try:
+        numbers = list(rows)
+    except TypeError:
+        raise ValueError(
+            f"autotune: expected several numbers of rows, got {rows!r}"
+        ) from None
+    for n in numbers:
+        is_whole = isinstance(n, int | np.integer) and not isinstance(n, bool)
+        if not is_whole or not 1 <= n <= _MOST_ROWS:
+            raise ValueError(
+                f"autotune: expected numbers of rows from 1 to {_MOST_ROWS}, got {n!r}"
+            )
+    if not numbers:
         raise ValueError("autotune: expected at least one number of rows, got none")
-    return sorted({int(n) for n in rows})
-
-
-def _stored(w: SparseMatrix) -> float:
-    return matmul_impl.stored_share(w.shape, w.packed)
+    return sorted({int(n) for n in numbers})
 
 
 def _time(
-    w: SparseMatrix, platform: str, rows: Sequence[int], report: Callable[[int], None]
+    w: SparseMatrix, platform: str, rows: list[int], report: Callable[[int], None]
 ) -> tuple[Timing, ...]:
     dense = w.to_dense()
 

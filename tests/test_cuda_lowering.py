@@ -24,6 +24,12 @@ def cuda_module():
         yield
 
 
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch):
+    """Whatever GPU there is."""
+    monkeypatch.setattr(matmul_impl, "_has_wgmma", lambda: True)
+
+
 @pytest.fixture(scope="module")
 def w():
     return fj.SparseMatrix.from_dense(op_cases.random_dense(K, M, 0.7, "float16"))

@@ -322,8 +322,9 @@ def _print_table(model: str, config: opt.OPTConfig, content: dict[str, Any]) -> 
         f"bound: weights, keys and values at the {content['read_gb_per_s']:.0f} GB/s "
         "that this device was measured to read"
     )
-    if any(r.get("speedup", 1) < 1 for r in results):
+    is_gpu = jax.devices()[0].platform == "gpu"
+    if is_gpu and any(r.get("speedup", 1) < 1 for r in results):
         console.print(
-            "where sparse is slower, layers are so small that starting a kernel takes "
-            "longer than reading; larger models gain (--model opt-6.7b)"
+            "slower than dense: on a GPU small layers often are, where starting a "
+            "kernel takes longer than reading; larger models gain (--model opt-6.7b)"
         )

@@ -23,7 +23,7 @@ def environment() -> dict[str, Any]:
 
     import flashjax as fj
     from flashjax import tuned_rows
-    from flashjax.cli.report import device_name
+    from flashjax.devices import device_name
 
     device = jax.devices()[0]
     cpu = device.platform == "cpu"

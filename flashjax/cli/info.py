@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import platform
 import re
 import sys
@@ -18,7 +17,8 @@ from rich.table import Table
 
 from flashjax.checkpoint import CheckpointError, CheckpointReader, read_json
 from flashjax.cli.errors import describe
-from flashjax.cli.report import device_name, format_bytes
+from flashjax.cli.report import format_bytes
+from flashjax.devices import cpu_count, device_name
 
 _PACKAGES = ("flashjax", "jax", "jaxlib", "flax", "numpy", "safetensors", "tokenizers")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -55,8 +55,9 @@ def show_system(as_json: bool) -> None:
         table.add_row(f"kernel {name}", escape(state))
     tuning = system["tuning"]
     if tuning["matrices"] or tuning["problem"]:
-        found = tuning["problem"] or f"{tuning['matrices']} matrices: {tuning['file']}"
-        table.add_row("tuned", escape(found))
+        count = tuning["matrices"]
+        found = f"{count} {'matrix' if count == 1 else 'matrices'}: {tuning['file']}"
+        table.add_row("tuned", escape(tuning["problem"] or found))
     console.print(table)
 
 
@@ -93,9 +94,7 @@ def system_info() -> dict[str, Any]:
         "backend": backend,
         "backend_unavailable_reason": problem,
         "devices": [f"{d.id}: {device_name(d)}" for d in devices],
-        "cpu_count": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cpu_count": cpu_count(),
         "cpu_simd": simd,
         "cuda": {
             "built": _native.cuda is not None,
@@ -105,16 +104,16 @@ def system_info() -> dict[str, Any]:
             "unavailable_reason": reason,
         },
         "implementations": states,
-        "tuning": _tuning(backend),
+        "tuning": _tuning(None if problem else backend),
     }
 
 
-def _tuning(backend: str) -> dict[str, Any]:
-    """What `flashjax.autotune` left for the devices of the backend."""
+def _tuning(backend: str | None) -> dict[str, Any]:
+    """What `flashjax.autotune` left for the devices of the backend, if there is one."""
     from flashjax import tuned_rows
 
     file = tuned_rows.file()
-    kind = tuned_rows.device_kind(backend)
+    kind = None if backend is None else tuned_rows.device_kind(backend)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         matrices = len(tuned_rows.known(kind))

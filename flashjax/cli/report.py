@@ -1,9 +1,9 @@
 """Numbers that several commands show."""
 
 import dataclasses
-import platform
-from pathlib import Path
 from typing import Any
+
+from flashjax.devices import device_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,19 +87,6 @@ def weight_lines(weights: WeightBytes) -> list[tuple[str, str]]:
             f"{format_bytes(total_dense)} dense",
         ),
     ]
-
-
-def device_name(device: Any) -> str:
-    """A device's platform and kind; for a CPU the name the system has for it."""
-    kind = device.device_kind
-    if device.platform == "cpu":
-        try:
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
-        except OSError:
-            lines = []
-        names = [li.split(":", 1)[1].strip() for li in lines if "model name" in li]
-        kind = names[0] if names else platform.processor() or platform.machine()
-    return f"{device.platform} ({kind})"
 
 
 def device_line(model: Any) -> str:

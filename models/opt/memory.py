@@ -99,7 +99,8 @@ def predict(
     layout and for zeros that are anywhere, with q, k and v of a layer in one matrix
     (three take a few percent more in tiny models, and the same in others). With several
     devices, kernels, cache and (where it divides) vocabulary are split evenly (tensor
-    parallelism) and everything else is counted on each.
+    parallelism) and everything else is counted on each. Up to how many rows of x no
+    weight is expanded is what is usual, not what `flashjax.autotune` found.
 
     Args:
       config: the architecture.

@@ -1,5 +1,6 @@
 """``flashjax info``."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import flashjax as fj
+from flashjax import tuned_rows
 
 
 def test_system(cli):
@@ -38,6 +40,31 @@ def test_system_without_a_backend(cli):
     assert row.startswith("none: RuntimeError: ")
     assert "nothing" in row
     assert "cannot run: JAX has no backend" in result.stdout
+
+
+@pytest.mark.skipif(fj.cuda_available(), reason="there is a GPU")
+def test_system_without_the_gpu_that_was_named():
+    """JAX raises an AssertionError then."""
+    result = run_process("info", env=os.environ | {"JAX_PLATFORMS": "cuda"})
+    assert result.returncode == 0, result.stderr
+    assert describe_backend(result.stdout).startswith("none: ")
+
+
+def test_what_was_tuned(cli, tmp_path, monkeypatch):
+    path = tmp_path / "tuning.json"
+    monkeypatch.setenv("FLASHJAX_TUNING", str(path))
+    kind = tuned_rows.device_kind(jax.default_backend())
+    for count, words in ((1, "1 matrix"), (2, "2 matrices")):
+        entry = tuned_rows.describe((count, 8), "float16", "lscd16/1", 0.3)
+        old = dataclasses.replace(entry, flashjax="0.0.1")
+        tuned_rows.add(kind, [entry, old])
+        out = cli("info").out
+        assert f"{words}: " in " ".join(out.split())
+    path.write_text("{")
+    tuned_rows.forget()
+    for _ in range(2):
+        assert "expected what flashjax.autotune writes" in cli("info", "--json").out
+    tuned_rows.forget()
 
 
 def describe_backend(out):

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from generate_support import generate_module
 
+from flashjax import matmul_impl
 from flashjax.models import opt
 from flashjax.models.opt import generation_request, memory
 from flashjax.models.opt.generation_request import make_request
@@ -111,7 +112,9 @@ def test_published_sizes():
     assert predict(huge, 0.8, device_bytes=100_000_000_000).fits_by_default is False
 
 
-def test_an_expanded_kernel_counts_above_the_rows_that_cuda_takes():
+def test_an_expanded_kernel_counts_above_the_rows_that_cuda_takes(monkeypatch):
+    monkeypatch.setattr(matmul_impl, "_has_wgmma", lambda: True)  # on any GPU
+
     def temporaries(batch, sparsity):
         huge = opt.OPTConfig.opt_175b()
         predicted = memory.predict(
