@@ -256,9 +256,8 @@ def _download(name: str, revision: str | None) -> Path:
     # Importing the client takes a while, and local folders do not need it.
     from huggingface_hub import snapshot_download
 
-    if (
-        "/" not in name
-    ):  # a folder's name mistyped? Where no hub answers, this takes long
+    # A folder's name mistyped? Where no hub answers, asking takes long.
+    if "/" not in name:
         _LOG.warning("%s is no folder here; asking the Hugging Face hub for it", name)
 
     def fetch(*patterns):
