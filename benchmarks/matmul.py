@@ -11,7 +11,8 @@ several executions. Dense is the faster of the two memory orders of the weight.
 `of_byte_limit` is what the weight, x and y take at the rate at which this GPU reads a
 large array, by the time measured.
 
-Prints a table and writes `benchmarks/results/matmul-DEVICE.json`.
+Prints a table and writes `benchmarks/results/matmul-DEVICE.json` and, where matplotlib
+is installed, a plot of it beside it (PNG).
 """
 
 import functools
@@ -305,6 +306,12 @@ def main(
         path = report.save(name, facts | {"results": results})
     print_table(results)
     print(f"written to {path}")
+    try:
+        import plot_speedup
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+    else:
+        print(f"written to {plot_speedup.save_png(path)}")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,15 @@
 
     python benchmarks/plot_speedup.py
 
-The figures are those of `results/matmul-nvidia-h200.json`.
+The figures are those of `results/matmul-nvidia-h200.json`. Named, a result file of
+matmul.py gets a plot of all its layers beside it, as a PNG; matmul.py does so, too.
 """
 
 import io
+import itertools
+import pathlib
 import re
+import sys
 
 import matplotlib
 from result_tables import H200, RESULTS, ROOT, load, origin, shape
@@ -48,6 +52,7 @@ def figure(facts: dict, results: list[dict]) -> str:
         )
         for axes, (layer, example) in zip(panels, layers.items(), strict=True):
             draw(axes, [r for r in results if r["layer"] == layer])
+            axes.set_ylim(0.6, 2.4)
             axes.set_title(f"{layer.split('.')[1]}, {shape(example)}", fontsize=10)
         panels[0].set_ylabel("times as fast as dense")
         panels[0].legend(frameon=False, fontsize=9)
@@ -62,9 +67,44 @@ def figure(facts: dict, results: list[dict]) -> str:
     return re.sub(r"(<svg[^>]*>)", rf"\1\n{STYLE}", svg, count=1)
 
 
+def save_png(path: pathlib.Path) -> pathlib.Path:
+    """Draws a result file of matmul.py beside itself; returns the plot's path.
+
+    A panel is a layer with one dtype and one pattern of zeros.
+    """
+    facts, results = load(path)
+    panels: dict[tuple, list[dict]] = {}
+    for r in results:
+        key = r["layer"], r["dtype"], r.get("pattern", "random")
+        panels.setdefault(key, []).append(r)
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    drawing, grid = plt.subplots(
+        lines,
+        columns,
+        figsize=(3.2 * columns, 3 * lines + 0.4),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (key, found) in zip(grid.flat, panels.items(), strict=False):
+        draw(axes, found)
+        axes.set_title(f"{' '.join(key)}\n{shape(found[0])}", fontsize=9)
+    grid[0, 0].set_ylim(0, 1.05 * max(r["speedup"] for r in results))
+    grid[0, 0].set_ylabel("times as fast as dense")
+    grid[0, 0].legend(frameon=False, fontsize=8)
+    drawing.suptitle(f"{facts['device']} ({origin(facts)})", fontsize=9)
+    plot = path.with_suffix(".png")
+    drawing.savefig(plot, dpi=120)
+    plt.close(drawing)
+    return plot
+
+
 def draw(axes: plt.Axes, results: list[dict]) -> None:
     sparsities = sorted({r["sparsity"] for r in results})
-    for sparsity, color in zip(sparsities, COLORS, strict=True):
+    for sparsity, color in zip(sparsities, itertools.cycle(COLORS), strict=False):
         points = sorted(
             (r["n"], r["speedup"]) for r in results if r["sparsity"] == sparsity
         )
@@ -79,13 +119,16 @@ def draw(axes: plt.Axes, results: list[dict]) -> None:
     axes.set_xscale("log", base=2)
     rows = sorted({r["n"] for r in results})
     axes.set_xticks(rows, map(str, rows))
-    axes.set_ylim(0.6, 2.4)
     axes.set_xlabel("rows of x")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
 
 def main() -> None:
+    if sys.argv[1:]:
+        for name in sys.argv[1:]:
+            print(save_png(pathlib.Path(name)))
+        return
     OUT.write_text(figure(*load(SOURCE)), encoding="utf-8")
     print(OUT.relative_to(ROOT))
 

@@ -154,3 +154,21 @@ def test_plot_is_of_the_stored_results(benchmarks):
         assert plot.origin(facts) in svg, "run benchmarks/plot_speedup.py"
         assert "prefers-color-scheme" in svg
         assert svg.count("% zeros") == len({r["sparsity"] for r in results})
+
+
+def test_plot_of_a_result(benchmarks, tmp_path):
+    """Of more zeros than there are colours, and of layers that no page shows."""
+    pytest.importorskip("matplotlib")
+    plot = load(benchmarks / "plot_speedup.py")
+    facts = {"device": "Some GPU", "jax": "0.12", "commit": "abc", "date": "2026-11-28"}
+    row = {"layer": "mine", "m": 16, "k": 32, "dtype": "float16"}
+    results = [
+        row | {"pattern": pattern, "sparsity": s / 8, "n": n, "speedup": 1 + s / 8}
+        for pattern in ("random", "rows")
+        for s in range(7)
+        for n in (1, 8)
+    ]
+    path = tmp_path / "matmul-some-gpu.json"
+    path.write_text(json.dumps({"environment": facts, "results": results}))
+    assert plot.save_png(path) == tmp_path / "matmul-some-gpu.png"
+    assert (tmp_path / "matmul-some-gpu.png").read_bytes().startswith(b"\x89PNG")
