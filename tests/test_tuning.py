@@ -2,9 +2,9 @@
 
 import contextlib
 import json
-import multiprocessing
-import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -279,23 +279,20 @@ def test_a_link_to_the_file_stays(file, tmp_path):
     assert (tmp_path / "elsewhere.json").exists()
 
 
-def add_many(path, first):
-    os.environ["FLASHJAX_TUNING"] = str(path)
-    for k in range(first, first + 20):
-        new = tuned_rows.describe((k, 8), "float16", "lscd16/1", 0.3, k)
-        tuned_rows.add("Some GPU", [new])
+ADDS_MANY = """
+import sys
+from flashjax import tuned_rows
+first = int(sys.argv[1])
+for k in range(first, first + 20):
+    new = tuned_rows.describe((k, 8), "float16", "lscd16/1", 0.3, k)
+    tuned_rows.add("Some GPU", [new])
+"""
 
 
 def test_processes_that_write_at_a_time(file):
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=add_many, args=(file, first)) for first in (100, 200)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+    command = [sys.executable, "-c", ADDS_MANY]
+    processes = [subprocess.Popen([*command, first]) for first in ("100", "200")]
+    assert [process.wait() for process in processes] == [0, 0]
     assert len(tuned_rows.known("Some GPU")) == 40
 
 
