@@ -256,8 +256,7 @@ def _download(name: str, revision: str | None) -> Path:
     # Importing the client takes a while, and local folders do not need it.
     from huggingface_hub import snapshot_download
 
-    # A folder's name mistyped? Where no hub answers, asking takes long.
-    if "/" not in name:
+    if "/" not in name:  # a folder's name mistyped, perhaps
         _LOG.warning("%s is no folder here; asking the Hugging Face hub for it", name)
 
     def fetch(*patterns):
