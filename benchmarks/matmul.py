@@ -31,6 +31,7 @@ from rich.table import Table
 
 import flashjax as fj
 from flashjax import matmul_impl
+from flashjax.cli.bench_generate import read_bandwidth
 from flashjax.models import opt
 
 # (out_features, in_features) of linear layers, by the model that has them.
@@ -108,9 +109,15 @@ def dense_weight(shape: tuple[int, int], dtype) -> jax.Array:
     return jax.random.uniform(key, (k, m), jnp.float32, -1, 1).astype(dtype)
 
 
-def kept(shape: tuple[int, int], sparsity: float, pattern: str) -> jax.Array:
+def prune(dense: jax.Array, sparsity: float, pattern: str = "random") -> jax.Array:
+    """A (K, M) weight with a share of zeros."""
+    kept = kept_elements(dense.shape, sparsity, pattern)
+    return jnp.where(kept, dense, jnp.zeros((), dense.dtype))
+
+
+def kept_elements(shape: tuple[int, int], sparsity: float, pattern: str) -> jax.Array:
     """Which elements of a (K, M) weight are not zero, of a share of zeros in all."""
-    m, k = shape
+    k, m = shape
     key = jax.random.key(1)
     if pattern == "demo":
         return demo_pattern(shape, sparsity)
@@ -132,7 +139,7 @@ def demo_pattern(shape: tuple[int, int], sparsity: float) -> jax.Array:
     It was trained dense, then pruned to 65% and fine-tuned: with fewer zeros than that
     some of the pruned weights are kept, at random.
     """
-    m, k = shape
+    k, m = shape
     path = pathlib.Path(__file__).parents[1] / "examples" / "demo-opt"
     model, _ = opt.from_pretrained(path, dtype=jnp.float16, sparse=False)
     weight = jnp.asarray(model.layers[0].fc1.kernel[...])
@@ -142,21 +149,6 @@ def demo_pattern(shape: tuple[int, int], sparsity: float) -> jax.Array:
     keep = order > jnp.quantile(order, sparsity)
     repeats = (-(-k // weight.shape[0]), -(-m // weight.shape[1]))
     return jnp.tile(keep, repeats)[:k, :m]
-
-
-def random_weight(
-    shape: tuple[int, int], sparsity: float, dtype, pattern: str = "random"
-) -> jax.Array:
-    """A (K, M) weight with a share of zeros."""
-    zero = jnp.zeros((), dtype)
-    return jnp.where(kept(shape, sparsity, pattern), dense_weight(shape, dtype), zero)
-
-
-def bandwidth() -> float:
-    """Bytes a second that this GPU reads, from the maximum of an array of 4 GiB."""
-    array = jnp.ones((1 << 30,), jnp.int32)
-    program = jax.jit(jnp.max).lower(array).compile()
-    return array.nbytes / device_time.microseconds(program, array) * 1e6
 
 
 def time_shape(
@@ -177,7 +169,7 @@ def time_shape(
         del copies, weight
 
     for sparsity in sparsities:
-        pruned = random_weight((m, k), sparsity, dtype, pattern)
+        pruned = prune(dense, sparsity, pattern)
         w = fj.SparseMatrix.from_dense(pruned, tokens=tokens)
         copies = cold_copies(w, w.nbytes)
         compiled = functools.partial(
@@ -286,7 +278,7 @@ def main(
     if unknown := set(patterns) - set(PATTERNS):
         raise SystemExit(f"expected patterns from {PATTERNS}, got {sorted(unknown)}")
     results = []
-    read = bandwidth()
+    read = read_bandwidth()
     for layer, one_dtype, one_pattern in itertools.product(
         layers.split(","), dtype.split(","), patterns
     ):

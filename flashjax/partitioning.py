@@ -38,6 +38,12 @@ def over_rows(function: Callable[..., Any], x: jax.Array, *others: Any) -> jax.A
     return _over_propagated_rows(function, x, *others)
 
 
+def without_types(mesh: Mesh) -> Mesh:
+    """The mesh with automatic axes, over which no type says how an array is split."""
+    kinds = (AxisType.Auto,) * len(mesh.axis_names)
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
+
+
 def _axes_by_type(mesh) -> dict[AxisType, set[str]]:
     axes = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return {kind: {a for a in axes if axes[a] == kind} for kind in AxisType}

@@ -12,7 +12,6 @@ import functools
 import json
 import math
 import os
-import uuid
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +24,7 @@ import flashjax
 from flashjax import _native
 from flashjax.devices import cpu_count, device_name
 from flashjax.file_lock import locked
+from flashjax.user_files import user_cache, write_json
 
 _VERSION = 1
 _VARIABLE = "FLASHJAX_TUNING"
@@ -136,8 +136,7 @@ def _place() -> tuple[Path | None, bool]:
     named = os.environ.get(_VARIABLE)
     if named is not None:
         return (Path(named).expanduser() if named else None), True
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache, "flashjax", "tuning.json"), False
+    return user_cache() / "tuning.json", False
 
 
 def add(device: str, found: Iterable[TunedRows]) -> None:
@@ -155,7 +154,6 @@ def add(device: str, found: Iterable[TunedRows]) -> None:
         return
     path = path.resolve()  # what a link stands for is replaced, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     with locked(path.with_name(f"{path.name}.lock")):
         devices = _parse(path) if path.exists() else {}
         for new in found:
@@ -172,11 +170,7 @@ def add(device: str, found: Iterable[TunedRows]) -> None:
                 for name, entries in devices.items()
             },
         }
-        try:
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_json(path, content)
     forget()
 
 

@@ -188,17 +188,16 @@ def _kernel_rows(timings: tuple[Timing, ...], usual: int) -> int:
 def _matrices(weights: Any) -> list[SparseMatrix]:
     from flashjax.nn import sparse_matrices  # which imports Flax
 
-    def flat(item: Any) -> Iterable[Any]:
-        if isinstance(item, PackedMatrix):
-            return [item]
-        of_model = sparse_matrices(item)
-        return [item] if of_model is None else of_model
+    def of_one(item: Any) -> list[Any] | None:
+        return [item] if isinstance(item, PackedMatrix) else sparse_matrices(item)
 
-    if isinstance(weights, Mapping):
-        weights = weights.values()
-    is_one = isinstance(weights, PackedMatrix) or sparse_matrices(weights) is not None
-    items = weights if isinstance(weights, Iterable) and not is_one else [weights]
-    matrices = [_check_matrix(w) for item in items for w in flat(item)]
+    found = of_one(weights)
+    if found is None:
+        several = weights.values() if isinstance(weights, Mapping) else weights
+        items = list(several) if isinstance(several, Iterable) else [several]
+        parts = [(item, of_one(item)) for item in items]
+        found = [w for item, of in parts for w in ([item] if of is None else of)]
+    matrices = [_check_matrix(w) for w in found]
     if not matrices:
         raise ValueError("autotune: expected at least one sparse matrix, got none")
     return matrices

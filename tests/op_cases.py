@@ -69,6 +69,17 @@ def on_platform(platform: str):
     return contextlib.nullcontext()
 
 
+def unreadable(w, x, leaf):
+    """A gradient with respect to w, and w with the array `leaf` donated."""
+
+    def loss(w):
+        return jnp.sum(fj.sparse_matmul(x, w), dtype=jnp.float32)
+
+    donated = jax.tree.map(jnp.copy, w)
+    getattr(donated, leaf).delete()
+    return jax.grad(loss, allow_int=True)(w), donated
+
+
 @contextlib.contextmanager
 def multiplying(implementation: str | None, platform: str):
     """sparse_matmul with an implementation, on the platform that it runs on."""

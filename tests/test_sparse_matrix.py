@@ -325,14 +325,7 @@ def test_a_stack_has_the_sparsity_of_its_matrices(w):
 
 def test_repr_of_what_cannot_be_read(w):
     x = jnp.ones((2, w.shape[0]), w.dtype)
-
-    def loss(w):
-        return jnp.sum(fj.sparse_matmul(x, w), dtype=jnp.float32)
-
-    gradient = jax.grad(loss, allow_int=True)(w)
-    donated = jax.tree.map(jnp.copy, w)
-    donated.counts.delete()
-    for matrix in (gradient, donated):
+    for matrix in op_cases.unreadable(w, x, "counts"):
         assert repr(matrix).startswith(f"SparseMatrix(shape={w.shape}, dtype=")
 
 

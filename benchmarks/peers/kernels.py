@@ -46,6 +46,9 @@ class Peer:
     Its functions are C++ ones: they are found by how their mangled names begin.
     """
 
+    kernel: str  # the function that launches it
+    arrays: int  # of a packed weight
+
     def __init__(self, library: pathlib.Path):
         self.library = ctypes.CDLL(str(library.resolve()))
         listed = subprocess.run(
@@ -55,6 +58,9 @@ class Peer:
             check=True,
         )
         self.names = [line.split()[-1] for line in listed.stdout.splitlines()]
+        # A stream, the dense weight, its arrays, x and y; sizes; workspace and split-K.
+        pointers = (4 + self.arrays) * [_pointer]
+        self.launch = self.function(self.kernel, *pointers, *3 * [_int], _pointer, _int)
 
     def function(self, name: str, *arguments: Any) -> Any:
         """One of the library's functions, with the types of its arguments."""
@@ -68,9 +74,20 @@ class Peer:
         function.argtypes, function.restype = arguments, _int
         return function
 
+    def product(self, packed, x, y, workspace, split_k: int) -> None:
+        """Launches y = x W^T."""
+        (n, k), (_, m) = x.shape, y.shape
+        arrays = map(_address, [*packed, x, y])
+        error = self.launch(
+            STREAM, None, *arrays, m, n, k, _address(workspace), split_k
+        )
+        _check(error)
+
 
 class FlashLLM(Peer):
     """Tiled-CSL; of weights whose shape is a multiple of 256 x 64."""
+
+    kernel, arrays = "SpMM_SplitK_API", 2
 
     def pack(self, weight: np.ndarray) -> list[np.ndarray]:
         """Its arrays of a (M, K) float16 weight."""
@@ -85,18 +102,11 @@ class FlashLLM(Peer):
         tiles = _taken(offsets, np.int32, count)
         return [_taken(words, np.uint32, 4 * int(tiles[-1])), tiles]
 
-    def product(self, packed, x, y, workspace, split_k: int) -> None:
-        """Launches y = x W^T."""
-        run = self.function(
-            "SpMM_SplitK_API", *6 * [_pointer], *3 * [_int], _pointer, _int
-        )
-        (n, k), (_, m) = x.shape, y.shape
-        arrays = map(_address, [*packed, x, y])
-        _check(run(STREAM, None, *arrays, m, n, k, _address(workspace), split_k))
-
 
 class SpInfer(Peer):
     """A bitmap of 8 x 8 tiles; of weights whose shape is a multiple of 64 x 64."""
+
+    kernel, arrays = "SpMM_SplitK_API_bitmap_v3", 5
 
     def pack(self, weight: np.ndarray) -> list[np.ndarray]:
         """Its arrays of a (M, K) float16 weight."""
@@ -116,15 +126,6 @@ class SpInfer(Peer):
             _taken(bitmap, np.uint32, 2 * 64 * count),
             np.array([-(-most.value // 64) * 64], np.int32),
         ]
-
-    def product(self, packed, x, y, workspace, split_k: int) -> None:
-        """Launches y = x W^T."""
-        run = self.function(
-            "SpMM_SplitK_API_bitmap_v3", *9 * [_pointer], *3 * [_int], _pointer, _int
-        )
-        (n, k), (_, m) = x.shape, y.shape
-        arrays = map(_address, [*packed, x, y])
-        _check(run(STREAM, None, *arrays, m, n, k, _address(workspace), split_k))
 
 
 def _taken(pointer: Any, dtype: Any, count: int) -> np.ndarray:
@@ -273,7 +274,8 @@ def main(
     for name in layers.split(","):
         for share in map(float, sparsity.split(",")):
             found = matmul.time_shape(name, [share], numbers, jnp.float16, "auto", None)
-            pruned = matmul.random_weight(matmul.shape_of(name), share, jnp.float16)
+            dense = matmul.dense_weight(matmul.shape_of(name), jnp.float16)
+            pruned = matmul.prune(dense, share)
             weight = np.ascontiguousarray(np.asarray(pruned).T)
             for peer_name, peer in peers.items():
                 for row, times in zip(

@@ -12,6 +12,7 @@ from flashjax.cli.bench import bench
 from flashjax.cli.choices import CacheDtype, Dtype, Format, Implementation, Method
 from flashjax.cli.errors import UsageError, reported
 from flashjax.cli.signals import ending_signals
+from flashjax.user_files import user_cache
 
 app = typer.Typer(
     name="flashjax",
@@ -82,8 +83,7 @@ def _keep_compiled() -> None:
     """Lets JAX keep compiled programs, unless it was told where or not to."""
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = os.path.join(cache, "flashjax", "jax")
+    folder = str(user_cache() / "jax")
     with contextlib.suppress(OSError):  # a home that cannot be written to
         os.makedirs(folder, exist_ok=True)
         if os.access(folder, os.W_OK):

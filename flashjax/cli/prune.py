@@ -19,6 +19,7 @@ from flashjax.cli.report import format_bytes
 from flashjax.models.opt.calibration import CalibrationText
 from flashjax.models.opt.pruning import PruneResult, prune_pretrained
 from flashjax.models.opt.pruning.settings import Settings
+from flashjax.user_files import write_json
 
 
 def run(
@@ -78,7 +79,7 @@ def run(
     content |= {"options": {**options, "budget": budget}, **dataclasses.asdict(result)}
     content |= {"sparsity": result.sparsity, "matrices": content.pop("reports")}
     if report is not None:
-        _write_report(report, content)
+        write_json(report, content)
     if as_json:
         print(json.dumps(content, indent=1))
     elif not quiet:
@@ -108,15 +109,6 @@ def _check_report(report: Path, out: Path) -> None:
         raise ValueError(f"{report}: expected a file, got a folder, device or pipe")
     if not report.absolute().parent.is_dir():
         raise ValueError(f"{report}: expected a file in an existing folder")
-
-
-def _write_report(path: Path, content: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _print(out: Path, dtype: str, result: PruneResult) -> None:

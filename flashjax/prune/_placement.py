@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from flashjax.partitioning import without_types
+
 from ._checks import Array, all_finite, native
 
 
@@ -61,9 +63,8 @@ def automatic(array: jax.Array) -> jax.Array:
         return array
     sharding = array.sharding
     assert isinstance(sharding, NamedSharding), "its type has a mesh"
-    names = sharding.mesh.axis_names
-    kinds = (AxisType.Auto,) * len(names)
-    mesh = Mesh(sharding.mesh.devices, names, axis_types=kinds)
+    assert isinstance(sharding.mesh, Mesh), "of devices"
+    mesh = without_types(sharding.mesh)
     return jax.device_put(array, NamedSharding(mesh, sharding.spec))
 
 

@@ -16,9 +16,10 @@ import dataclasses
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from flashjax.partitioning import without_types
 from flashjax.sharding import Dim, ShardedSparseMatrix
 from flashjax.sparse_matrix import SparseMatrix
 
@@ -71,8 +72,7 @@ class TensorParallel:
                     f"{name} must be divisible by the {count} devices of mesh axis "
                     f"{axis!r}, got {size}"
                 )
-        auto = (AxisType.Auto,) * len(mesh.axis_names)
-        return cls(Mesh(mesh.devices, mesh.axis_names, axis_types=auto), axis)
+        return cls(without_types(mesh), axis)
 
     def by_heads(self, array: jax.Array) -> jax.Array:
         """Splits (batch, num_heads, ...) by heads."""

@@ -35,6 +35,7 @@ from flashjax.checkpoint import (
 )
 from flashjax.checkpoint_files import merge_files, read_file, write_file
 from flashjax.file_lock import try_lock
+from flashjax.user_files import write_json
 
 from .result import CannotPruneError
 
@@ -100,9 +101,7 @@ class PartialRun:
 
     def write_json(self, name: str, content: Any) -> None:
         """Writes a JSON file, as a whole or not at all."""
-        temporary = self.folder / f".{name}.tmp"
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self.folder / name)
+        write_json(self.folder / name, content)
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Reads a JSON file that may not be there yet."""
