@@ -97,15 +97,23 @@ cudaError_t ResidentBlocks(int& blocks) {
   });
 }
 
-// Groups of a tile that a rank has at least. With half as many it would end sooner by the time of
-// the others, but the tile's owner would add up twice as many parts: so it is a root of the groups.
-// Measured with 32 groups; a part is as many columns as the tile.
+// Among how many ranks the tiles are divided; the device holds `most`.
+//
+// Where tiles are few, a rank takes several groups of one. With fewer it would end sooner by the
+// time of these, but the tile's owner would have more parts to add up: a root of the groups is
+// best, and what it is of was measured with tiles of 12 to 32 groups. Elsewhere a few ranks are
+// left out if every one then has an equal part of a single tile.
 template <int kTileN>
-int64_t LeastGroups(int64_t groups) {
-  constexpr int kWorth = kTileN < 128 ? 8 : 2;
+int64_t Ranks(int64_t tiles, int64_t groups, int64_t most) {
+  if (most < 1) return 0;
+  constexpr int64_t kPerPart = kTileN <= 32 ? 16 : kTileN <= 64 ? 8 : 2;
+  const int64_t units = tiles * groups;
   int64_t least = 1;
-  while (least * least * kWorth < groups) ++least;
-  return least;
+  while (least * least * kPerPart < groups) ++least;
+  const int64_t few = CeilDiv(units, least);
+  if (few <= most) return few;
+  const int64_t each = CeilDiv(units, most);
+  return groups % each == 0 && units / each * 16 >= most * 15 ? units / each : most;
 }
 
 // Sizes the grid and launches.
@@ -120,13 +128,9 @@ cudaError_t LaunchStreamK(const X& x, const Problem<Weight>& problem, Output out
   const int64_t column_tiles = CeilDiv(out.n, kTileN);
   const int64_t groups = LscdShape{problem.args.m, problem.args.k}.groups();
   const int64_t units = row_tiles * column_tiles * groups;
-  const int64_t most_ranks =
-      std::min({units, slots, std::max<int64_t>(resident / Config::kCluster, 1)});
-  // No more than it takes for the largest share to be as small: fewer tiles are cut.
   const int64_t ranks =
-      most_ranks < 1
-          ? 0
-          : CeilDiv(units, std::max(CeilDiv(units, most_ranks), LeastGroups<kTileN>(groups)));
+      Ranks<kTileN>(row_tiles * column_tiles, groups,
+                    std::min(slots, std::max<int64_t>(resident / Config::kCluster, 1)));
   // Units are counted in int, uint4s of the bitmap in uint32.
   if (ranks < 1 || units > INT32_MAX ||
       row_tiles * groups * Config::kStrips * kLanes > UINT32_MAX) {
