@@ -27,7 +27,10 @@ def headline(facts: dict, results: list[dict]) -> str:
     return textwrap.fill(text, 90, break_long_words=False, break_on_hyphens=False)
 
 
-def speed_table(facts: dict, results: list[dict]) -> str:
+def speed_table(
+    facts: dict, results: list[dict], of: str = "OPT-30B and OPT-66B"
+) -> str:
+    """Means over the layers, of the models `of`, by rows of x and zeros."""
     layers = {r["layer"]: f"{r['m']}x{r['k']}" for r in results}
     sparsities = sorted({r["sparsity"] for r in results})
     speedups = {(r["layer"], r["n"], r["sparsity"]): r["speedup"] for r in results}
@@ -37,7 +40,7 @@ def speed_table(facts: dict, results: list[dict]) -> str:
     text = (
         f"Speed-up of `sparse_matmul`{packed} over `jnp.dot` (cuBLAS) on one "
         f"{facts['device']}, "
-        f"geometric mean over layers of OPT-30B and OPT-66B (out x in) {shapes}, with "
+        f"geometric mean over layers of {of} (out x in) {shapes}, with "
         f"the least and the largest in brackets: {results[0]['dtype']}, random "
         "patterns, weights not in the L2 cache, median device time, both in the same "
         f"process ({origin(facts)})."
@@ -54,23 +57,81 @@ def speed_table(facts: dict, results: list[dict]) -> str:
 
 
 def layer_table(facts: dict, results: list[dict]) -> str:
+    """Times of every layer, by rows of x."""
     text = (
         f"`sparse_matmul` beside `jnp.dot` on one {facts['device']}, as above: "
-        f"{results[0]['dtype']}, microseconds ({origin(facts)})."
+        f"{results[0]['dtype']}, microseconds of dense / sparse = speed-up "
+        f"({origin(facts)})."
     )
-    rows = [
-        [
-            shape(r),
-            zeros(r["sparsity"]),
-            str(r["n"]),
-            f"{r['sparse_us']:.1f}",
-            f"{r['dense_us']:.1f}",
-            f"{r['speedup']:.2f}",
-        ]
-        for r in sorted(results, key=lambda r: (-r["m"], r["k"], r["sparsity"], r["n"]))
-    ]
-    columns = ["out x in", "zeros", "rows of x", "sparse", "dense", "x dense"]
+    numbers = sorted({r["n"] for r in results})
+    layers: dict[tuple[str, str], dict[int, str]] = {}
+    for r in sorted(results, key=lambda r: (-r["m"], r["k"], r["sparsity"])):
+        cell = f"{r['dense_us']:.1f} / {r['sparse_us']:.1f} = **{r['speedup']:.2f}**"
+        layers.setdefault((shape(r), zeros(r["sparsity"])), {})[r["n"]] = cell
+    rows = [[*key, *(cells[n] for n in numbers)] for key, cells in layers.items()]
+    columns = ["out x in", "zeros", *(f"{n} row{'s'[: n != 1]}" for n in numbers)]
     return captioned(text, columns, rows)
+
+
+def pattern_table(facts: dict, results: list[dict]) -> str:
+    """Means over the layers, by where the zeros are."""
+    names = {
+        "random": "random",
+        "columns": "every twentieth input dense",
+        "demo": "the demo model's",
+        "rows": "every twentieth output dense",
+    }
+    shapes = " and ".join(dict.fromkeys(shape(r) for r in results))
+    sparsities = sorted({r["sparsity"] for r in results})
+    rows = sorted({r["n"] for r in results})
+    text = (
+        f"Bytes an element and speed-up over `jnp.dot` by where the zeros are, on one "
+        f"{facts['device']}: geometric mean over {shapes} (out x in), "
+        f"{results[0]['dtype']}, with {', '.join(map(str, rows))} rows of x, measured "
+        f"as above ({origin(facts)})."
+    )
+    columns = ["pattern"]
+    for s in sparsities:
+        columns += [f"{s:.0%} zeros: bytes", *(f"{n} rows" for n in rows)]
+    cells = []
+    for pattern, name in names.items():
+        row = [name]
+        for s in sparsities:
+            of = [r for r in results if (r["pattern"], r["sparsity"]) == (pattern, s)]
+            row.append(f"{statistics.mean(r['bytes_per_element'] for r in of):.2f}")
+            for n in rows:
+                speedups = [r["speedup"] for r in of if r["n"] == n]
+                row.append(f"**{statistics.geometric_mean(speedups):.2f}**")
+        cells.append(row)
+    return captioned(text, columns, cells)
+
+
+def peer_table(facts: dict, results: list[dict], others: dict) -> str:
+    """Other kernels for any pattern of zeros, in the same run."""
+    names = {"flash_llm": "Flash-LLM", "spinfer": "SpInfer"}
+    text = (
+        f"Microseconds of a product on one {facts['device']}, float16, random "
+        "patterns, weights not in the L2 cache, median device time, all in the same "
+        "process; in brackets the bytes an element. Of Flash-LLM (1d2828a) and SpInfer "
+        "(ee68906), built from their sources for this GPU, it is the best of six "
+        f"split-K ({origin(facts)}, `benchmarks/peers/kernels.py`)."
+    )
+    cells = []
+    for r in results:
+        row = [shape(r), zeros(r["sparsity"]), str(r["n"]), f"{r['dense_us']:.1f}"]
+        row.append(f"**{r['sparse_us']:.1f}** ({r['bytes_per_element']:.2f})")
+        for name in names:
+            wrong = ", wrong" if r[f"{name}_error"] > 1e-2 else ""
+            used = r[f"{name}_bytes_per_element"]
+            row.append(f"{r[f'{name}_us']:.1f} ({used:.2f}{wrong})")
+        cells.append(row)
+    columns = ["out x in", "zeros", "rows of x", "dense", "FlashJAX", *names.values()]
+    jax = (
+        f"JAX's own sparse arrays take {others['BCOO']:.0f} (BCOO) and "
+        f"{others['BCSR']:.0f} (BCSR) microseconds for the first line's product, in "
+        "float32, by the host's clock."
+    )
+    return captioned(text, columns, cells) + "\n\n" + textwrap.fill(jax, 98)
 
 
 def bfloat16_figures(facts: dict, results: list[dict]) -> str:

@@ -16,6 +16,11 @@ def load(path: pathlib.Path) -> tuple[dict, list[dict]]:
     return content["environment"], content["results"]
 
 
+def load_part(path: pathlib.Path, name: str) -> dict:
+    """What a result file holds besides its results."""
+    return json.loads(path.read_text(encoding="utf-8"))[name]
+
+
 def newest(
     paths: Iterable[pathlib.Path],
     select: Callable[[dict, dict], tuple[tuple, dict] | None],

@@ -28,9 +28,11 @@ from product_tables import (
     cpu_table,
     headline,
     layer_table,
+    pattern_table,
+    peer_table,
     speed_table,
 )
-from result_tables import H100, H200, RESULTS, ROOT, load, replace
+from result_tables import H100, H200, RESULTS, ROOT, load, load_part, replace
 
 README = ROOT / "README.md"
 WHEN_SPARSE_PAYS = ROOT / "docs" / "when-sparse-pays.md"
@@ -45,7 +47,17 @@ def main() -> None:
     few_tokens = load(RESULTS / f"matmul-tokens-8-{H200}.json")
     few_bfloat16 = load(RESULTS / f"matmul-tokens-8-bfloat16-{H200}.json")
     both_halves = load(RESULTS / f"matmul-bfloat16-{H200}.json")
-    llama = load(RESULTS / f"matmul-llama-{H200}.json")
+    many_rows, zeros, large_layers, patterns, llama = (
+        load(RESULTS / f"matmul-{name}-{H200}.json")
+        for name in (
+            "many-rows",
+            "few-and-many-zeros",
+            "opt-175b",
+            "patterns",
+            "llama",
+        )
+    )
+    peers = RESULTS / f"peers-{H200}.json"
     several = [
         load_steps(RESULTS.glob(f"opt-parallel*-{device}.json"))
         for device in (H200, H100)
@@ -70,7 +82,14 @@ def main() -> None:
     replace(WHEN_SPARSE_PAYS, "tokens", speed_table(*few_tokens))
     replace(WHEN_SPARSE_PAYS, "tokens-bfloat16", layer_table(*few_bfloat16))
     replace(WHEN_SPARSE_PAYS, "bfloat16", bfloat16_figures(*both_halves))
+    replace(WHEN_SPARSE_PAYS, "many-rows", speed_table(*many_rows))
+    replace(WHEN_SPARSE_PAYS, "zeros", speed_table(*zeros))
+    replace(WHEN_SPARSE_PAYS, "opt-175b", speed_table(*large_layers, of="OPT-175B"))
+    replace(WHEN_SPARSE_PAYS, "patterns", pattern_table(*patterns))
     replace(WHEN_SPARSE_PAYS, "llama", layer_table(*llama))
+    replace(
+        WHEN_SPARSE_PAYS, "peers", peer_table(*load(peers), load_part(peers, "jax"))
+    )
     replace(MULTI_GPU, "parallel", "\n\n".join(parallel_table(*s) for s in several))
     replace(MULTI_GPU, "large", large_table(*large))
     replace(MULTI_GPU, "communication", communication_table(*kernels))

@@ -66,6 +66,7 @@ def _segments(shape: tuple[int, int], density: float) -> float:
     return total
 
 
+@functools.lru_cache(maxsize=1024)
 def _chain_segments(
     k: int, strips: int, last_rows: int, density: float, spread: int
 ) -> float:

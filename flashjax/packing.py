@@ -31,19 +31,15 @@ def pack(dense: np.ndarray | jax.Array, threads: int = 0) -> tuple[Any, ...]:
       (bitmap, entries, values, counts), uint32 JAX arrays: on the device of a JAX
       array that lives on a single one, otherwise on the default device.
     """
-    if not isinstance(dense, jax.Array):
-        return tuple(map(jnp.asarray, _pack_on_host(np.asarray(dense), threads)))
-    devices = dense.devices()
-    if len(devices) > 1:
+    if isinstance(dense, jax.Array):
         if not dense.is_fully_addressable:
             raise ValueError(
                 "SparseMatrix.from_dense: expected an array whose shards all live in "
                 f"this process, got {dense.sharding}"
             )
-        return tuple(map(jnp.asarray, _pack_on_host(np.asarray(dense), threads)))
-    (device,) = devices
-    if device.platform == "gpu" and _native.cuda_available():
-        return _pack_on_gpu(dense)
+        device, *others = dense.devices()
+        if not others and device.platform == "gpu" and _native.cuda_available():
+            return _pack_on_gpu(dense)
     return _place(_pack_on_host(np.asarray(dense), threads), dense)
 
 
@@ -93,12 +89,20 @@ def default_device() -> jax.Device:
 def _place(packed: tuple[np.ndarray, ...], dense: Any) -> tuple[jax.Array, ...]:
     """Puts arrays where a dense one was, committed to the device if that was."""
     if not isinstance(dense, jax.Array) or len(dense.devices()) > 1:
-        return tuple(map(jnp.asarray, packed))
+        return put(packed)
     (device,) = dense.devices()
     if dense.committed:
-        return tuple(jax.device_put(leaf, device) for leaf in packed)
+        return tuple(jax.device_put(packed, device))
     with jax.default_device(device):
-        return tuple(map(jnp.asarray, packed))
+        return put(packed)
+
+
+def put(arrays: tuple[np.ndarray, ...]) -> tuple[jax.Array, ...]:
+    """Puts arrays where JAX puts them: on all devices of a mesh that is set."""
+    if not jax.sharding.get_abstract_mesh().empty:
+        return tuple(map(jnp.asarray, arrays))
+    # jnp.asarray would compile a program for every shape.
+    return tuple(jax.device_put(arrays))
 
 
 def _pack_on_host(

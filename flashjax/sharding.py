@@ -163,15 +163,15 @@ class ShardedSparseMatrix(PackedMatrix):
         longest = max(matrix.values.shape[0] for matrix in made.values())
         longest = _largest_of_all_processes(longest, mesh)
 
+        parts = []
+        for device, index in devices.items():
+            arrays = {name: getattr(made[index], name) for name in _LEAVES}
+            parts.append(_part(jax.device_put(arrays, device), longest))
+
         def leaf(name):
-            parts = []
-            for device, index in devices.items():
-                part = jax.device_put(getattr(made[index], name), device)
-                if name == "values":
-                    part = jnp.pad(part, ((0, longest - len(part)), (0, 0), (0, 0)))
-                parts.append(part[None])
-            shape = (count, *parts[0].shape[1:])
-            return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+            arrays = [part[name] for part in parts]
+            shape = (count, *arrays[0].shape[1:])
+            return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
         leaves = {name: leaf(name) for name in _LEAVES}
         return cls(
@@ -380,6 +380,14 @@ def _check_shard(matrix, expected, dtype, index) -> None:
             f"shard {index}: expected {np.dtype(dtype).name} of shape {expected}, got "
             f"{matrix.dtype.name} of shape {matrix.shape}"
         )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _part(arrays: dict[str, jax.Array], segments: int) -> dict[str, jax.Array]:
+    """A shard's arrays as a part of those of all shards, with so many segments."""
+    missing = segments - len(arrays["values"])
+    values = jnp.pad(arrays["values"], ((0, missing), (0, 0), (0, 0)))
+    return {name: array[None] for name, array in (arrays | {"values": values}).items()}
 
 
 def _largest_of_all_processes(number: int, mesh: Mesh) -> int:

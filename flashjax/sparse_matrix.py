@@ -135,7 +135,7 @@ class SparseMatrix(PackedMatrix):
         Raises:
           ValueError: bitmap and values do not belong together.
         """
-        bitmap, entries, values, counts = map(jnp.asarray, rows.pack(threads))
+        bitmap, entries, values, counts = packing.put(rows.pack(threads))
         shape = rows.shape[::-1]
         return cls(bitmap, entries, values, counts, shape=shape, dtype=rows.dtype)
 

@@ -248,5 +248,5 @@ def gather_matrix(dense: np.ndarray) -> fj.SparseMatrix:
 
 def packed_matrix(leaves, dense: np.ndarray, layout: str) -> fj.SparseMatrix:
     """What a packer has made of a matrix."""
-    leaves = map(jnp.asarray, leaves)
+    leaves = jax.device_put(leaves)
     return fj.SparseMatrix(*leaves, shape=dense.shape, dtype=dense.dtype, layout=layout)
