@@ -1,7 +1,8 @@
 #include "simt.h"
 
-#include <setjmp.h>
+#if !defined(__x86_64__)
 #include <ucontext.h>
+#endif
 
 #include <cstdarg>
 #include <cstdio>
@@ -16,11 +17,67 @@
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
+#if defined(__x86_64__)
+// Leaves the registers that a function must preserve on this stack, and goes on where another one
+// was left. swapcontext() would also ask the system for the signal mask, twice a change.
+extern "C" void emulated_switch(void** left, void* next);
+asm(R"(
+.text
+.hidden emulated_switch
+.globl emulated_switch
+emulated_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+#endif
+
 namespace simt {
 
 uint8_t* shared_memory = nullptr;
 
 namespace {
+
+#if defined(__x86_64__)
+struct Context {
+  void* top = nullptr;
+
+  void Begin(uint8_t* stack, size_t bytes, void (*main)()) {
+    // As if main had been called: the stack is 16 bytes aligned before the return address.
+    uintptr_t end = (reinterpret_cast<uintptr_t>(stack) + bytes) & ~uintptr_t{15};
+    void** words = reinterpret_cast<void**>(end) - 8;
+    std::memset(words, 0, 8 * sizeof *words);
+    words[6] = reinterpret_cast<void*>(main);
+    top = words;
+  }
+  static void Switch(Context& from, Context& to) { emulated_switch(&from.top, to.top); }
+};
+#else
+struct Context {
+  ucontext_t context;
+
+  void Begin(uint8_t* stack, size_t bytes, void (*main)()) {
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = bytes;
+    context.uc_link = nullptr;
+    makecontext(&context, main, 0);
+  }
+  static void Switch(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
+};
+#endif
 
 constexpr size_t kStackBytes = 32 << 10;  // AddressSanitizer clears it at every switch
 constexpr uint8_t kGarbage = 0xcb;
@@ -35,9 +92,10 @@ struct Copy {
 };
 
 struct Fiber {
-  ucontext_t context;
+  Context context;
   std::unique_ptr<uint8_t[]> stack{new uint8_t[kStackBytes]};
   void* fake_stack = nullptr;
+  const std::function<bool()>* waits_for = nullptr;  // it need not run before that holds
   bool done = false;
   uint64_t rendezvous = 0;    // how many of the warp's this lane has come to
   uint64_t cluster_turn = 0;  // the cluster's barrier that this thread has arrived at
@@ -83,7 +141,7 @@ struct Block {
   uint64_t barriers_passed = 0;
   uint64_t progress = 0;
   size_t running = 0;
-  ucontext_t scheduler;
+  Context scheduler;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
   const std::function<void()>* kernel = nullptr;
@@ -117,7 +175,7 @@ void Yield() {
   Fiber& self = Self();
   LeaveStack(self.done ? nullptr : &self.fake_stack, block->scheduler_stack,
              block->scheduler_stack_bytes);
-  swapcontext(&self.context, &block->scheduler);
+  Context::Switch(self.context, block->scheduler);
   ComeToStack(self.fake_stack, nullptr, nullptr);
 }
 
@@ -158,11 +216,11 @@ void RunThreads(Block& b) {
   shared_memory = b.shared_memory;
   for (b.running = 0; b.running < b.fibers.size() && !failed; ++b.running) {
     Fiber& fiber = Self();
-    if (fiber.done) continue;
+    if (fiber.done || (fiber.waits_for != nullptr && !(*fiber.waits_for)())) continue;
     threadIdx = {static_cast<unsigned>(b.running), 0, 0};
     void* fake_stack = nullptr;
     LeaveStack(&fake_stack, fiber.stack.get(), kStackBytes);
-    swapcontext(&b.scheduler, &fiber.context);
+    Context::Switch(b.scheduler, fiber.context);
     ComeToStack(fake_stack, nullptr, nullptr);
   }
   block = nullptr;
@@ -225,6 +283,7 @@ void Fail(const char* format, ...) {
 namespace {
 
 void Begin(Fiber& fiber) {
+  fiber.waits_for = nullptr;
   fiber.done = false;
   fiber.rendezvous = 0;
   fiber.copies.clear();
@@ -232,11 +291,7 @@ void Begin(Fiber& fiber) {
   fiber.products.clear();
   fiber.product_groups.clear();
   RenewStack(fiber.stack.get());
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack.get();
-  fiber.context.uc_stack.ss_size = kStackBytes;
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, Main, 0);
+  fiber.context.Begin(fiber.stack.get(), kStackBytes, Main);
 }
 
 void Begin(Block& b, unsigned x, unsigned y, unsigned threads) {
@@ -286,8 +341,12 @@ bool Run(dim3 grid, dim3 block_size, unsigned cluster_size, uint32_t shared_byte
   return !failed;
 }
 
+// The scheduler looks at the condition, too: a change of stacks takes long.
 void WaitUntil(const std::function<bool()>& condition) {
-  while (!condition()) Yield();
+  if (condition()) return;
+  Self().waits_for = &condition;
+  Yield();
+  Self().waits_for = nullptr;
 }
 
 void SyncBlock() {
@@ -409,14 +468,14 @@ void ArriveAtBarrier(uint32_t address, uint32_t expected_bytes) {
 
 void WaitForBarrier(uint32_t address, uint32_t parity) {
   Barrier& barrier = FindBarrier(address);
-  WaitUntil([&barrier, parity] {
-    while ((barrier.complete & 1) == parity && !barrier.copies.empty()) {
-      const auto copy = std::move(barrier.copies.front());
-      barrier.copies.pop_front();
-      copy();
-    }
-    return (barrier.complete & 1) != parity;
-  });
+  while ((barrier.complete & 1) == parity) {
+    WaitUntil(
+        [&barrier, parity] { return (barrier.complete & 1) != parity || !barrier.copies.empty(); });
+    if (barrier.copies.empty()) continue;
+    const auto copy = std::move(barrier.copies.front());
+    barrier.copies.pop_front();
+    copy();
+  }
 }
 
 void CopyWithBarrier(uint32_t address, uint32_t dst, uint32_t size, std::function<void()> copy) {

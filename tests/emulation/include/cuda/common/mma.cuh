@@ -48,18 +48,16 @@ Fragments ExchangeFragments(const char* what, const uint32_t* a, const uint32_t*
     mine[i] = floats[i % 2 == 0 ? word & 0xffff : word >> 16];
   }
   const uint8_t* all = simt::Exchange(what, mine, sizeof mine);
-  const auto of = [all](int lane, int i) {
-    float value;
-    std::memcpy(&value, all + lane * simt::kLaneBytes + i * sizeof value, sizeof value);
-    return value;
+  const auto copy_two = [all](float* to, int lane, int i) {
+    std::memcpy(to, all + lane * simt::kLaneBytes + i * sizeof *to, 2 * sizeof *to);
   };
   const int lane = simt::Lane();
   Fragments f;
   for (int i = 0; i < 2; ++i) {
-    for (int k = 0; k < 16; ++k) {
-      const int source = k % 8 / 2, half = k % 2;
-      f.a[i][k] = of(lane / 4 * 4 + source, 2 * (i + k / 8 * 2) + half);
-      f.b[i][k] = of((lane % 4 * 2 + i) * 4 + source, 8 + 2 * (k / 8) + half);
+    for (int k = 0; k < 16; k += 2) {
+      const int source = k % 8 / 2, half = k / 8;
+      copy_two(&f.a[i][k], lane / 4 * 4 + source, 2 * (i + 2 * half));
+      if (b != nullptr) copy_two(&f.b[i][k], (lane % 4 * 2 + i) * 4 + source, 8 + 2 * half);
     }
   }
   return f;
