@@ -25,9 +25,10 @@ _MOST_ROWS = 1 << 20
 # The copies of a matrix that a program goes through are more than a GPU's L2 cache.
 _COLD_BYTES = 160 << 20
 _MOST_COPIES = 48
-# A GPU gets programs of about so long, and some of them in a row, so that it never
-# waits for the host; a CPU would compute them side by side.
-_PROGRAM_SECONDS, _MOST_PRODUCTS = 2e-3, 64
+# A GPU gets programs of about so long, unless x and results take more bytes than that,
+# and some of them in a row, so that it never waits for the host; a CPU would compute
+# them side by side.
+_PROGRAM_SECONDS, _MOST_PRODUCTS, _MOST_BYTES = 2e-3, 64, 256 << 20
 _PROGRAMS = {"cuda": 4, "cpu": 1}
 _RUNS, _SECONDS = 5, 0.03
 
@@ -308,7 +309,8 @@ def _microseconds(
     programs = _PROGRAMS[_platform(_device([w]))]
     seconds = _seconds(product, n, w, copies, count, programs)
     if programs > 1 and seconds * count < _PROGRAM_SECONDS:
-        count = min(math.ceil(_PROGRAM_SECONDS / seconds), _MOST_PRODUCTS)
+        most = max(count, _MOST_BYTES // (n * sum(w.shape) * w.dtype.itemsize))
+        count = min(math.ceil(_PROGRAM_SECONDS / seconds), _MOST_PRODUCTS, most)
         seconds = _seconds(product, n, w, copies, count, programs)
     return 1e6 * seconds
 
