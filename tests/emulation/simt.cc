@@ -79,7 +79,7 @@ struct Context {
 };
 #endif
 
-constexpr size_t kStackBytes = 32 << 10;  // AddressSanitizer clears it at every switch
+constexpr size_t kStackBytes = 32 << 10;  // AddressSanitizer clears it at every swapcontext()
 constexpr uint8_t kGarbage = 0xcb;
 constexpr unsigned kMaxCluster = 8;
 
