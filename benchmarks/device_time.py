@@ -13,6 +13,7 @@ import jax
 from jax.profiler import ProfileData
 
 EXECUTIONS = 7
+SETTLE = 20  # executions before these: at its limit of power a GPU slows down meanwhile
 
 
 class Kernel(NamedTuple):
@@ -44,7 +45,8 @@ def microseconds(program, *operands) -> float:
     What lies between programs (the host, updates of CUDA graphs) is not in it; gaps
     between a program's kernels are.
     """
-    jax.block_until_ready(program(*operands))
+    for _ in range(SETTLE):
+        jax.block_until_ready(program(*operands))
     with profile() as events:
         for _ in range(EXECUTIONS):
             jax.block_until_ready(program(*operands))

@@ -9,13 +9,13 @@ are more than 300 MB, so that they do not come from the L2 cache). The time is t
 device's, from the profiler: a program's span divided by its products, the median of
 several executions. Dense is the faster of the two memory orders of the weight.
 `of_byte_limit` is what the weight, x and y take at the rate at which this GPU reads a
-large array, by the time measured.
+large array, by the time measured. Both have run for a while before they are timed, one
+after the other: with many rows a GPU is at its limit of power and slows down.
 
 Prints a table and writes `benchmarks/results/matmul-DEVICE.json` and, where matplotlib
 is installed, a plot of it beside it (PNG).
 """
 
-import functools
 import itertools
 import pathlib
 from concurrent.futures import ThreadPoolExecutor
@@ -155,31 +155,40 @@ def time_shape(
     name: str, sparsities, rows, dtype, kernel: str, tokens, pattern: str = "random"
 ) -> list[dict]:
     m, k = shape_of(name)
-    results = []
     dense = dense_weight((m, k), dtype)
-
-    dense_us = {}
-    orders = {"(K, M)": lambda x, w: x @ w, "(M, K)": lambda x, w: x @ w.T}
-    for order, dot in orders.items():
-        weight = dense if order == "(K, M)" else dense.T.copy()
-        copies = cold_copies(weight, dense.nbytes)
-        for n in rows:
-            us = microseconds(dot, n, k, dtype, copies)
-            dense_us[n] = min(us, dense_us.get(n, us))
-        del copies, weight
-
+    dense_copies = {
+        "(K, M)": (lambda x, w: x @ w, cold_copies(dense, dense.nbytes)),
+        "(M, K)": (lambda x, w: x @ w.T, cold_copies(dense.T.copy(), dense.nbytes)),
+    }
+    sparse_copies = {}
     for sparsity in sparsities:
         pruned = prune(dense, sparsity, pattern)
         w = fj.SparseMatrix.from_dense(pruned, tokens=tokens)
-        copies = cold_copies(w, w.nbytes)
-        compiled = functools.partial(
-            compile_products, sparse_product(kernel), k=k, dtype=dtype, copies=copies
+        sparse_copies[sparsity] = cold_copies(w, w.nbytes)
+        del pruned
+    product = sparse_product(kernel)
+
+    def compile_sparse(sparsity_and_n):
+        sparsity, n = sparsity_and_n
+        return compile_products(product, n, k, dtype, sparse_copies[sparsity])
+
+    # Dense products are compiled one by one: XLA times what it chooses from.
+    cells = list(itertools.product(sparsities, rows))
+    with ThreadPoolExecutor() as pool:
+        programs = dict(zip(cells, pool.map(compile_sparse, cells), strict=True))
+
+    results = []
+    for n in rows:
+        # One after the other: a GPU is as hot, and as slow, for one as for the other.
+        dense_us = min(
+            microseconds(dot, n, k, dtype, copies)
+            for dot, copies in dense_copies.values()
         )
-        # Dense products are compiled one by one: XLA times what it chooses from.
-        with ThreadPoolExecutor() as pool:
-            programs = list(pool.map(compiled, rows))
-        for n, (program, xs) in zip(rows, programs, strict=True):
+        for sparsity in sparsities:
+            program, xs = programs.pop((sparsity, n))
+            copies = sparse_copies[sparsity]
             us = device_time.microseconds(program, xs, copies) / len(copies)
+            w = copies[0]
             results.append(
                 {
                     "layer": name,
@@ -194,12 +203,11 @@ def time_shape(
                     "pattern": pattern,
                     "bytes_per_element": round(w.nbytes / (m * k), 4),
                     "sparse_us": round(us, 2),
-                    "dense_us": round(dense_us[n], 2),
-                    "speedup": round(dense_us[n] / us, 3),
+                    "dense_us": round(dense_us, 2),
+                    "speedup": round(dense_us / us, 3),
                     "gb_per_s": round(w.nbytes / us / 1e3, 1),
                 }
             )
-        del copies, programs
     return results
 
 

@@ -9,6 +9,7 @@
 #include "cpu/lscd_layout.h"
 #include "cuda/common/device_value.h"
 #include "cuda/common/launch.h"
+#include "cuda/lscd_column_tiles.h"
 #include "cuda/lscd_matmul_launch.h"
 #include "cuda/lscd_mma.cuh"
 #include "cuda/lscd_wgmma.cuh"
@@ -16,26 +17,12 @@
 namespace flashjax {
 namespace {
 
-// More ranks than any GPU of today has multiprocessors (the mma kernel's slots are a quarter).
+// More than any GPU of today has multiprocessors, whose ranks have slots (the mma kernel's are a
+// quarter).
 constexpr int64_t kWorkspaceSlots = 160;
 
 constexpr int64_t SlotBytes(int strips, int64_t tile_n) {
   return strips * (sizeof(uint64_t) + tile_n / 8 * kLanes * sizeof(float4));
-}
-
-int64_t WidestTile(LscdKernel kernel) { return kernel == LscdKernel::kMma ? 32 : 256; }
-
-int64_t TileN(int64_t n, int64_t widest) {
-  int64_t tile = 8;
-  while (tile < n && tile < widest) tile *= 2;
-  return tile;
-}
-
-// How many of n columns that are left a launch takes: a tile of them, or all that are widest tiles.
-int64_t LaunchColumns(LscdKernel kernel, int64_t n) {
-  const int64_t widest = WidestTile(kernel), rest = n % widest;
-  if (kernel == LscdKernel::kMma) return std::min(n, widest);
-  return n < widest || TileN(rest, widest) == widest ? n : n - rest;
 }
 
 const char* WgmmaUnavailable(const LscdMatmulArgs& args) {
@@ -116,6 +103,13 @@ int64_t Ranks(int64_t tiles, int64_t groups, int64_t most) {
   return groups % each == 0 && units / each * 16 >= most * 15 ? units / each : most;
 }
 
+// How many tiles of columns at most are a band: as many as leave their x in L2, but W is read anew
+// for every band.
+int64_t BandTiles(int64_t k, int64_t tile_n) {
+  constexpr int64_t kBytesOfX = 32 << 20, kLeast = 6;
+  return std::max(kBytesOfX / std::max<int64_t>(2 * k * tile_n, 1), kLeast);
+}
+
 // Sizes the grid and launches.
 template <auto kKernel, typename Config, int kTileN, typename X, typename Weight>
 cudaError_t LaunchStreamK(const X& x, const Problem<Weight>& problem, Output out) {
@@ -136,7 +130,8 @@ cudaError_t LaunchStreamK(const X& x, const Problem<Weight>& problem, Output out
       row_tiles * groups * Config::kStrips * kLanes > UINT32_MAX) {
     return cudaErrorInvalidValue;
   }
-  const StreamKPlan plan(row_tiles, column_tiles, groups, ranks, Config::kWalksOn);
+  const StreamKPlan plan(row_tiles, column_tiles, BandTiles(problem.args.k, kTileN), groups, ranks,
+                         Config::kWalksOn);
   const int64_t flag_bytes = ranks * Config::kStrips * int64_t{sizeof(uint64_t)};
   out.partials = static_cast<float4*>(problem.args.workspace);
   out.flags = reinterpret_cast<uint64_t*>(static_cast<uint8_t*>(problem.args.workspace) +
@@ -182,30 +177,47 @@ EncodeTiled FindEncodeTiled() {
   return reinterpret_cast<EncodeTiled>(function);
 }
 
+// The map of (rows, columns) 16-bit elements, of which a box has 64 columns and the 128-byte
+// swizzle.
+template <typename T>
+bool EncodeMap(CUtensorMap& map, void* data, int64_t rows, int64_t columns, int box_rows) {
+  static const EncodeTiled encode = FindEncodeTiled();
+  if (encode == nullptr) return false;
+  const cuuint64_t size[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t stride[1] = {static_cast<cuuint64_t>(columns) * 2};
+  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)}, ones[2] = {1, 1};
+  return encode(&map,
+                std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                          : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                2, data, size, stride, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
 template <typename T, int kTileN, typename Weight>
 cudaError_t LaunchWgmma(const Problem<Weight>& problem, int64_t n0, int64_t n) {
-  static const EncodeTiled encode = FindEncodeTiled();
-  if (encode == nullptr) return cudaErrorNotSupported;
-  const cuuint64_t size[2] = {static_cast<cuuint64_t>(problem.args.k), static_cast<cuuint64_t>(n)};
-  const cuuint64_t stride[1] = {static_cast<cuuint64_t>(problem.args.k) * 2};
-  const cuuint32_t box[2] = {kStepK, WgmmaConfig<kTileN>::kBoxN}, ones[2] = {1, 1};
-  CUtensorMap x;
-  const CUresult result =
-      encode(&x,
-             std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                       : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-             2, const_cast<uint8_t*>(problem.x(n0)), size, stride, box, ones,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS) return cudaErrorInvalidValue;
-  return LaunchStreamK<&LscdWgmmaKernel<T, kTileN, Weight>, WgmmaConfig<kTileN>, kTileN>(
-      x, problem, problem.output(n0, n));
+  using Config = WgmmaConfig<kTileN>;
+  static_assert(kStepK == 64 && kBoxRows == 64);
+  const int64_t m = problem.args.m, k = problem.args.k;
+  Output out = problem.output(n0, n);
+  WgmmaMaps maps{};
+  if (!EncodeMap<T>(maps.x, const_cast<uint8_t*>(problem.x(n0)), n, k, Config::kBoxN)) {
+    return cudaErrorInvalidValue;
+  }
+  out.in_boxes = Config::kStoresBoxes && !out.epilogue.is_float && m % 8 == 0 &&
+                 reinterpret_cast<uintptr_t>(out.epilogue.y) % 16 == 0;
+  if (out.in_boxes && !EncodeMap<T>(maps.y, out.epilogue.y, n, m, Config::kBoxN)) {
+    return cudaErrorInvalidValue;
+  }
+  return LaunchStreamK<&LscdWgmmaKernel<T, kTileN, Weight>, Config, kTileN>(maps, problem, out);
 }
 
 template <typename T, typename Weight>
-cudaError_t LaunchTile(LscdKernel kernel, const Problem<Weight>& problem, int64_t n0, int64_t n) {
+cudaError_t LaunchTiles(LscdKernel kernel, const Problem<Weight>& problem, int64_t n0,
+                        ColumnTiles tiles) {
+  const int64_t n = tiles.columns;
   if (kernel == LscdKernel::kMma) {
-    switch (TileN(n, WidestTile(kernel))) {
+    switch (tiles.width) {
       case 8:
         return LaunchMma<T, 8>(problem, n0, n);
       case 16:
@@ -214,7 +226,7 @@ cudaError_t LaunchTile(LscdKernel kernel, const Problem<Weight>& problem, int64_
         return LaunchMma<T, 32>(problem, n0, n);
     }
   }
-  switch (TileN(n, WidestTile(kernel))) {
+  switch (tiles.width) {
     case 8:
       return n <= 2 ? LaunchWgmma<T, 2>(problem, n0, n) : LaunchWgmma<T, 8>(problem, n0, n);
     case 16:
@@ -225,38 +237,55 @@ cudaError_t LaunchTile(LscdKernel kernel, const Problem<Weight>& problem, int64_
       return LaunchWgmma<T, 64>(problem, n0, n);
     case 128:
       return LaunchWgmma<T, 128>(problem, n0, n);
-    default:
+    case 256:
       return LaunchWgmma<T, 256>(problem, n0, n);
+    default:
+      return LaunchWgmma<T, kWidestTile.width>(problem, n0, n);
   }
 }
 
+ColumnTiles NextTiles(LscdKernel kernel, int64_t n, int64_t elements) {
+  return kernel == LscdKernel::kMma ? NextMmaTiles(n) : NextWgmmaTiles(n, elements);
+}
+
 template <typename Weight>
-cudaError_t LaunchTiles(LscdKernel kernel, const Problem<Weight>& problem) {
-  for (int64_t n0 = 0, n; n0 < problem.args.n; n0 += n) {
-    n = LaunchColumns(kernel, problem.args.n - n0);
+cudaError_t LaunchAll(LscdKernel kernel, const Problem<Weight>& problem) {
+  for (int64_t n0 = 0; n0 < problem.args.n;) {
+    const ColumnTiles tiles =
+        NextTiles(kernel, problem.args.n - n0, problem.args.m * problem.args.k);
     const cudaError_t error = problem.args.is_bfloat16
-                                  ? LaunchTile<__nv_bfloat16>(kernel, problem, n0, n)
-                                  : LaunchTile<__half>(kernel, problem, n0, n);
+                                  ? LaunchTiles<__nv_bfloat16>(kernel, problem, n0, tiles)
+                                  : LaunchTiles<__half>(kernel, problem, n0, tiles);
     if (error != cudaSuccess) return error;
+    n0 += tiles.columns;
   }
   return cudaSuccess;
 }
 
-// Of a tile.
-int WgmmaStrips(int64_t tile_n) {
-  if (tile_n < 128) return WgmmaConfig<64>::kStrips;
-  return tile_n == 128 ? WgmmaConfig<128>::kStrips : WgmmaConfig<256>::kStrips;
+// The partial sums of as many ranks as a GPU can have.
+int64_t WgmmaWorkspaceBytes(ColumnTiles tiles, int64_t m, int64_t k) {
+  const auto bytes = [=](auto config) {
+    using Config = decltype(config);
+    const int64_t row_tiles = CeilDiv(m, Config::kTileM);
+    const int64_t column_tiles = CeilDiv(tiles.columns, tiles.width);
+    const int64_t units = row_tiles * column_tiles * LscdShape{m, k}.groups();
+    return std::clamp<int64_t>(units, 1, kWorkspaceSlots / Config::kCluster) *
+           SlotBytes(Config::kStrips, tiles.width);
+  };
+  if (tiles.width < 128) return bytes(WgmmaConfig<64>{});
+  return tiles.width == 128 ? bytes(WgmmaConfig<128>{}) : bytes(WgmmaConfig<256>{});
 }
 
 }  // namespace
 
 size_t LscdWorkspaceBytes(int64_t n, int64_t m, int64_t k) {
-  const int64_t tile_n = TileN(n, WidestTile(LscdKernel::kWgmma));
-  const int strips = WgmmaStrips(tile_n);
-  const int64_t tiles = CeilDiv(m, strips * kStripRows) * CeilDiv(n, tile_n);
-  const int64_t units = tiles * LscdShape{m, k}.groups();
-  return static_cast<size_t>(std::clamp<int64_t>(units, 1, kWorkspaceSlots) *
-                             SlotBytes(strips, tile_n));
+  int64_t most = 0;
+  do {
+    const ColumnTiles tiles = NextWgmmaTiles(n, m * k);
+    most = std::max(most, WgmmaWorkspaceBytes(tiles, m, k));
+    n -= tiles.columns;
+  } while (n > 0);
+  return static_cast<size_t>(most);
 }
 
 const char* LscdKernelUnavailable(const LscdMatmulArgs& args) {
@@ -272,10 +301,10 @@ cudaError_t LaunchLscdMatmul(const LscdMatmulArgs& args, cudaStream_t stream) {
   if (args.packed.layer == nullptr) {
     const Problem<PackedWeight> problem{args, MakePackedWeight(args.packed, args.m, args.k),
                                         stream};
-    return LaunchTiles(kernel, problem);
+    return LaunchAll(kernel, problem);
   }
   const Problem<PackedStack> problem{args, MakePackedStack(args.packed, args.m, args.k), stream};
-  return LaunchTiles(kernel, problem);
+  return LaunchAll(kernel, problem);
 }
 
 }  // namespace flashjax

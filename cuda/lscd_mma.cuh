@@ -94,6 +94,7 @@ __global__ void __launch_bounds__(MmaConfig<kTileN>::kThreads, 2)
   StripReader<AsyncRing> reader(w, lane);
   reader.ring.data = stages + 2 * Config::kStageBytes + warp * AsyncRing::kBytes;
   share.BeginWalk(reader, warp, piece);
+  reader.CopyFirst();
   reader.WaitForFirstStep();
   StageLoader<kTileN> loader;
   int buffer = 0;
@@ -131,8 +132,11 @@ __global__ void __launch_bounds__(MmaConfig<kTileN>::kThreads, 2)
       reader.NextGroup();
       buffer ^= 1;
     }
-    FinishPiece<T, kWarps, kTileN>(acc, out, w, share, piece, warp, lane,
-                                   [&] { RaiseFlag<kWarps>(out, share.rank, warp); });
+    FinishPiece<T, kWarps, kTileN>(
+        acc, out, w, share, piece, warp, lane, [&] { RaiseFlag<kWarps>(out, share.rank, warp); },
+        [&](const float* sums, const float* bias, int strip, int column) {
+          StoreStrip<T, kTileN>(sums, bias, out, w, strip, column, lane);
+        });
     piece = share.Next(piece);
   }
 }

@@ -10,9 +10,9 @@
 //
 // Where a walk (lscd_strip_reader.cuh) goes through several tiles, a warp's strips in consecutive
 // tiles are consecutive: a warp has one walk, whatever tiles its CTA passes. Else tiles may also
-// differ in their columns, which come first, and where there are many only the first ones are cut,
-// one to two a rank (the paper's hybrid): ranks that begin whole tiles together stay together, and
-// find in L2 what another one has just read of x or W.
+// differ in their columns, which come first (those of a band, as many as leave x in L2), and where
+// there are many only the first ones are cut (the paper's hybrid): ranks that begin whole tiles
+// together stay together, and find in L2 what another one has just read of x or W.
 //
 // The workspace: float4 partials[slots][warps][kTileN / 8][32 lanes], one slot a rank, then uint64
 // flags[slots][warps]. A raised flag is a number that no other launch has (`ticket`), and the owner
@@ -23,6 +23,7 @@
 
 #include <cstdint>
 
+#include "cpu/ceil_div.h"
 #include "cuda/common/mma.cuh"
 #include "cuda/common/ptx.cuh"
 #include "cuda/epilogue.cuh"
@@ -36,6 +37,7 @@ struct Output {
   uint64_t* flags;
   uint64_t ticket;
   float4* partials;
+  bool in_boxes;  // y by a tensor map, where a kernel has that (lscd_box_store.cuh)
 };
 
 // Division by a number that the host knows, without the latency of the device's (Granlund and
@@ -54,27 +56,45 @@ struct Divisor {
   }
 };
 
+// Where a tile is.
+struct Place {
+  int row_tile, column_tile;
+};
+
 // How the ranks share the tiles. The first `cut_tiles` are cut: of their units (a group of a tile)
 // every rank has `each`, and the first `extra` one more. Of the others a rank has whole ones.
 struct StreamKPlan {
-  int row_tiles, column_tiles, tiles, cut_tiles, groups;
+  int row_tiles, column_tiles, tiles, band, cut_tiles, groups;
   int each, extra;
-  Divisor by_column_tiles, by_groups;
+  Divisor by_groups, by_band_tiles, by_band, by_last_band;
 
-  StreamKPlan(int64_t row_tiles, int64_t column_tiles, int64_t groups, int64_t ranks, bool cuts_all)
+  StreamKPlan(int64_t row_tiles, int64_t column_tiles, int64_t most_in_band, int64_t groups,
+              int64_t ranks, bool cuts_all)
       : row_tiles(static_cast<int>(row_tiles)),
         column_tiles(static_cast<int>(column_tiles)),
         tiles(static_cast<int>(row_tiles * column_tiles)),
+        band(static_cast<int>(CeilDiv(column_tiles, CeilDiv(column_tiles, most_in_band)))),
         cut_tiles(cuts_all ? tiles : CutTiles(tiles, static_cast<int>(ranks))),
         groups(static_cast<int>(groups)),
         each(static_cast<int>(cut_tiles * groups / ranks)),
         extra(static_cast<int>(cut_tiles * groups % ranks)),
-        by_column_tiles(static_cast<uint32_t>(column_tiles)),
-        by_groups(static_cast<uint32_t>(groups)) {}
+        by_groups(static_cast<uint32_t>(groups)),
+        by_band_tiles(static_cast<uint32_t>(band * row_tiles)),
+        by_band(static_cast<uint32_t>(band)),
+        by_last_band(static_cast<uint32_t>((column_tiles - 1) % band + 1)) {}
 
-  // One to two tiles a rank, or none if whole tiles come out even.
+  __device__ Place PlaceOf(int tile) const {
+    const int first = by_band_tiles.Divide(tile) * band, in_band = tile - first * row_tiles;
+    const bool is_last = first + band >= column_tiles;
+    const int row = (is_last ? by_last_band : by_band).Divide(in_band);
+    return {row, first + in_band - row * (is_last ? column_tiles - first : band)};
+  }
+
+  // What is left over when every rank has as many whole tiles; and one tile a rank more if that is
+  // so little that an owner would have many parts to add up.
   static int CutTiles(int tiles, int ranks) {
-    return tiles % ranks == 0 ? 0 : tiles < ranks ? tiles : ranks + tiles % ranks;
+    const int rest = tiles % ranks;
+    return tiles < ranks || rest * 4 >= ranks || rest == 0 ? rest : ranks + rest;
   }
 };
 
@@ -102,14 +122,11 @@ struct Share {
 
   // A rank's units of the tiles that are cut: [Begin(rank), Begin(rank + 1)).
   __device__ int Begin(int r) const { return r * plan.each + min(r, plan.extra); }
-  __device__ int RowTile(int tile) const {
-    return kWalksOn ? tile : plan.by_column_tiles.Divide(tile);
-  }
   __device__ int ColumnTile(int tile) const {
-    return kWalksOn ? 0 : tile - RowTile(tile) * plan.column_tiles;
+    return kWalksOn ? 0 : plan.PlaceOf(tile).column_tile;
   }
   __device__ int Strip(int tile, int warp) const {
-    return kWalksOn ? warp * plan.row_tiles + tile : RowTile(tile) * kStrips + warp;
+    return kWalksOn ? warp * plan.row_tiles + tile : plan.PlaceOf(tile).row_tile * kStrips + warp;
   }
   // Begins a warp's walk: through a piece, or from it to the last one.
   template <typename Reader>
@@ -182,18 +199,19 @@ template <typename T, int kTileN>
 __device__ __forceinline__ void StoreHalves(const float* acc, const float bias[2],
                                             const Output& out, int m, int strip, int column,
                                             int lane) {
-  constexpr int kTogether = kTileN == 8 ? 1 : 2;  // parts of 8 columns
+  constexpr int kParts = kTileN / 8;  // of 8 columns, stored in pairs and perhaps a last one
   uint16_t* y = static_cast<uint16_t*>(out.epilogue.y);
   const bool aligned = m % 8 == 0 && reinterpret_cast<uintptr_t>(y) % 16 == 0;
 #pragma unroll
-  for (int j = 0; j < kTileN / 8; j += kTogether) {
-    uint32_t v[2 * kTogether];
+  for (int j = 0; j < kParts; j += 2) {
+    const int words = j + 1 < kParts ? 4 : 2;
+    uint32_t v[4] = {};
 #pragma unroll
-    for (int i = 0; i < 2 * kTogether; ++i) {
+    for (int i = 0; i < words; ++i) {
       const float* two = acc + 4 * j + 2 * i;
       v[i] = TransposeMatrix(Round2(T{}, two[0] + bias[i % 2], two[1] + bias[i % 2]));
     }
-    if (kTogether == 2 && aligned) {
+    if (words == 4 && aligned) {
       TransposeWords(v, lane);
       const int n = column + 8 * (j + lane % 4 / 2) + lane / 4;
       const int row = strip * kStripRows + 8 * (lane % 2);
@@ -203,7 +221,7 @@ __device__ __forceinline__ void StoreHalves(const float* acc, const float bias[2
       continue;
     }
 #pragma unroll
-    for (int i = 0; i < 2 * kTogether; ++i) {
+    for (int i = 0; i < words; ++i) {
       const int n = column + 8 * (j + i / 2) + lane / 4;
       const int row = strip * kStripRows + 8 * (i % 2) + 2 * (lane % 4);
       if (n >= out.n || row >= m) continue;
@@ -273,18 +291,10 @@ __device__ __forceinline__ void AddParts(float* acc, const Output& out, const Sh
 }
 
 // Writes a warp's sums of a tile.
-template <typename T, int kTileN, typename Share>
-__device__ __forceinline__ void StoreTile(float* acc, const Output& out, const PackedWeight& w,
-                                          const Share& share, int tile, int warp, int lane) {
-  const int strip = share.Strip(tile, warp);
+template <typename T, int kTileN>
+__device__ __forceinline__ void StoreStrip(const float* acc, const float bias[2], const Output& out,
+                                           const PackedWeight& w, int strip, int column, int lane) {
   if (strip >= w.strips) return;
-  const int row = strip * kStripRows + lane / 4, column = share.ColumnTile(tile) * kTileN;
-  float bias[2] = {Bias<T>(out, w, row), Bias<T>(out, w, row + 8)};
-  if (out.epilogue.has_relu) {
-#pragma unroll
-    for (int i = 0; i < kTileN / 2; ++i) acc[i] = Relu(acc[i] + bias[i / 2 % 2]);
-    bias[0] = bias[1] = 0.0f;
-  }
   if (out.epilogue.is_float) {
     StoreFloats<kTileN>(acc, bias, out, w.m, strip, column, lane);
   } else {
@@ -293,11 +303,13 @@ __device__ __forceinline__ void StoreTile(float* acc, const Output& out, const P
 }
 
 // Called by every warp with its accumulators of a piece. `left` is called by one lane when the warp
-// has left a part for another rank: that the flag be raised.
-template <typename T, int kWarps, int kTileN, typename Share, typename Left>
+// has left a part for another rank: that the flag be raised. `store` is called with the sums of a
+// tile that is done, what is still to be added to the two halves of its rows, its strip and its
+// first column.
+template <typename T, int kWarps, int kTileN, typename Share, typename Left, typename Store>
 __device__ __forceinline__ void FinishPiece(float* acc, const Output& out, const PackedWeight& w,
                                             const Share& share, const Piece& piece, int warp,
-                                            int lane, const Left& left) {
+                                            int lane, const Left& left, const Store& store) {
   if (piece.group0 > 0) {
     LeavePart<kWarps, kTileN>(acc, out, share.rank, warp, lane);
     __syncwarp();  // orders the other lanes' stores before what one lane does
@@ -307,7 +319,14 @@ __device__ __forceinline__ void FinishPiece(float* acc, const Output& out, const
   if (piece.group1 < share.plan.groups) {
     AddParts<kWarps, kTileN>(acc, out, share, piece.tile, warp, lane);
   }
-  StoreTile<T, kTileN>(acc, out, w, share, piece.tile, warp, lane);
+  const int strip = share.Strip(piece.tile, warp), row = strip * kStripRows + lane / 4;
+  float bias[2] = {Bias<T>(out, w, row), Bias<T>(out, w, row + 8)};
+  if (out.epilogue.has_relu) {
+#pragma unroll
+    for (int i = 0; i < kTileN / 2; ++i) acc[i] = Relu(acc[i] + bias[i / 2 % 2]);
+    bias[0] = bias[1] = 0.0f;
+  }
+  store(acc, bias, strip, share.ColumnTile(piece.tile) * kTileN);
 }
 
 }  // namespace flashjax

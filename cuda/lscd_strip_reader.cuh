@@ -30,9 +30,8 @@ struct StripReader {
 
   __device__ __forceinline__ StripReader(const PackedWeight& w, int lane) : w(w), lane(lane) {}
 
-  // Begins a walk from a group of a strip to before group1 of strip1 (which may be the same), and
-  // asks for the first segments. Strips past the last one read as zeros: they only keep their
-  // warpgroup company.
+  // Begins a walk from a group of a strip to before group1 of strip1 (which may be the same).
+  // Strips past the last one read as zeros: they only keep their warpgroup company.
   __device__ __forceinline__ void Begin(int strip, int group, int strip1, int group1) {
     strip_ = strip;
     group_ = group;
@@ -53,9 +52,14 @@ struct StripReader {
     q = Wrap(q + (ring.slot() * kSegmentWords + start.q) * kWordBytes + 2);
     waits_ = start.resident - start.first;
     next_ = start.first;
+  }
+
+  // Asks for the segments that a walk begins with.
+  __device__ __forceinline__ void CopyFirst() {
     __syncwarp();  // every lane has read the last of the previous walk
+    const uint32_t resident = next_ + waits_;
 #pragma unroll 1
-    while (next_ < start.resident) Copy(true);
+    while (next_ < resident) Copy(true);
   }
 
   // What is only fetched ahead is asked for behind what all warps begin with. A ring that counts

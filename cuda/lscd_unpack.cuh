@@ -84,6 +84,7 @@ __global__ void __launch_bounds__(kUnpackWarps* kLanes)
   StripReader<AsyncRing> reader(w, lane);
   reader.ring.data = SharedAddress(shared) + warp * AsyncRing::kBytes;
   reader.Begin(strip, group0, strip, group1);
+  reader.CopyFirst();
   reader.WaitForFirstStep();
 #pragma unroll 1
   for (int group = group0; group < group1; ++group) {

@@ -9,11 +9,12 @@
 //   weights  values: 2 KB bulk copies into a ring a warp, completion on mbarriers;
 //            bitmap and schedule: plain loads up to one group (256 k) ahead
 //   x        the producer brings boxes of 64 k x kTileN by a tensor map (128-byte swizzle, zeros
-//            beyond N and K) into a ring of stages that all warps share; with 256 columns two CTAs
-//            on top of each other bring half a box each, for both
+//            beyond N and K) into a ring of stages that all warps share; from 256 columns on two
+//            CTAs on top of each other bring half a box each, for both
 //   product  wgmma: fragments are decoded into registers while the previous batch is multiplied.
 //            Up to 8 columns mma.sync: there the warps of a warpgroup would spend a sixth of their
 //            time waiting for each other. Up to 2 with a fragment B for a whole step
+//   results  of the widest tiles through shared memory, in boxes (lscd_box_store.cuh)
 //   balance  stream-K over tiles of 256 rows (128 with 128 columns; lscd_stream_k.cuh)
 #ifndef FLASHJAX_CUDA_LSCD_WGMMA_CUH_
 #define FLASHJAX_CUDA_LSCD_WGMMA_CUH_
@@ -27,13 +28,14 @@
 #include "cuda/common/mma.cuh"
 #include "cuda/common/ptx.cuh"
 #include "cuda/common/wgmma.cuh"
+#include "cuda/lscd_box_store.cuh"
 #include "cuda/lscd_stream_k.cuh"
 #include "cuda/lscd_strip_reader.cuh"
 
 namespace flashjax {
 
 // A warp's ring of value segments, filled by bulk copies that complete on one mbarrier a slot.
-template <int kRing, int kRingAhead>
+template <int kRing, int kRingAhead, bool kReadOnce = true>
 struct BulkRing {
   static constexpr int kSegments = kRing, kAhead = kRingAhead, kBytes = RingBytes(kSegments);
 
@@ -46,7 +48,7 @@ struct BulkRing {
     if (!any) return;
     if (lane == 0) {
       const uint32_t barrier = barriers + slot_in * 8, dst = data + slot_in * kSegmentBytes;
-      const auto copy = is_first ? BulkCopy : BulkCopyOnce;
+      const auto copy = kReadOnce && !is_first ? BulkCopyOnce : BulkCopy;
       BarrierExpect(barrier, slot_in == 0 ? 2 * kSegmentBytes : kSegmentBytes);
       copy(dst, source, kSegmentBytes, barrier);
       if (slot_in == 0) copy(dst + kSegments * kSegmentBytes, source, kSegmentBytes, barrier);
@@ -69,11 +71,13 @@ struct WgmmaConfig {
   static constexpr int kWarps = kTileN < 128 ? 16 : 8;
   static constexpr int kThreads = (kWarps + 4) * 32;
   // What the warps start with is evenly divided: 20 x 96 or 12 x 168 registers. The producers give
-  // back all but 32, and 16 x 112 + 4 x 32 or 8 x 232 + 4 x 32 is no more than that.
-  static constexpr int kRegisters = kWarps == 16 ? 112 : 232;
+  // back all but 32 (24), and 16 x 112 + 4 x 32, 8 x 232 + 4 x 32 or 8 x 240 + 4 x 24 is no more
+  // than that.
+  static constexpr int kRegisters = kWarps == 16 ? 112 : kTileN <= 256 ? 232 : 240;
+  static constexpr int kProducerRegisters = kTileN <= 256 ? 32 : 24;
   // The CTAs of a cluster share x, of which each brings a part for all of them: the GPU is at its
   // limit of power with 256 columns, and what is read from L2 takes a good part of that.
-  static constexpr int kCluster = kTileN == 256 ? 2 : 1;
+  static constexpr int kCluster = kTileN >= 256 ? 2 : 1;
   static constexpr int kStrips = kCluster * kWarps;
   static constexpr int kTileM = kStrips * kStripRows;
   // Rows that are next to each other are written together: with 256 columns that weighs more.
@@ -82,13 +86,20 @@ struct WgmmaConfig {
   // for rarely.
   static constexpr int kStageK = kTileN <= 16 ? 256 : kTileN == 32 ? 128 : 64;
   static constexpr int kStageBytes = kStageK * kColumns * 2;
-  static constexpr int kBoxN = kColumns / kCluster;  // columns of a box that a CTA brings
   static constexpr int kBoxBytes = kStepK * kColumns * 2;
-  static constexpr int kStages = kTileN <= 8 ? 6 : 4;
-  // Half as many warps have to have as many values under way; 256 columns leave no room for it.
-  using Ring =
-      std::conditional_t<kTileN == 128, BulkRing<8, 2>, BulkRing<kRingSegments, kPrefetch>>;
-  static constexpr int kBarriers = kWarps * Ring::kSegments + 2 * kStages + 1;
+  // Columns of a box that a CTA brings, of which eight share a swizzle pattern: the halves of the
+  // widest tile overlap by eight.
+  static constexpr int kBoxN = (kColumns / kCluster + 7) / 8 * 8;
+  static constexpr int kBroughtBytes = kStageK * kCluster * kBoxN * 2;  // into a stage
+  static constexpr int kStages = kTileN <= 8 ? 6 : kTileN <= 256 ? 4 : 3;
+  // Half as many warps have to have as many values under way; 256 columns leave no room for it. The
+  // widest tile stands beside others, for which the values should stay in L2.
+  using Ring = std::conditional_t<kTileN == 128, BulkRing<8, 2>,
+                                  BulkRing<kRingSegments, kPrefetch, (kTileN <= 256)>>;
+  // Where a walk ends with its tile, its values' place is free for y. With 256 columns that is
+  // nothing faster.
+  static constexpr bool kStoresBoxes = kTileN > 256;
+  static constexpr int kBarriers = kWarps * Ring::kSegments + 2 * kStages + 1 + kWarps / 4;
   static constexpr int kSharedBytes =
       1024 + kStages * kStageBytes + kWarps * Ring::kBytes + kBarriers * 8;
 };
@@ -146,11 +157,26 @@ __device__ __forceinline__ void BringX(uint32_t to, const CUtensorMap* x, int k,
                                        uint32_t barrier, int cta) {
   using Config = WgmmaConfig<kTileN>;
   constexpr int kCluster = Config::kCluster;
+  static_assert(kCluster <= 2);
   if constexpr (kCluster > 1) {
-    TensorCopy2dToCluster(to + cta * (Config::kBoxBytes / kCluster), x, k,
-                          column + cta * Config::kBoxN, barrier, (1 << kCluster) - 1);
+    const int first = cta == 0 ? 0 : Config::kColumns - Config::kBoxN;
+    TensorCopy2dToCluster(to + first * kStepK * 2, x, k, column + first, barrier,
+                          (1 << kCluster) - 1);
   } else {
     TensorCopy2d(to, x, k, column, barrier);
+  }
+}
+
+// acc += a fragment of W x 16 k of x, whose descriptor begins with x_low.
+template <typename T, int kTileN>
+__device__ __forceinline__ void MultiplyFragment(float* acc, const uint32_t a[4], uint32_t x_low) {
+  if constexpr (kTileN <= 256) {
+    Wgmma(Tile<T, kTileN>{}, acc, a, WgmmaDescriptor(x_low));
+  } else {  // an instruction takes no more than 256 columns
+    constexpr int kFirst = WgmmaConfig<kTileN>::kBoxN;
+    Wgmma(Tile<T, kFirst>{}, acc, a, WgmmaDescriptor(x_low));
+    Wgmma(Tile<T, kTileN - kFirst>{}, acc + kFirst / 2, a,
+          WgmmaDescriptor(x_low + (kFirst * kStepK * 2 >> 4)));
   }
 }
 
@@ -189,7 +215,7 @@ __device__ __forceinline__ void MultiplyWgmma(WgmmaReader<kTileN>& reader,
 #pragma unroll
       for (int f = 0; f < kBatch; ++f) {
         const uint32_t offset = (in_stage * Config::kBoxBytes + f * 32) >> 4;
-        Wgmma(Tile<T, kTileN>{}, acc, a[buffer][f], WgmmaDescriptor(x_low + offset));
+        MultiplyFragment<T, kTileN>(acc, a[buffer][f], x_low + offset);
       }
       WgmmaCommit();
       WgmmaWait<kBuffers - 1>();
@@ -291,10 +317,14 @@ __device__ __forceinline__ void MultiplyTwo(WgmmaReader<2>& reader, StageRing<Wg
   }
 }
 
+struct WgmmaMaps {
+  CUtensorMap x, y;  // y: if it is stored in boxes
+};
+
 // Weight is PackedWeight or PackedStack.
 template <typename T, int kTileN, typename Weight>
 __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
-    LscdWgmmaKernel(const __grid_constant__ CUtensorMap x, const Weight weight,
+    LscdWgmmaKernel(const __grid_constant__ WgmmaMaps maps, const Weight weight,
                     const StreamKPlan plan, const Output out) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const PackedWeight& w = Select(weight);
@@ -308,7 +338,7 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
   const uint32_t rings = stages + kStages * Config::kStageBytes;
   const uint32_t ring_barriers = rings + kWarps * Config::Ring::kBytes;
   const uint32_t full = ring_barriers + kWarps * kSegments * 8, empty = full + kStages * 8;
-  const uint32_t left = empty + kStages * 8;
+  const uint32_t left = empty + kStages * 8, box_barriers = left + 8;
 
   constexpr int kCluster = Config::kCluster, kStrips = Config::kStrips;
   const int cta = kCluster > 1 ? RankInCluster() : 0;
@@ -321,12 +351,13 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
     BarrierInit(full + lane * 8, 1);
     BarrierInit(empty + lane * 8, kStrips);
     if (lane == 0) BarrierInit(left, kWarps);
+    if (lane < kWarps / 4) BarrierInit(box_barriers + lane * 8, 4);
   }
   BarrierInitFence();
   SyncCluster<kCluster>();
 
   if (warp >= kWarps) {
-    ReleaseRegisters<32>();
+    ReleaseRegisters<Config::kProducerRegisters>();
     // The flags of the part that a share may begin with are raised here: a release waits for the
     // stores before it, which the consumers need not.
     if (warp == kWarps + 1 && piece.group0 > 0) {
@@ -340,11 +371,11 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
         const int column = share.ColumnTile(piece.tile) * kTileN;
         for (int k = piece.group0 * kGroupK; k < piece.group1 * kGroupK; k += kStageK) {
           BarrierWait(empty + stage * 8, phase);
-          BarrierExpect(full + stage * 8, Config::kStageBytes);
+          BarrierExpect(full + stage * 8, Config::kBroughtBytes);
 #pragma unroll
           for (int box = 0; box < kStageK / kStepK; ++box) {
             const uint32_t to = stages + stage * Config::kStageBytes + box * Config::kBoxBytes;
-            BringX<kTileN>(to, &x, k + box * kStepK, column, full + stage * 8, cta);
+            BringX<kTileN>(to, &maps.x, k + box * kStepK, column, full + stage * 8, cta);
           }
           if (++stage == kStages) {
             stage = 0;
@@ -362,16 +393,23 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
   reader.ring.data = rings + warp * Config::Ring::kBytes;
   reader.ring.barriers = ring_barriers + warp * kSegments * 8;
   const int strip = cta * kWarps + warp;  // of a tile
-  if (Config::kWalksOn) share.BeginWalk(reader, strip, piece);
+  if (Config::kWalksOn) {
+    share.BeginWalk(reader, strip, piece);
+    reader.CopyFirst();
+  }
   __syncwarp();  // lane 0 may still be asking for copies
   ClaimRegisters<Config::kRegisters>();
   if (Config::kWalksOn) reader.WaitForFirstStep();
 
   StageRing<Config> x_stages{stages, full,
                              kCluster > 1 ? InCluster(empty, lane % kCluster) : empty};
+  BoxStore boxes{&maps.y, rings + warp / 4 * 4 * Config::Ring::kBytes, box_barriers + warp / 4 * 8,
+                 warp % 4, lane};
   while (share.Has(piece)) {
     if constexpr (!Config::kWalksOn) {
       share.BeginWalk(reader, strip, piece);
+      boxes.WaitUntilRead();
+      reader.CopyFirst();
       reader.WaitForFirstStep();
     }
     float acc[Config::kColumns / 2];
@@ -385,10 +423,21 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
     } else {
       MultiplyWgmma<T, kTileN>(reader, x_stages, piece.size(), goes_on, acc, lane);
     }
-    FinishPiece<T, kStrips, Config::kColumns>(acc, out, w, share, piece, strip, lane,
-                                              [&] { BarrierArrive(left); });
+    FinishPiece<T, kStrips, Config::kColumns>(
+        acc, out, w, share, piece, strip, lane, [&] { BarrierArrive(left); },
+        [&](const float* sums, const float* bias, int y_strip, int column) {
+          if constexpr (Config::kStoresBoxes) {
+            if (out.in_boxes) {
+              const int row = (y_strip - warp % 4) * kStripRows;
+              boxes.Store<T, kTileN, Config::kBoxN>(sums, bias, row, column);
+              return;
+            }
+          }
+          StoreStrip<T, Config::kColumns>(sums, bias, out, w, y_strip, column, lane);
+        });
     piece = share.Next(piece);
   }
+  boxes.WaitUntilRead();
   LeaveCluster<kCluster>();
 #endif
 }

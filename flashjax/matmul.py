@@ -62,10 +62,9 @@ def sparse_matmul(
         for, and never fails on supported operands. "cuda" and "cpu" are the kernels;
         "xla" is plain JAX, for any platform, and materializes the dense matrix for the
         duration of the call. The kernels do so too above `KERNEL_ROWS` rows of x (the
-        CUDA one above twice as many if about 80% of the weight or more are zeros, and
-        above 96 on GPUs that are no Hopper; where `autotune` found another number, that
-        counts; both above 8 for weights packed for few tokens, which no CPU kernel
-        takes); the CUDA one also when the dtypes of x and w differ.
+        CUDA one above 96 on GPUs that are no Hopper; where `autotune` found another
+        number, that counts; both above 8 for weights packed for few tokens, which no
+        CPU kernel takes); the CUDA one also when the dtypes of x and w differ.
       preferred_element_type: dtype of the result: float16, bfloat16 or float32.
         `None` takes the promoted dtype of x and w.
       layer: which matrix of a stack (`SparseMatrix.stack`) to multiply by: an integer,

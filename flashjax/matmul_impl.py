@@ -27,10 +27,10 @@ from flashjax import (
 
 # Rows of x up to which the sparse kernel is used; above, expand and multiply. Where
 # `flashjax.autotune` found another number for a matrix, that counts.
-KERNEL_ROWS = {"cuda": 2048, "cpu": 128}
-# With many zeros the CUDA kernel takes as long as the other way up to twice as many
-# (docs/kernel-log.md, section 11), and needs no memory for a dense matrix.
-_MANY_ZEROS = 0.78  # stored explicit zeros count as values
+#
+# The CUDA kernel is on a par with the dense product however many they are, and needs no
+# memory for a dense matrix (docs/kernel-log.md, section 21); it counts in 32 bits.
+KERNEL_ROWS = {"cuda": 1 << 20, "cpu": 128}
 # On GPUs without wgmma, whose kernel takes 32 rows at a time (section 19).
 _MMA_ROWS = 96
 
@@ -214,14 +214,12 @@ def _cuda(call, operands, kernel="auto"):
     return y.reshape(*x.shape[:-1], m).astype(call.out_dtype)
 
 
-def cuda_kernel_rows(zeros: float) -> int:
-    """Rows of x up to which the CUDA kernel is used, by the weight's share of zeros.
+def cuda_kernel_rows() -> int:
+    """Rows of x up to which the CUDA kernel is used.
 
     On the GPU that there is; else on a Hopper.
     """
-    if not _has_wgmma():
-        return _MMA_ROWS
-    return KERNEL_ROWS["cuda"] * (2 if zeros >= _MANY_ZEROS else 1)
+    return KERNEL_ROWS["cuda"] if _has_wgmma() else _MMA_ROWS
 
 
 @functools.cache
@@ -241,12 +239,12 @@ def _kernel_rows(platform, call, packed):
     stored = stored_share(call.shape, packed)
     matrix = tuned_rows.describe(call.shape, call.dtype, layouts.DEFAULT, stored)
     tuned = tuned_rows.find(tuned_rows.device_kind(platform), matrix)
-    return usual_kernel_rows(platform, stored) if tuned is None else tuned
+    return usual_kernel_rows(platform) if tuned is None else tuned
 
 
-def usual_kernel_rows(platform: str, stored: float) -> int:
+def usual_kernel_rows(platform: str) -> int:
     """The same for a matrix that `flashjax.autotune` did not time."""
-    return cuda_kernel_rows(1 - stored) if platform == "cuda" else KERNEL_ROWS["cpu"]
+    return cuda_kernel_rows() if platform == "cuda" else KERNEL_ROWS["cpu"]
 
 
 def stored_share(shape: tuple[int, int], packed: packing.Packed) -> float:

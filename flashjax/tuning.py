@@ -95,9 +95,10 @@ def autotune(
 ) -> list[TunedMatrix]:
     """Finds on this device up to how many rows of x the sparse kernels are worth it.
 
-    With many rows the kernels, which expand a weight anew for every 256 rows or so,
-    lose to expanding it once, to a temporary dense matrix. Where, depends on the GPU,
-    the shape and the zeros; without this FlashJAX takes what is usual on an H200. What
+    With many rows the kernels, which expand a weight anew for every 344 rows at most,
+    may lose to expanding it once, to a temporary dense matrix. Where, depends on the
+    device, the shape and the zeros; without this FlashJAX takes what is usual: on an
+    H200 the kernel always. What
     is found counts for every matrix of that shape, dtype and number of zeros (within 5%
     of the elements) on such a device, here and in later processes of this version of
     FlashJAX; functions jitted before are compiled again when they are called next
@@ -160,7 +161,7 @@ def autotune(
 
         with jax.default_device(device), jax.disable_jit(False):
             timings = _time(w, platform, numbers, report)
-        usual = matmul_impl.usual_kernel_rows(platform, entry.stored)
+        usual = matmul_impl.usual_kernel_rows(platform)
         kernel_rows = _kernel_rows(timings, usual)
         if save:
             tuned_rows.add(kind, [dataclasses.replace(entry, kernel_rows=kernel_rows)])

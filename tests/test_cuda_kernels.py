@@ -13,7 +13,7 @@ from . import op_cases
 pytestmark = pytest.mark.gpu
 
 KERNELS = ("mma", "wgmma")
-ROWS = (1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257)
+ROWS = (1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256, 257, 344)
 
 
 @pytest.fixture(params=KERNELS)

@@ -53,9 +53,21 @@ def x_of(rows, dtype="float16", k=K):
     return jnp.ones((rows, k), dtype)
 
 
-@pytest.mark.parametrize("rows", [1, 8, 100, matmul.KERNEL_ROWS["cuda"]])
-def test_few_rows_use_the_kernel_and_no_dense_weight(w, rows):
-    text = lower(fj.sparse_matmul, x_of(rows), w)
+def many_rows(rows):
+    """The shape of an x of which there is none."""
+    return jax.ShapeDtypeStruct((rows, K), jnp.float16)
+
+
+@pytest.fixture
+def few_rows(monkeypatch):
+    """As if the kernel took no more than so many."""
+    monkeypatch.setitem(matmul.KERNEL_ROWS, "cuda", 64)
+    return 64
+
+
+@pytest.mark.parametrize("rows", [1, 8, 100, 2048, matmul.KERNEL_ROWS["cuda"]])
+def test_rows_use_the_kernel_and_no_dense_weight(w, rows):
+    text = lower(fj.sparse_matmul, many_rows(rows), w)
     assert targets(text) == ["flashjax_lscd_matmul_cuda"]
     # Not even as many elements as the weight has, whatever their type; but x and the
     # product, and the workspace, which is not larger than it must be for all
@@ -67,21 +79,16 @@ def test_few_rows_use_the_kernel_and_no_dense_weight(w, rows):
     assert largest_buffer(text) < K * M
 
 
-def test_many_rows_expand_and_multiply(w):
-    text = lower(fj.sparse_matmul, x_of(matmul.KERNEL_ROWS["cuda"] + 1), w)
-    assert targets(text) == ["flashjax_lscd_unpack_cuda"]
-    assert text.count("stablehlo.dot_general") == 1
-
-
 @pytest.mark.parametrize("stacked", [False, True])
-def test_many_zeros_take_more_rows(stacked):
-    w = fj.SparseMatrix.from_dense(op_cases.random_dense(K, M, 0.8, "float16"))
+def test_more_rows_expand_and_multiply(w, stacked):
     layer = 1 if stacked else None
     w = fj.SparseMatrix.stack([w, w]) if stacked else w
-    most = 2 * matmul.KERNEL_ROWS["cuda"]
+    most = matmul.KERNEL_ROWS["cuda"]
     for rows, target in ((most, "matmul"), (most + 1, "unpack")):
-        text = lower(lambda x, w: fj.sparse_matmul(x, w, layer=layer), x_of(rows), w)
+        x = many_rows(rows)
+        text = lower(lambda x, w: fj.sparse_matmul(x, w, layer=layer), x, w)
         assert targets(text) == [f"flashjax_lscd_{target}_cuda"]
+        assert text.count("stablehlo.dot_general") == (target == "unpack")
 
 
 def test_gpus_without_wgmma_take_fewer_rows(w, monkeypatch):
@@ -172,14 +179,15 @@ def test_gradient_expands_the_weights(w):
     assert not any(target.endswith("_cpu") for target in targets(text))
 
 
-@pytest.mark.parametrize("rows", [3, matmul.KERNEL_ROWS["cuda"] + 1])
-def test_gradient_with_a_second_packing(w, rows):
+@pytest.mark.parametrize("rows", [3, 65])
+def test_gradient_with_a_second_packing(w, rows, few_rows):
     def gradient(dy, w):
-        _, pullback = jax.vjp(lambda x: fj.sparse_matmul(x, w), x_of(rows))
+        x = jnp.ones((rows, K), jnp.float16)
+        _, pullback = jax.vjp(lambda x: fj.sparse_matmul(x, w), x)
         return pullback(dy)
 
     text = lower(gradient, jnp.ones((rows, M), jnp.float16), w.with_transpose())
-    few = rows <= matmul.KERNEL_ROWS["cuda"]
+    few = rows <= few_rows
     (target,) = targets(text)
     assert target == f"flashjax_lscd_{'matmul' if few else 'unpack'}_cuda"
     assert not few or largest_buffer(text) < K * M

@@ -117,6 +117,15 @@ __device__ __forceinline__ void LoadMatrix2(uint32_t r[2], uint32_t address) {
                : "memory");
 }
 
+// Four 8x8 matrices of 16-bit elements, in the layout of mma's sums, each transposed: lane l has the
+// address of column l % 8 of matrix l / 8 (sm_90).
+__device__ __forceinline__ void StoreMatrix4Transposed(uint32_t address, const uint32_t v[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   address),
+               "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+
 // --- mbarriers and bulk copies (sm_90)
 
 // What createpolicy.fractional.L2::evict_first gives.
@@ -191,6 +200,25 @@ __device__ __forceinline__ void TensorCopy2dToCluster(uint32_t dst, const void* 
       ".multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(dst),
       "l"(map), "r"(barrier), "r"(x), "r"(y), "h"(ctas)
       : "memory");
+}
+
+// What this thread has written to shared memory is seen by copies that begin later.
+__device__ __forceinline__ void CopiesSeeShared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// A box of a two-dimensional tensor map from shared memory; what lies outside of the map is left
+// out.
+__device__ __forceinline__ void TensorStore2d(const void* map, int x, int y, uint32_t src) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::
+                   "l"(map),
+               "r"(x), "r"(y), "r"(src)
+               : "memory");
+}
+
+// Until what this thread stores by tensor maps has been read from shared memory.
+__device__ __forceinline__ void TensorStoresRead() {
+  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
 }  // namespace flashjax

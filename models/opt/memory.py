@@ -21,7 +21,7 @@ from .modeling import check_dtype
 from .parallel import DECODER_LINEARS
 
 # Partial sums of the CUDA kernel, LscdWorkspaceBytes() at its largest tile.
-_WORKSPACE = 160 * 8 * (8 + 256 // 8 * 32 * 16)
+_WORKSPACE = 80 * 16 * (8 + 344 // 8 * 32 * 16)
 # CUDA's context, cuBLAS and loaded programs. An estimate, not counted on CPUs.
 _RUNTIME = 1 << 30
 # JAX takes this share of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
@@ -38,7 +38,7 @@ class MemoryPrediction:
       kv_cache: keys, values and their mask.
       prefill_temporaries: the largest set of activations of the prompts, with one
         expanded kernel where the layers are sparse and the prompts have more tokens
-        than CUDA's kernel takes rows.
+        than CUDA's kernel takes rows (any number on a Hopper).
       decode_temporaries: the same of one step, with the kernel's workspace.
       device_bytes: of the device, None where unknown.
     """
@@ -209,8 +209,7 @@ def _activations(
     attention = block * (4 + 4 + itemsize) + 4 * rows * hidden * itemsize
     feed_forward = 2 * rows * ffn * itemsize
     expanded = 0
-    # The layout stores about 6% more than the nonzeros.
-    if sparsity and rows > cuda_kernel_rows(1 - 1.06 * (1 - sparsity)):
+    if sparsity and rows > cuda_kernel_rows():
         expanded = hidden * max(ffn, 3 * hidden) * itemsize
     layer = max(attention, feed_forward) // devices + 2 * rows * hidden * itemsize
     logits = 4 * 4 * batch * config.vocab_size  # noise, sorted and filtered beside them

@@ -99,6 +99,13 @@ def _garbage(shape, dtype) -> np.ndarray:
     return array
 
 
+def places(row_tiles: int, column_tiles: int, most_in_band: int) -> np.ndarray:
+    """(tiles, 2): the row and the column of each tile, in their order."""
+    found = np.full((row_tiles * column_tiles, 2), -1, np.int32)
+    _call("emulated_places", row_tiles, column_tiles, most_in_band, found)
+    return found
+
+
 def pack(dense: np.ndarray) -> tuple[np.ndarray, ...]:
     """Packs 16-bit patterns (K, M): bitmap, entries, values, counts."""
     k, m = dense.shape

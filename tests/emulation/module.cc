@@ -9,6 +9,7 @@
 #include "cuda/lscd_matmul_launch.h"
 #include "cuda/lscd_pack_launch.h"
 #include "cuda/lscd_sample_launch.h"
+#include "cuda/lscd_stream_k.cuh"
 
 namespace {
 
@@ -19,7 +20,7 @@ CUresult EncodeTiled(CUtensorMap* map, CUtensorMapDataType, cuuint32_t, void* da
   if (reinterpret_cast<uintptr_t>(data) % 16 != 0 || stride[0] % 16 != 0 || box[0] * 2 != 128) {
     return CUDA_ERROR_INVALID_VALUE;
   }
-  *map = {static_cast<const uint8_t*>(data), size[0], size[1], stride[0], box[0], box[1]};
+  *map = {static_cast<uint8_t*>(data), size[0], size[1], stride[0], box[0], box[1]};
   return CUDA_SUCCESS;
 }
 
@@ -86,6 +87,18 @@ int emulated_matmul(const void* x, const uint32_t* bitmap, const uint32_t* entri
   args.epilogue.has_relu = has_relu;
   args.kernel = static_cast<flashjax::LscdKernel>(kernel);
   return flashjax::LaunchLscdMatmul(args, nullptr);
+}
+
+// Of every tile in the order of a stream-K plan: its row and its column.
+int emulated_places(int64_t row_tiles, int64_t column_tiles, int64_t most_in_band,
+                    int32_t* places) {
+  const flashjax::StreamKPlan plan(row_tiles, column_tiles, most_in_band, 1, 1, false);
+  for (int tile = 0; tile < plan.tiles; ++tile) {
+    const flashjax::Place place = plan.PlaceOf(tile);
+    *places++ = place.row_tile;
+    *places++ = place.column_tile;
+  }
+  return 0;
 }
 
 int emulated_sample(const float* block, const uint32_t* bitmap, const uint32_t* entries,

@@ -102,6 +102,7 @@ struct Fiber {
   std::vector<Copy> copies;
   std::deque<std::vector<Copy>> copy_groups;
   std::vector<std::function<void()>> products;
+  std::vector<std::function<void()>> stores;
   std::deque<std::vector<std::function<void()>>> product_groups;
 };
 
@@ -198,7 +199,8 @@ void Main() {
   ComeToStack(nullptr, &block->scheduler_stack, &block->scheduler_stack_bytes);
   (*block->kernel)();
   Fiber& self = Self();
-  if (!self.copies.empty() || !self.products.empty() || !self.product_groups.empty()) {
+  if (!self.copies.empty() || !self.products.empty() || !self.product_groups.empty() ||
+      !self.stores.empty()) {
     Fail("a thread ended with asynchronous work that nobody waits for");
   }
   self.done = true;
@@ -289,6 +291,7 @@ void Begin(Fiber& fiber) {
   fiber.copies.clear();
   fiber.copy_groups.clear();
   fiber.products.clear();
+  fiber.stores.clear();
   fiber.product_groups.clear();
   RenewStack(fiber.stack.get());
   fiber.context.Begin(fiber.stack.get(), kStackBytes, Main);
@@ -450,6 +453,13 @@ void WaitForProducts(size_t pending_groups) {
     for (const auto& product : Self().product_groups.front()) product();
     Self().product_groups.pop_front();
   }
+}
+
+void StartStore(std::function<void()> store) { Self().stores.push_back(std::move(store)); }
+
+void FinishStores() {
+  for (const auto& store : Self().stores) store();
+  Self().stores.clear();
 }
 
 void InitBarrier(uint32_t address, uint32_t count) {

@@ -45,7 +45,7 @@ def check_matmul(kernel, x, dense, bias=None, float_output=False):
     ("dtype", "m"), [("float16", 275), ("bfloat16", 274), ("float16", 264)]
 )
 @pytest.mark.parametrize("float_output", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, 8, 16, 17, 33, 65, 129, 257])
+@pytest.mark.parametrize("rows", [1, 2, 8, 16, 17, 33, 65, 129, 257, 344])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_rows(kernel, rows, float_output, dtype, m):
     dense = op_cases.random_dense(520, m, 0.7, dtype)
@@ -101,6 +101,19 @@ def test_whole_tiles(multiprocessors):
     dense = op_cases.random_dense(520, 600, 0.7, "bfloat16")
     x = op_cases.random_x((700, 520), "bfloat16")
     check_matmul("wgmma", x, dense)
+
+
+@pytest.mark.parametrize(
+    ("columns", "most", "bands"),
+    [(1, 6, [1]), (6, 6, [6]), (7, 6, [4, 3]), (13, 6, [5, 5, 3]), (4, 1, [1] * 4)],
+)
+@pytest.mark.parametrize("rows", [1, 5, 112])
+def test_bands_of_tiles(rows, columns, most, bands):
+    expected, first = [], 0
+    for width in bands:
+        expected += [(r, first + c) for r in range(rows) for c in range(width)]
+        first += width
+    np.testing.assert_array_equal(emulator.places(rows, columns, most), expected)
 
 
 @pytest.mark.parametrize("float_output", [False, True])

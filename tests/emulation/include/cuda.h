@@ -18,7 +18,7 @@ enum CUtensorMapL2promotion { CU_TENSOR_MAP_L2_PROMOTION_L2_256B };
 enum CUtensorMapFloatOOBfill { CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE };
 
 struct CUtensorMap {
-  const uint8_t* data;
+  uint8_t* data;
   uint64_t columns, rows, row_bytes;
   uint32_t box_columns, box_rows;
 };

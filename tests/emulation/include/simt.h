@@ -125,6 +125,10 @@ void StartProduct(std::function<void()> product);
 void CommitProducts();
 void WaitForProducts(size_t pending_groups);
 
+// A store from shared memory, which it reads when it is waited for.
+void StartStore(std::function<void()> store);
+void FinishStores();
+
 // --- mbarriers
 
 void InitBarrier(uint32_t address, uint32_t count);

@@ -254,6 +254,7 @@ def test_sparse_models_generate_as_dense_ones(dtype, rows):
 )
 def test_expanded_weights_do_not_stay(platform, hidden_size, monkeypatch):
     # More rows than the kernel takes: every layer expands its weights.
+    monkeypatch.setitem(matmul.KERNEL_ROWS, "cuda", 2048)
     rows = matmul.KERNEL_ROWS[platform] + 16
     monkeypatch.setattr(generation_request, "_MOST_PREFILLED", rows)
     model = make_model(

@@ -112,8 +112,11 @@ def test_published_sizes():
     assert predict(huge, 0.8, device_bytes=100_000_000_000).fits_by_default is False
 
 
-def test_an_expanded_kernel_counts_above_the_rows_that_cuda_takes(monkeypatch):
-    monkeypatch.setattr(matmul_impl, "_has_wgmma", lambda: True)  # on any GPU
+@pytest.mark.parametrize("has_wgmma", [False, True])
+def test_an_expanded_kernel_counts_above_the_rows_that_cuda_takes(
+    has_wgmma, monkeypatch
+):
+    monkeypatch.setattr(matmul_impl, "_has_wgmma", lambda: has_wgmma)
 
     def temporaries(batch, sparsity):
         huge = opt.OPTConfig.opt_175b()
@@ -122,15 +125,10 @@ def test_an_expanded_kernel_counts_above_the_rows_that_cuda_takes(monkeypatch):
         )
         return predicted.prefill_temporaries
 
-    expanded = 12288 * 49152 * 2
-    # 61 and 67 sequences are not prefilled in pieces: 3904 and 4288 tokens.
-    for batch, sparsity, more in (
-        (32, 0.5, 0),
-        (61, 0.5, expanded),
-        (61, 0.8, 0),
-        (67, 0.8, expanded),
-    ):
-        assert temporaries(batch, sparsity) == temporaries(batch, 0) + more
+    expanded = 0 if has_wgmma else 12288 * 49152 * 2
+    # 64 and 128 tokens; 67 sequences are not prefilled in pieces: 4288.
+    for batch, more in ((1, 0), (2, expanded), (67, expanded)):
+        assert temporaries(batch, 0.8) == temporaries(batch, 0) + more
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,17 @@ void LoadMatrices(uint32_t* r, uint32_t address) {
 inline void LoadMatrix4(uint32_t r[4], uint32_t address) { LoadMatrices<4>(r, address); }
 inline void LoadMatrix2(uint32_t r[2], uint32_t address) { LoadMatrices<2>(r, address); }
 
+inline void StoreMatrix4Transposed(uint32_t address, const uint32_t v[4]) {
+  const uint8_t* columns = simt::Exchange("stmatrix", &address, sizeof address);
+  const int lane = simt::Lane();
+  for (int i = 0; i < 8; ++i) {
+    uint32_t column;
+    std::memcpy(&column, columns + (i / 2 * 8 + lane % 4 * 2 + i % 2) * simt::kLaneBytes, 4);
+    const uint16_t half = static_cast<uint16_t>(v[i / 2] >> (16 * (i % 2)));
+    std::memcpy(simt::SharedBytes(column, 16) + lane / 4 * 2, &half, 2);
+  }
+}
+
 inline void BarrierInit(uint32_t barrier, uint32_t count) { simt::InitBarrier(barrier, count); }
 inline void BarrierInitFence() {}
 inline void BarrierExpect(uint32_t barrier, uint32_t bytes) {
@@ -110,6 +121,22 @@ inline void TensorCopy2dToCluster(uint32_t dst, const void* map, int x, int y, u
     if (ctas >> rank & 1) simt::AsCta(rank, [=] { TensorCopy2d(dst, map, x, y, barrier); });
   }
 }
+
+inline void CopiesSeeShared() {}
+
+inline void TensorStore2d(const void* map, int x, int y, uint32_t src) {
+  const CUtensorMap box = *static_cast<const CUtensorMap*>(map);
+  simt::StartStore([=] {
+    for (uint32_t r = 0; r < box.box_rows && y + r < box.rows; ++r) {
+      for (uint32_t c = 0; c < box.box_columns && x + c < box.columns; ++c) {
+        std::memcpy(box.data + (y + r) * box.row_bytes + (x + c) * 2,
+                    simt::SharedBytes(Swizzle128(src + r * 128 + c * 2), 2), 2);
+      }
+    }
+  });
+}
+
+inline void TensorStoresRead() { simt::FinishStores(); }
 
 }  // namespace flashjax
 
