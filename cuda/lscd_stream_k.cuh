@@ -74,7 +74,7 @@ struct StreamKPlan {
         column_tiles(static_cast<int>(column_tiles)),
         tiles(static_cast<int>(row_tiles * column_tiles)),
         band(static_cast<int>(CeilDiv(column_tiles, CeilDiv(column_tiles, most_in_band)))),
-        cut_tiles(cuts_all ? tiles : CutTiles(tiles, static_cast<int>(ranks))),
+        cut_tiles(cuts_all ? tiles : CutTiles(tiles, this->column_tiles, static_cast<int>(ranks))),
         groups(static_cast<int>(groups)),
         each(static_cast<int>(cut_tiles * groups / ranks)),
         extra(static_cast<int>(cut_tiles * groups % ranks)),
@@ -91,10 +91,11 @@ struct StreamKPlan {
   }
 
   // What is left over when every rank has as many whole tiles; and one tile a rank more if that is
-  // so little that an owner would have many parts to add up.
-  static int CutTiles(int tiles, int ranks) {
+  // so little that an owner would have many parts to add up, or if no other tile has the same W.
+  static int CutTiles(int tiles, int column_tiles, int ranks) {
     const int rest = tiles % ranks;
-    return tiles < ranks || rest * 4 >= ranks || rest == 0 ? rest : ranks + rest;
+    const bool few_parts = rest * 4 >= ranks && column_tiles > 1;
+    return tiles < ranks || rest == 0 || few_parts ? rest : ranks + rest;
   }
 };
 

@@ -33,13 +33,23 @@ def test_rows(kernel, rows, dtype, m):
     op_cases.check_product(y, x, dense)
 
 
-# With 256 columns a tile: two and a rest of another width; several, the last not full.
+# Tiles of several widths; more than the GPU has multiprocessors. Multiples of 8 outputs
+# are stored in boxes.
+@pytest.mark.parametrize("m", [3210, 3208])
 @pytest.mark.parametrize("rows", [520, 700, 2048, 4096])
 @pytest.mark.parametrize("dtype", op_cases.HALVES)
-def test_tiles_of_columns(kernel, rows, dtype):
-    dense = op_cases.random_dense(1096, 3210, 0.7, dtype)
+def test_tiles_of_columns(kernel, rows, dtype, m):
+    dense = op_cases.random_dense(1096, m, 0.7, dtype)
     x = op_cases.random_x((rows, 1096), dtype)
     y = op_cases.kernel_product(kernel, x, fj.SparseMatrix.from_dense(dense))
+    op_cases.check_product(y, x, dense)
+
+
+def test_launches_of_several_widths():
+    op_cases.skip_without("wgmma")
+    dense = op_cases.random_dense(4096, 8192, 0.7, "float16")
+    x = op_cases.random_x((1040, 4096), "float16")  # 1032 in tiles of 344, and 8
+    y = op_cases.kernel_product("wgmma", x, fj.SparseMatrix.from_dense(dense))
     op_cases.check_product(y, x, dense)
 
 

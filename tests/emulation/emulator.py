@@ -99,6 +99,23 @@ def _garbage(shape, dtype) -> np.ndarray:
     return array
 
 
+def workspace_bytes(n: int, m: int, k: int) -> int:
+    function = _library().emulated_workspace_bytes
+    function.restype = ctypes.c_int64
+    return function(*map(ctypes.c_int64, (n, m, k)))
+
+
+def column_tiles(n: int, elements: int) -> list[tuple[int, int]]:
+    """Columns and width of tiles of each launch of a product with n columns."""
+    launches, next_tiles = [], np.empty(2, np.int64)
+    while n > 0:
+        _call("emulated_next_tiles", n, elements, next_tiles)
+        columns, width = map(int, next_tiles)
+        launches.append((columns, width))
+        n -= columns
+    return launches
+
+
 def places(row_tiles: int, column_tiles: int, most_in_band: int) -> np.ndarray:
     """(tiles, 2): the row and the column of each tile, in their order."""
     found = np.full((row_tiles * column_tiles, 2), -1, np.int32)
@@ -152,9 +169,7 @@ def matmul(
 ):
     """x (N, K) times a packed (K, M): (N, M). It and the bias: x's dtype or float32."""
     n, k = x.shape
-    workspace_bytes = _library().emulated_workspace_bytes
-    workspace_bytes.restype = ctypes.c_int64
-    size = workspace_bytes(*map(ctypes.c_int64, (n, m, k)))
+    size = workspace_bytes(n, m, k)
     workspace = _aligned(_garbage((size + 16,), np.uint8))[:size]
     y = _garbage((n, m), np.float32 if float_output else x.dtype)
     _call(

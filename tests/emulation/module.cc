@@ -6,6 +6,7 @@
 #include "cuda/decode_attention_launch.h"
 #include "cuda/gather_matmul_launch.h"
 #include "cuda/gather_unpack_launch.h"
+#include "cuda/lscd_column_tiles.h"
 #include "cuda/lscd_matmul_launch.h"
 #include "cuda/lscd_pack_launch.h"
 #include "cuda/lscd_sample_launch.h"
@@ -87,6 +88,13 @@ int emulated_matmul(const void* x, const uint32_t* bitmap, const uint32_t* entri
   args.epilogue.has_relu = has_relu;
   args.kernel = static_cast<flashjax::LscdKernel>(kernel);
   return flashjax::LaunchLscdMatmul(args, nullptr);
+}
+
+int emulated_next_tiles(int64_t n, int64_t elements, int64_t* columns_and_width) {
+  const flashjax::ColumnTiles tiles = flashjax::NextWgmmaTiles(n, elements);
+  columns_and_width[0] = tiles.columns;
+  columns_and_width[1] = tiles.width;
+  return 0;
 }
 
 // Of every tile in the order of a stream-K plan: its row and its column.

@@ -54,16 +54,16 @@ def test_rows(kernel, rows, float_output, dtype, m):
 
 
 @pytest.mark.parametrize("float_output", [False, True])
-@pytest.mark.parametrize("rows", [2, 8, 33, 257])
+@pytest.mark.parametrize(("rows", "m"), [(2, 275), (8, 275), (33, 275), (257, 272)])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_relu(kernel, rows, float_output):
-    dense = op_cases.random_dense(520, 275, 0.7, "float16")
+def test_relu(kernel, rows, m, float_output):
+    dense = op_cases.random_dense(520, m, 0.7, "float16")
     x = op_cases.random_x((rows, 520), "float16")
     *packed, _ = packed_on_host(dense)
-    bias = np.linspace(-9, 9, 275, dtype=np.float32)
+    bias = np.linspace(-9, 9, m, dtype=np.float32)
     without, with_relu = (
         emulator.matmul(
-            x, packed, 275, bias, kernel=kernel, float_output=float_output, relu=relu
+            x, packed, m, bias, kernel=kernel, float_output=float_output, relu=relu
         )
         for relu in (False, True)
     )
@@ -82,25 +82,64 @@ def test_shares_of_blocks(kernel, shape, multiprocessors):
     check_matmul(kernel, x, dense, bias, float_output=True)
 
 
-# Two tiles of columns and a rest of another width; three, the last not full.
+# Two or three tiles of columns. Multiples of 8 outputs are stored in boxes.
 @pytest.mark.parametrize("multiprocessors", [1, 3, 7, 132])
-@pytest.mark.parametrize("rows", [520, 700])
+@pytest.mark.parametrize(("rows", "m"), [(520, 261), (700, 264), (800, 520)])
 @pytest.mark.parametrize("float_output", [False, True])
-def test_tiles_of_columns(rows, float_output, multiprocessors):
+def test_tiles_of_columns(rows, m, float_output, multiprocessors):
     emulator.set_device(multiprocessors)
-    dense = op_cases.random_dense(520, 261, 0.7, "float16")
-    bias = np.linspace(-1, 1, 261, dtype=np.float32)
+    dense = op_cases.random_dense(520, m, 0.7, "float16")
+    bias = np.linspace(-1, 1, m, dtype=np.float32)
     x = op_cases.random_x((rows, 520), "float16")
     check_matmul("wgmma", x, dense, bias, float_output=float_output)
 
 
-# Nine tiles, of which two clusters cut three and four clusters five.
+# Nine tiles of 344 columns, of which two or four clusters cut one; three of 256, of
+# which two cut all.
 @pytest.mark.parametrize("multiprocessors", [4, 8])
-def test_whole_tiles(multiprocessors):
+@pytest.mark.parametrize("rows", [256, 1032])
+def test_whole_tiles(rows, multiprocessors):
     emulator.set_device(multiprocessors)
     dense = op_cases.random_dense(520, 600, 0.7, "bfloat16")
-    x = op_cases.random_x((700, 520), "bfloat16")
+    x = op_cases.random_x((rows, 520), "bfloat16")
     check_matmul("wgmma", x, dense)
+
+
+SMALL, LARGE = 1 << 20, 1 << 28  # elements
+
+
+@pytest.mark.parametrize(
+    ("rows", "elements", "launches"),
+    [
+        (9, LARGE, [(9, 16)]),
+        (129, LARGE, [(129, 256)]),
+        (257, LARGE, [(257, 344)]),
+        (350, LARGE, [(344, 344), (6, 8)]),
+        (350, SMALL, [(350, 256)]),
+        (384, LARGE, [(256, 256), (128, 128)]),
+        (768, LARGE, [(768, 256)]),
+        (1024, LARGE, [(1024, 344)]),
+        (1040, LARGE, [(1032, 344), (8, 8)]),
+        (1040, SMALL, [(1040, 344)]),
+        (1100, LARGE, [(344, 344), (756, 256)]),
+        (1 << 20, LARGE, [((1 << 20) - 64, 344), (64, 64)]),
+    ],
+)
+def test_launches(rows, elements, launches):
+    assert emulator.column_tiles(rows, elements) == launches
+
+
+def test_launches_take_all_rows():
+    for rows in range(1, 3000):
+        launches = emulator.column_tiles(rows, LARGE)
+        assert sum(columns for columns, _ in launches) == rows
+        assert len(launches) <= 3
+
+
+@pytest.mark.parametrize("rows", [1, 9, 40, 130, 257, 513, 1040, 100_000])
+def test_workspace_is_enough_for_all_launches(rows):
+    least = emulator.workspace_bytes(min(rows, 8), 4096, 4096)
+    assert least <= emulator.workspace_bytes(rows, 4096, 4096) <= 30 << 20
 
 
 @pytest.mark.parametrize(
