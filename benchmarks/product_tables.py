@@ -28,9 +28,12 @@ def headline(facts: dict, results: list[dict]) -> str:
 
 
 def speed_table(
-    facts: dict, results: list[dict], of: str = "OPT-30B and OPT-66B"
+    facts: dict,
+    results: list[dict],
+    of: str = "OPT-30B and OPT-66B",
+    most: int | None = None,
 ) -> str:
-    """Means over the layers, of the models `of`, by rows of x and zeros."""
+    """Means over the layers, of the models `of`, by zeros and up to `most` rows."""
     layers = {r["layer"]: f"{r['m']}x{r['k']}" for r in results}
     sparsities = sorted({r["sparsity"] for r in results})
     speedups = {(r["layer"], r["n"], r["sparsity"]): r["speedup"] for r in results}
@@ -46,7 +49,7 @@ def speed_table(
         f"process ({origin(facts)})."
     )
     rows = []
-    for n in sorted({r["n"] for r in results}):
+    for n in sorted({r["n"] for r in results if most is None or r["n"] <= most}):
         cells = []
         for s in sparsities:
             of_layers = [speedups[layer, n, s] for layer in layers]

@@ -47,10 +47,11 @@ def main() -> None:
     few_tokens = load(RESULTS / f"matmul-tokens-8-{H200}.json")
     few_bfloat16 = load(RESULTS / f"matmul-tokens-8-bfloat16-{H200}.json")
     both_halves = load(RESULTS / f"matmul-bfloat16-{H200}.json")
-    many_rows, zeros, large_layers, patterns, llama = (
+    many_rows, rows_256, zeros, large_layers, patterns, llama = (
         load(RESULTS / f"matmul-{name}-{H200}.json")
         for name in (
             "many-rows",
+            "256",
             "few-and-many-zeros",
             "opt-175b",
             "patterns",
@@ -77,12 +78,13 @@ def main() -> None:
     replace(README, "matmul", headline(*gpu))
     replace(README, "model", whole_model(*large))
     replace(README, "demo", demo_figures(training))
-    replace(WHEN_SPARSE_PAYS, "matmul", speed_table(*gpu))
+    replace(WHEN_SPARSE_PAYS, "matmul", speed_table(*gpu, most=128))
     replace(WHEN_SPARSE_PAYS, "matmul-h100", speed_table(*older_gpu))
     replace(WHEN_SPARSE_PAYS, "tokens", speed_table(*few_tokens))
     replace(WHEN_SPARSE_PAYS, "tokens-bfloat16", layer_table(*few_bfloat16))
     replace(WHEN_SPARSE_PAYS, "bfloat16", bfloat16_figures(*both_halves))
     replace(WHEN_SPARSE_PAYS, "many-rows", speed_table(*many_rows))
+    replace(WHEN_SPARSE_PAYS, "rows-256", speed_table(*rows_256))
     replace(WHEN_SPARSE_PAYS, "zeros", speed_table(*zeros))
     replace(WHEN_SPARSE_PAYS, "opt-175b", speed_table(*large_layers, of="OPT-175B"))
     replace(WHEN_SPARSE_PAYS, "patterns", pattern_table(*patterns))
