@@ -117,13 +117,13 @@ __device__ __forceinline__ void LoadMatrix2(uint32_t r[2], uint32_t address) {
                : "memory");
 }
 
-// Four 8x8 matrices of 16-bit elements, in the layout of mma's sums, each transposed: lane l has the
-// address of column l % 8 of matrix l / 8 (sm_90).
+// Four 8x8 matrices of 16-bit elements, in the layout of mma's sums, each transposed: lane l has
+// the address of column l % 8 of matrix l / 8 (sm_90).
 __device__ __forceinline__ void StoreMatrix4Transposed(uint32_t address, const uint32_t v[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   address),
-               "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+      "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+      : "memory");
 }
 
 // --- mbarriers and bulk copies (sm_90)
@@ -210,10 +210,10 @@ __device__ __forceinline__ void CopiesSeeShared() {
 // A box of a two-dimensional tensor map from shared memory; what lies outside of the map is left
 // out.
 __device__ __forceinline__ void TensorStore2d(const void* map, int x, int y, uint32_t src) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::
-                   "l"(map),
-               "r"(x), "r"(y), "r"(src)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
+      "r"(x), "r"(y), "r"(src)
+      : "memory");
 }
 
 // Until what this thread stores by tensor maps has been read from shared memory.
