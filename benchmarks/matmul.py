@@ -61,8 +61,8 @@ LEAST_CALLS = 12  # products in a program, each with its own copy of the weight
 
 
 def compile_products(product, n: int, k: int, dtype, copies: list):
-    """Compiles `product(x, copy)` with an x (n, k) for every copy; gives x too."""
-    xs = list(jax.random.normal(jax.random.key(n), (len(copies), n, k), dtype))
+    """Compiles `product(x, copy)` with an x (n, k) for every copy."""
+    x = jax.ShapeDtypeStruct((n, k), dtype)
 
     @jax.jit
     def program(xs, copies):
@@ -70,12 +70,12 @@ def compile_products(product, n: int, k: int, dtype, copies: list):
         # and merges those that share a weight.
         return [product(x, copy) for x, copy in zip(xs, copies, strict=True)]
 
-    return program.lower(xs, copies).compile(), xs
+    return program.lower([x] * len(copies), copies).compile()
 
 
-def microseconds(product, n: int, k: int, dtype, copies: list) -> float:
-    """Median device time of `product(x, copy)` with x (n, k), over all copies."""
-    program, xs = compile_products(product, n, k, dtype, copies)
+def time_products(program, n: int, k: int, dtype, copies: list) -> float:
+    """Median device time of one product of what compile_products() gives."""
+    xs = list(jax.random.normal(jax.random.key(n), (len(copies), n, k), dtype))
     return device_time.microseconds(program, xs, copies) / len(copies)
 
 
@@ -179,15 +179,17 @@ def time_shape(
 
     results = []
     for n in rows:
-        # One after the other: a GPU is as hot, and as slow, for one as for the other.
+        # With the same rows one soon after the other: a GPU is as hot, and as slow, for
+        # one as for the other.
         dense_us = min(
-            microseconds(dot, n, k, dtype, copies)
+            time_products(
+                compile_products(dot, n, k, dtype, copies), n, k, dtype, copies
+            )
             for dot, copies in dense_copies.values()
         )
         for sparsity in sparsities:
-            program, xs = programs.pop((sparsity, n))
             copies = sparse_copies[sparsity]
-            us = device_time.microseconds(program, xs, copies) / len(copies)
+            us = time_products(programs[sparsity, n], n, k, dtype, copies)
             w = copies[0]
             results.append(
                 {

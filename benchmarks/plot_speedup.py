@@ -2,8 +2,9 @@
 
     python benchmarks/plot_speedup.py
 
-The figures are those of `results/matmul-nvidia-h200.json`. Named, a result file of
-matmul.py gets a plot of all its layers beside it, as a PNG; matmul.py does so, too.
+The figures are those of `results/matmul-nvidia-h200.json` up to 128 rows, and above of
+`matmul-many-rows-nvidia-h200.json`. Named, a result file of matmul.py gets a plot of
+all its layers beside it, as a PNG; matmul.py does so, too.
 """
 
 import io
@@ -19,6 +20,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 SOURCE = RESULTS / f"matmul-{H200}.json"
+MANY_ROWS = RESULTS / f"matmul-many-rows-{H200}.json"
+MOST_ROWS = 128  # of the first one
 OUT = ROOT / "docs" / "images" / "speedup.svg"
 
 # Stand-ins for the colours of the page; the style sheet has those of both modes.
@@ -31,8 +34,12 @@ COLORS = ("#4c9be8", "#2ca58d", "#d9912b", "#d9566b", "#a97bd1")  # on both pape
 LAYERS = ("opt-30b.attention", "opt-30b.fc1", "opt-30b.fc2")
 
 
-def figure(facts: dict, results: list[dict]) -> str:
+def figure() -> str:
     """The plot as SVG."""
+    facts, few_rows = load(SOURCE)
+    many_facts, many_rows = load(MANY_ROWS)
+    results = [r for r in few_rows if r["n"] <= MOST_ROWS]
+    results += [r for r in many_rows if r["n"] > MOST_ROWS]
     settings = {
         "svg.hashsalt": "flashjax",
         "svg.fonttype": "none",
@@ -57,7 +64,8 @@ def figure(facts: dict, results: list[dict]) -> str:
         panels[0].set_ylabel("times as fast as dense")
         panels[0].legend(frameon=False, fontsize=9)
         drawing.suptitle(
-            f"{facts['device']}, {results[0]['dtype']}, OPT-30B ({origin(facts)})",
+            f"{facts['device']}, {results[0]['dtype']}, OPT-30B ({origin(facts)};\n"
+            f"above {MOST_ROWS} rows {origin(many_facts)})",
             fontsize=9,
         )
         buffer = io.StringIO()
@@ -118,7 +126,11 @@ def draw(axes: plt.Axes, results: list[dict]) -> None:
     axes.axhline(1, color=INK, linewidth=1, linestyle="--")
     axes.set_xscale("log", base=2)
     rows = sorted({r["n"] for r in results})
-    axes.set_xticks(rows, map(str, rows))
+    labels, last = [], 0
+    for n in rows:  # those for which there is room
+        labels.append(str(n) if n >= 4 * last else "")
+        last = n if labels[-1] else last
+    axes.set_xticks(rows, labels)
     axes.set_xlabel("rows of x")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
@@ -129,7 +141,7 @@ def main() -> None:
         for name in sys.argv[1:]:
             print(save_png(pathlib.Path(name)))
         return
-    OUT.write_text(figure(*load(SOURCE)), encoding="utf-8")
+    OUT.write_text(figure(), encoding="utf-8")
     print(OUT.relative_to(ROOT))
 
 

@@ -25,7 +25,10 @@ struct BoxStore {
   uint32_t shared, barrier;  // the warpgroup's; the barrier counts its warps
   int warp, lane;            // warp: in the warpgroup
   uint32_t phase = 0;
-  bool reads = false;  // boxes may still be read from shared memory
+  bool may_be_read = false;  // boxes, from shared memory
+
+  // Of shared memory for so many columns, which are written by sixteen.
+  static constexpr int Bytes(int columns) { return (columns + 15) / 16 * 16 * kBoxRows * 2; }
 
   // Rounds and stores a warp's sums. `row` and `column` are the first ones of the warpgroup.
   template <typename T, int kTileN, int kBoxN>
@@ -33,7 +36,8 @@ struct BoxStore {
                                         int column) {
     constexpr int kColumnBytes = kBoxRows * 2, kSecond = kTileN - kBoxN;
     static_assert(kSecond <= kBoxN && kSecond % 8 == 0);
-    // Lane l has column l % 8 of the first or the second eight, and 8 of the warp's 16 rows.
+    // Lane l gives the place of column l % 8 of the first or the second eight, and of 8 of the
+    // warp's 16 rows.
     const uint32_t to = shared + (lane / 16 * 8 + lane % 8) * kColumnBytes +
                         ((warp * 2 + lane / 8 % 2) ^ (lane % 8)) * 16;
     Meet();  // nobody reads values any more
@@ -53,14 +57,14 @@ struct BoxStore {
       TensorStore2d(y, row, column, shared);
       TensorStore2d(y, row, column + kSecond, shared + kSecond * kColumnBytes);
     }
-    reads = true;
+    may_be_read = true;
   }
 
   // Until shared memory may be written again.
   __device__ __forceinline__ void WaitUntilRead() {
-    if (!reads) return;
-    reads = false;
-    if (warp == 0 && lane == 0) TensorStoresRead();
+    if (!may_be_read) return;
+    may_be_read = false;
+    if (warp == 0 && lane == 0) WaitForStoreReads();
     Meet();
   }
 

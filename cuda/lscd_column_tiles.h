@@ -32,9 +32,8 @@ inline TileCost NarrowTile(int64_t n) {
   return *tile;
 }
 
-// The first launch of the cheapest ones that multiply W, of so many elements, by n columns: those
-// of the widest tiles, then wide ones, then a narrow one. More than three wide tiles are never
-// better than wider ones.
+// The first launch of the cheapest plan that multiplies W, of so many elements, by n columns. A
+// plan is all tiles of 344 columns, then up to three of 256, then a narrow one.
 inline ColumnTiles NextWgmmaTiles(int64_t n, int64_t elements) {
   constexpr int kMostNarrow = 128;
   const int64_t launch = 100 * kLaunchElements / std::max<int64_t>(elements, 1);

@@ -17,7 +17,7 @@
 namespace flashjax {
 namespace {
 
-// More than any GPU of today has multiprocessors, whose ranks have slots (the mma kernel's are a
+// More than any Hopper has multiprocessors, whose ranks have slots (the mma kernel's are a
 // quarter).
 constexpr int64_t kWorkspaceSlots = 160;
 
@@ -273,7 +273,8 @@ int64_t WgmmaWorkspaceBytes(ColumnTiles tiles, int64_t m, int64_t k) {
            SlotBytes(Config::kStrips, tiles.width);
   };
   if (tiles.width < 128) return bytes(WgmmaConfig<64>{});
-  return tiles.width == 128 ? bytes(WgmmaConfig<128>{}) : bytes(WgmmaConfig<256>{});
+  if (tiles.width == 128) return bytes(WgmmaConfig<128>{});
+  return tiles.width == 256 ? bytes(WgmmaConfig<256>{}) : bytes(WgmmaConfig<kWidestTile.width>{});
 }
 
 }  // namespace

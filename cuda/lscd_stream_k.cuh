@@ -68,16 +68,17 @@ struct StreamKPlan {
   int each, extra;
   Divisor by_groups, by_band_tiles, by_band, by_last_band;
 
-  StreamKPlan(int64_t row_tiles, int64_t column_tiles, int64_t most_in_band, int64_t groups,
+  // There are no more units than an int holds, and at most `most_in_band` columns of tiles a band.
+  StreamKPlan(int64_t rows, int64_t columns, int64_t most_in_band, int64_t groups_of_k,
               int64_t ranks, bool cuts_all)
-      : row_tiles(static_cast<int>(row_tiles)),
-        column_tiles(static_cast<int>(column_tiles)),
-        tiles(static_cast<int>(row_tiles * column_tiles)),
-        band(static_cast<int>(CeilDiv(column_tiles, CeilDiv(column_tiles, most_in_band)))),
-        cut_tiles(cuts_all ? tiles : CutTiles(tiles, this->column_tiles, static_cast<int>(ranks))),
-        groups(static_cast<int>(groups)),
-        each(static_cast<int>(cut_tiles * groups / ranks)),
-        extra(static_cast<int>(cut_tiles * groups % ranks)),
+      : row_tiles(static_cast<int>(rows)),
+        column_tiles(static_cast<int>(columns)),
+        tiles(row_tiles * column_tiles),
+        band(static_cast<int>(CeilDiv(columns, CeilDiv(columns, most_in_band)))),
+        cut_tiles(cuts_all ? tiles : CutTiles(tiles, column_tiles, static_cast<int>(ranks))),
+        groups(static_cast<int>(groups_of_k)),
+        each(static_cast<int>(cut_tiles * groups_of_k / ranks)),
+        extra(static_cast<int>(cut_tiles * groups_of_k % ranks)),
         by_groups(static_cast<uint32_t>(groups)),
         by_band_tiles(static_cast<uint32_t>(band * row_tiles)),
         by_band(static_cast<uint32_t>(band)),
@@ -94,8 +95,8 @@ struct StreamKPlan {
   // so little that an owner would have many parts to add up, or if no other tile has the same W.
   static int CutTiles(int tiles, int column_tiles, int ranks) {
     const int rest = tiles % ranks;
-    const bool few_parts = rest * 4 >= ranks && column_tiles > 1;
-    return tiles < ranks || rest == 0 || few_parts ? rest : ranks + rest;
+    const bool cuts_rest_only = rest * 4 >= ranks && column_tiles > 1;
+    return tiles < ranks || rest == 0 || cuts_rest_only ? rest : ranks + rest;
   }
 };
 

@@ -39,7 +39,7 @@ struct StripReader {
     schedule_ = 0;
     waits_ = 0;
     p = q = ring.data + lane * 4;
-    if (strip_ >= w.strips) return;
+    if (strip_ >= w.strips) return;  // next_ is not before last_ here: nothing is copied
     const StreamStart start = FindStart(w, strip, group, lane);
     last_ = strip1 < w.strips ? FindEnd(w, strip1, group1) : FindEnd(w, w.strips - 1, w.groups);
     next_bits_ = (static_cast<uint32_t>(strip) * w.groups + group) * kLanes + lane;

@@ -82,23 +82,24 @@ struct WgmmaConfig {
   static constexpr int kTileM = kStrips * kStripRows;
   // Rows that are next to each other are written together: with 256 columns that weighs more.
   static constexpr bool kWalksOn = kTileN < 256;
-  // A stage of x is 4 to 8 KB (16 and 32 KB for 128 and 256 columns), so that its barrier is waited
-  // for rarely.
+  // A stage of x is 4 to 8 KB (16, 32 and 43 KB for 128, 256 and 344 columns), so that its barrier
+  // is waited for rarely.
   static constexpr int kStageK = kTileN <= 16 ? 256 : kTileN == 32 ? 128 : 64;
   static constexpr int kStageBytes = kStageK * kColumns * 2;
   static constexpr int kBoxBytes = kStepK * kColumns * 2;
-  // Columns of a box that a CTA brings, of which eight share a swizzle pattern: the halves of the
-  // widest tile overlap by eight.
+  // Columns of a box of x that a CTA brings, and of a box of y. Eight share a swizzle pattern, so
+  // the two of the widest tile overlap by eight, which come, or leave, twice.
   static constexpr int kBoxN = (kColumns / kCluster + 7) / 8 * 8;
   static constexpr int kBroughtBytes = kStageK * kCluster * kBoxN * 2;  // into a stage
   static constexpr int kStages = kTileN <= 8 ? 6 : kTileN <= 256 ? 4 : 3;
   // Half as many warps have to have as many values under way; 256 columns leave no room for it. The
-  // widest tile stands beside others, for which the values should stay in L2.
+  // widest tiles have neighbours that read the same values: these should stay in L2.
   using Ring = std::conditional_t<kTileN == 128, BulkRing<8, 2>,
                                   BulkRing<kRingSegments, kPrefetch, (kTileN <= 256)>>;
-  // Where a walk ends with its tile, its values' place is free for y. With 256 columns that is
-  // nothing faster.
+  // Where a walk ends with its tile, its values' place is free for y. With 256 columns that is no
+  // faster.
   static constexpr bool kStoresBoxes = kTileN > 256;
+  static_assert(!kStoresBoxes || BoxStore::Bytes(kColumns) <= 4 * Ring::kBytes);
   static constexpr int kBarriers = kWarps * Ring::kSegments + 2 * kStages + 1 + kWarps / 4;
   static constexpr int kSharedBytes =
       1024 + kStages * kStageBytes + kWarps * Ring::kBytes + kBarriers * 8;
@@ -351,6 +352,7 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
     BarrierInit(full + lane * 8, 1);
     BarrierInit(empty + lane * 8, kStrips);
     if (lane == 0) BarrierInit(left, kWarps);
+    static_assert(kWarps / 4 <= kStages || !Config::kStoresBoxes);
     if (lane < kWarps / 4) BarrierInit(box_barriers + lane * 8, 4);
   }
   BarrierInitFence();

@@ -19,9 +19,10 @@ and this module if a SparseMatrix is an argument or a result::
     y = jax.export.deserialize(blob).call(x, w)
 
 A symbolic number of rows always takes the kernels, also for many rows; but weights
-packed for few tokens are then expanded. `serialize` needs `pip install flatbuffers`. An
-exported function runs only with a flashjax whose kernels are those that it was exported
-with.
+packed for few tokens are then expanded. Where there is no GPU it is exported for a
+Hopper: an older one, on which many rows are better expanded, runs them slowly.
+`serialize` needs `pip install flatbuffers`. An exported function runs only with a
+flashjax whose kernels are those that it was exported with.
 """
 
 import json

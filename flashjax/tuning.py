@@ -31,6 +31,9 @@ _MOST_COPIES = 48
 _PROGRAM_SECONDS, _MOST_PRODUCTS, _MOST_BYTES = 2e-3, 64, 256 << 20
 _PROGRAMS = {"cuda": 4, "cpu": 1}
 _RUNS, _SECONDS = 5, 0.03
+# Expanding takes memory for a dense matrix: it has to be faster by more than timings
+# differ.
+_MARGIN = 1.03
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +75,11 @@ class TunedMatrix:
 
     def __str__(self) -> str:
         k, m = self.shape
+        limited = self.kernel_rows < matmul_impl.KERNEL_ROWS["cuda"]
+        rows = f"up to {self.kernel_rows} rows of x" if limited else "always"
         lines = [
             f"{k} x {m}, {self.dtype.name}, {self.sparsity:.0%} zeros, {self.device}: "
-            f"the kernel up to {self.kernel_rows} rows of x",
+            f"the kernel {rows}",
             "rows of x     kernel     expand      dense   x dense",
         ]
         for t in self.timings:
@@ -98,12 +103,12 @@ def autotune(
     With many rows the kernels, which expand a weight anew for every 344 rows at most,
     may lose to expanding it once, to a temporary dense matrix. Where, depends on the
     device, the shape and the zeros; without this FlashJAX takes what is usual: on an
-    H200 the kernel always. What
-    is found counts for every matrix of that shape, dtype and number of zeros (within 5%
-    of the elements) on such a device, here and in later processes of this version of
-    FlashJAX; functions jitted before are compiled again when they are called next
-    (those compiled by `.lower().compile()` are not). The two ways round differently: a
-    result may differ in its last bit from one before, where it takes the other one.
+    H200 the kernel always. What is found counts for every matrix of that shape, dtype
+    and number of zeros (within 5% of the elements) on such a device, here and in later
+    processes of this version of FlashJAX; functions jitted before are compiled again
+    when they are called next (those compiled by `.lower().compile()` are not). The two
+    ways round differently: a result may differ in its last bit from one before, where
+    it takes the other one.
 
     It also tells whether sparse pays at all for a layer: beside the times of both ways
     are those of the dense product. It takes a minute or so for a shape on a GPU, most
@@ -180,9 +185,10 @@ def _kernel_rows(timings: tuple[Timing, ...], usual: int) -> int:
     """
 
     def slowdown(most: int) -> float:
+        times = [(t.rows, t.kernel, _MARGIN * t.expand) for t in timings]
         return sum(
-            (t.kernel if t.rows <= most else t.expand) / min(t.kernel, t.expand)
-            for t in timings
+            (kernel if rows <= most else expand) / min(kernel, expand)
+            for rows, kernel, expand in times
         )
 
     first, last = timings[0].rows, timings[-1].rows

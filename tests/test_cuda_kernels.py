@@ -33,8 +33,8 @@ def test_rows(kernel, rows, dtype, m):
     op_cases.check_product(y, x, dense)
 
 
-# Tiles of several widths; more than the GPU has multiprocessors. Multiples of 8 outputs
-# are stored in boxes.
+# Tiles of 344 and 256 columns; more than the GPU has multiprocessors. Of the former
+# multiples of 8 outputs are stored in boxes.
 @pytest.mark.parametrize("m", [3210, 3208])
 @pytest.mark.parametrize("rows", [520, 700, 2048, 4096])
 @pytest.mark.parametrize("dtype", op_cases.HALVES)
@@ -42,6 +42,15 @@ def test_tiles_of_columns(kernel, rows, dtype, m):
     dense = op_cases.random_dense(1096, m, 0.7, dtype)
     x = op_cases.random_x((rows, 1096), dtype)
     y = op_cases.kernel_product(kernel, x, fj.SparseMatrix.from_dense(dense))
+    op_cases.check_product(y, x, dense)
+
+
+# Some 96 tiles of one group, of which an H200's 66 clusters cut 30: many store twice.
+def test_boxes_one_after_the_other():
+    op_cases.skip_without("wgmma")
+    dense = op_cases.random_dense(72, 4096, 0.5, "float16")
+    x = op_cases.random_x((2048, 72), "float16")
+    y = op_cases.kernel_product("wgmma", x, fj.SparseMatrix.from_dense(dense))
     op_cases.check_product(y, x, dense)
 
 

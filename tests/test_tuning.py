@@ -135,6 +135,7 @@ def test_kernel_rows():
     assert rows(1, 2, 11, 12) == 2
     assert rows(10.5, 2, 3, 20) == 4  # one time that is off
     assert rows(11, 12) == 0
+    assert rows(1, 10.2) == 100  # by less than timings differ
     # What was not timed is as usual, unless that contradicts what was found.
     assert rows(1, 10) == 100
     assert rows(1, 10, first=80) == 160

@@ -217,7 +217,7 @@ __device__ __forceinline__ void TensorStore2d(const void* map, int x, int y, uin
 }
 
 // Until what this thread stores by tensor maps has been read from shared memory.
-__device__ __forceinline__ void TensorStoresRead() {
+__device__ __forceinline__ void WaitForStoreReads() {
   asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 

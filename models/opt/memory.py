@@ -39,7 +39,7 @@ class MemoryPrediction:
       prefill_temporaries: the largest set of activations of the prompts, with one
         expanded kernel where the layers are sparse and the prompts have more tokens
         than CUDA's kernel takes rows (any number on a Hopper).
-      decode_temporaries: the same of one step, with the kernel's workspace.
+      decode_temporaries: the same of one step; both with the kernel's workspace.
       device_bytes: of the device, None where unknown.
     """
 
@@ -129,6 +129,7 @@ def predict(
     cached = check_cache_dtype(cache_dtype, dtype).itemsize
     kv = 2 * config.num_layers * config.hidden_size * batch * slots * cached
     size = dtype.itemsize
+    workspace = _WORKSPACE if sparsity else 0
     return MemoryPrediction(
         linear_weights=linear,
         other_weights=other,
@@ -141,11 +142,12 @@ def predict(
             bucket(prompt),
             size,
             devices,
-        ),
+        )
+        + workspace,
         decode_temporaries=_activations(
             config, sparsity, batch, 1, slots, size, devices
         )
-        + (_WORKSPACE if sparsity else 0),
+        + workspace,
         device_bytes=device_bytes,
     )
 

@@ -148,12 +148,13 @@ def test_times_of_kernels_by_name(benchmarks):
 
 def test_plot_is_of_the_stored_results(benchmarks):
     plot = load(benchmarks / "plot_speedup.py")
-    facts, results = plot.load(plot.SOURCE)
+    sources = [plot.load(path) for path in (plot.SOURCE, plot.MANY_ROWS)]
     stored = plot.OUT.read_text(encoding="utf-8")
-    for svg in (stored, plot.figure(facts, results)):
-        assert plot.origin(facts) in svg, "run benchmarks/plot_speedup.py"
+    for svg in (stored, plot.figure()):
+        for facts, results in sources:
+            assert plot.origin(facts) in svg, "run benchmarks/plot_speedup.py"
+            assert svg.count("% zeros") == len({r["sparsity"] for r in results})
         assert "prefers-color-scheme" in svg
-        assert svg.count("% zeros") == len({r["sparsity"] for r in results})
 
 
 def test_plot_of_a_result(benchmarks, tmp_path):

@@ -82,9 +82,12 @@ def test_shares_of_blocks(kernel, shape, multiprocessors):
     check_matmul(kernel, x, dense, bias, float_output=True)
 
 
-# Two or three tiles of columns. Multiples of 8 outputs are stored in boxes.
+# Two or three tiles of 344 columns, three of 256. Of the former multiples of 8 outputs
+# are stored in boxes.
 @pytest.mark.parametrize("multiprocessors", [1, 3, 7, 132])
-@pytest.mark.parametrize(("rows", "m"), [(520, 261), (700, 264), (800, 520)])
+@pytest.mark.parametrize(
+    ("rows", "m"), [(520, 261), (688, 264), (700, 264), (800, 520)]
+)
 @pytest.mark.parametrize("float_output", [False, True])
 def test_tiles_of_columns(rows, m, float_output, multiprocessors):
     emulator.set_device(multiprocessors)
@@ -136,10 +139,19 @@ def test_launches_take_all_rows():
         assert len(launches) <= 3
 
 
+@pytest.mark.parametrize("m", [16, 300, 4096, 28_672])
 @pytest.mark.parametrize("rows", [1, 9, 40, 130, 257, 513, 1040, 100_000])
-def test_workspace_is_enough_for_all_launches(rows):
-    least = emulator.workspace_bytes(min(rows, 8), 4096, 4096)
-    assert least <= emulator.workspace_bytes(rows, 4096, 4096) <= 30 << 20
+def test_workspace_is_enough_for_all_launches(rows, m):
+    k = 4096
+    most = emulator.workspace_bytes(1 << 20, m, k)  # for any number of rows
+    size = emulator.workspace_bytes(rows, m, k)
+    assert size <= most <= 30 << 20
+    for columns, width in emulator.column_tiles(rows, m * k):
+        ctas, warps = (2 if width >= 256 else 1), (8 if width >= 128 else 16)
+        strips = ctas * warps
+        units = -(-m // (16 * strips)) * -(-columns // width) * (k // 256)
+        slot = strips * (8 + width // 8 * 32 * 16)
+        assert size >= min(units, 160 // ctas) * slot
 
 
 @pytest.mark.parametrize(

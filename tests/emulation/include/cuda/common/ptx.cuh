@@ -122,7 +122,7 @@ inline void TensorCopy2dToCluster(uint32_t dst, const void* map, int x, int y, u
   }
 }
 
-inline void CopiesSeeShared() {}
+inline void CopiesSeeShared() {}  // whether it is missing cannot be noticed here
 
 inline void TensorStore2d(const void* map, int x, int y, uint32_t src) {
   const CUtensorMap box = *static_cast<const CUtensorMap*>(map);
@@ -136,7 +136,7 @@ inline void TensorStore2d(const void* map, int x, int y, uint32_t src) {
   });
 }
 
-inline void TensorStoresRead() { simt::FinishStores(); }
+inline void WaitForStoreReads() { simt::FinishStores(); }
 
 }  // namespace flashjax
 
