@@ -1,5 +1,3 @@
-#include <cuda.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -9,6 +7,7 @@
 #include "cpu/lscd_layout.h"
 #include "cuda/common/device_value.h"
 #include "cuda/common/launch.h"
+#include "cuda/common/tensor_map.h"
 #include "cuda/lscd_column_tiles.h"
 #include "cuda/lscd_matmul_launch.h"
 #include "cuda/lscd_mma.cuh"
@@ -157,57 +156,23 @@ cudaError_t LaunchMma(const Problem<Weight>& problem, int64_t n0, int64_t n) {
       x, problem, problem.output(n0, n));
 }
 
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*,
-                                 const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
-                                 const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
-                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-
-// Through the runtime, so that the module loads where there is no driver.
-EncodeTiled FindEncodeTiled() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
-                                                             12000, cudaEnableDefault, &found);
-#else
-  const cudaError_t error =
-      cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
-#endif
-  if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) return nullptr;
-  return reinterpret_cast<EncodeTiled>(function);
-}
-
-// The map of (rows, columns) 16-bit elements, of which a box has 64 columns and the 128-byte
-// swizzle.
-template <typename T>
-bool EncodeMap(CUtensorMap& map, void* data, int64_t rows, int64_t columns, int box_rows) {
-  static const EncodeTiled encode = FindEncodeTiled();
-  if (encode == nullptr) return false;
-  const cuuint64_t size[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t stride[1] = {static_cast<cuuint64_t>(columns) * 2};
-  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)}, ones[2] = {1, 1};
-  return encode(&map,
-                std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                          : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                2, data, size, stride, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 template <typename T, int kTileN, typename Weight>
 cudaError_t LaunchWgmma(const Problem<Weight>& problem, int64_t n0, int64_t n) {
   using Config = WgmmaConfig<kTileN>;
-  static_assert(kStepK == 64 && kBoxRows == 64);
+  static_assert(kStepK == kTensorBox && kBoxRows == kTensorBox);
   const int64_t m = problem.args.m, k = problem.args.k;
   Output out = problem.output(n0, n);
+  constexpr auto kType = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                   : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   WgmmaMaps maps{};
-  if (!EncodeMap<T>(maps.x, const_cast<uint8_t*>(problem.x(n0)), n, k, Config::kBoxN)) {
-    return cudaErrorInvalidValue;
-  }
+  const cudaError_t error =
+      EncodeTensorMap(maps.x, kType, const_cast<uint8_t*>(problem.x(n0)), n, k, Config::kBoxN);
+  if (error != cudaSuccess) return error;
   out.in_boxes = Config::kStoresBoxes && !out.epilogue.is_float && m % 8 == 0 &&
                  reinterpret_cast<uintptr_t>(out.epilogue.y) % 16 == 0;
-  if (out.in_boxes && !EncodeMap<T>(maps.y, out.epilogue.y, n, m, Config::kBoxN)) {
-    return cudaErrorInvalidValue;
+  if (out.in_boxes) {
+    const cudaError_t error = EncodeTensorMap(maps.y, kType, out.epilogue.y, n, m, Config::kBoxN);
+    if (error != cudaSuccess) return error;
   }
   return LaunchStreamK<&LscdWgmmaKernel<T, kTileN, Weight>, Config, kTileN>(maps, problem, out);
 }

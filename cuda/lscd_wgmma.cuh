@@ -29,40 +29,11 @@
 #include "cuda/common/ptx.cuh"
 #include "cuda/common/wgmma.cuh"
 #include "cuda/lscd_box_store.cuh"
+#include "cuda/lscd_bulk_ring.cuh"
 #include "cuda/lscd_stream_k.cuh"
 #include "cuda/lscd_strip_reader.cuh"
 
 namespace flashjax {
-
-// A warp's ring of value segments, filled by bulk copies that complete on one mbarrier a slot.
-template <int kRing, int kRingAhead, bool kReadOnce = true>
-struct BulkRing {
-  static constexpr int kSegments = kRing, kAhead = kRingAhead, kBytes = RingBytes(kSegments);
-
-  uint32_t data, barriers;
-  uint32_t slot_in = 0, slot_out = 0;  // slots of the next copy and the next wait
-  uint32_t phase = 0;                  // of slot_out's barrier
-
-  __device__ __forceinline__ uint32_t slot() const { return slot_out; }
-  __device__ __forceinline__ void Copy(const uint8_t* source, bool any, bool is_first, int lane) {
-    if (!any) return;
-    if (lane == 0) {
-      const uint32_t barrier = barriers + slot_in * 8, dst = data + slot_in * kSegmentBytes;
-      const auto copy = kReadOnce && !is_first ? BulkCopyOnce : BulkCopy;
-      BarrierExpect(barrier, slot_in == 0 ? 2 * kSegmentBytes : kSegmentBytes);
-      copy(dst, source, kSegmentBytes, barrier);
-      if (slot_in == 0) copy(dst + kSegments * kSegmentBytes, source, kSegmentBytes, barrier);
-    }
-    slot_in = slot_in == kSegments - 1 ? 0 : slot_in + 1;
-  }
-  __device__ __forceinline__ void Wait() {
-    BarrierWait(barriers + slot_out * 8, phase);
-    if (++slot_out == kSegments) {
-      slot_out = 0;
-      phase ^= 1;
-    }
-  }
-};
 
 template <int kTileN>
 struct WgmmaConfig {

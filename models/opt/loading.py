@@ -22,7 +22,7 @@ from flax import nnx
 from flashjax.checkpoint import CheckpointError
 from flashjax.nn import SparseDense
 from flashjax.nnx_tree import node_at, set_node
-from flashjax.packing import count_nonzeros
+from flashjax.packing import count_nonzeros, put
 from flashjax.sparse_matrix import SparseMatrix
 from flashjax.sparse_rows import SparseRows
 
@@ -287,7 +287,7 @@ class _OneDevice:
             packed = weight.pack()
             with self._copying:
                 bitmap, entries, values, counts = (
-                    jax.block_until_ready(jnp.asarray(part)) for part in packed
+                    jax.block_until_ready(put((part,))[0]) for part in packed
                 )
             shape = weight.shape[::-1]
             return SparseMatrix(
