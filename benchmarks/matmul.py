@@ -156,16 +156,15 @@ def time_shape(
 ) -> list[dict]:
     m, k = shape_of(name)
     dense = dense_weight((m, k), dtype)
-    dense_copies = {
-        "(K, M)": (lambda x, w: x @ w, cold_copies(dense, dense.nbytes)),
-        "(M, K)": (lambda x, w: x @ w.T, cold_copies(dense.T.copy(), dense.nbytes)),
-    }
+    # (K, M), then (M, K).
+    dense_copies = [
+        (lambda x, w: x @ w, cold_copies(dense, dense.nbytes)),
+        (lambda x, w: x @ w.T, cold_copies(dense.T.copy(), dense.nbytes)),
+    ]
     sparse_copies = {}
     for sparsity in sparsities:
-        pruned = prune(dense, sparsity, pattern)
-        w = fj.SparseMatrix.from_dense(pruned, tokens=tokens)
+        w = fj.SparseMatrix.from_dense(prune(dense, sparsity, pattern), tokens=tokens)
         sparse_copies[sparsity] = cold_copies(w, w.nbytes)
-        del pruned
     product = sparse_product(kernel)
 
     def compile_sparse(sparsity_and_n):
@@ -185,7 +184,7 @@ def time_shape(
             time_products(
                 compile_products(dot, n, k, dtype, copies), n, k, dtype, copies
             )
-            for dot, copies in dense_copies.values()
+            for dot, copies in dense_copies
         )
         for sparsity in sparsities:
             copies = sparse_copies[sparsity]

@@ -14,14 +14,13 @@ import re
 import sys
 
 import matplotlib
-from result_tables import H200, RESULTS, ROOT, load, origin, shape
+from result_tables import FEW_ROWS, H200, RESULTS, ROOT, load, origin, shape
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 SOURCE = RESULTS / f"matmul-{H200}.json"
 MANY_ROWS = RESULTS / f"matmul-many-rows-{H200}.json"
-MOST_ROWS = 128  # of the first one
 OUT = ROOT / "docs" / "images" / "speedup.svg"
 
 # Stand-ins for the colours of the page; the style sheet has those of both modes.
@@ -38,8 +37,8 @@ def figure() -> str:
     """The plot as SVG."""
     facts, few_rows = load(SOURCE)
     many_facts, many_rows = load(MANY_ROWS)
-    results = [r for r in few_rows if r["n"] <= MOST_ROWS]
-    results += [r for r in many_rows if r["n"] > MOST_ROWS]
+    results = [r for r in few_rows if r["n"] <= FEW_ROWS]
+    results += [r for r in many_rows if r["n"] > FEW_ROWS]
     settings = {
         "svg.hashsalt": "flashjax",
         "svg.fonttype": "none",
@@ -65,7 +64,7 @@ def figure() -> str:
         panels[0].legend(frameon=False, fontsize=9)
         drawing.suptitle(
             f"{facts['device']}, {results[0]['dtype']}, OPT-30B ({origin(facts)};\n"
-            f"above {MOST_ROWS} rows {origin(many_facts)})",
+            f"above {FEW_ROWS} rows {origin(many_facts)})",
             fontsize=9,
         )
         buffer = io.StringIO()

@@ -32,7 +32,16 @@ from product_tables import (
     peer_table,
     speed_table,
 )
-from result_tables import H100, H200, RESULTS, ROOT, load, load_part, replace
+from result_tables import (
+    FEW_ROWS,
+    H100,
+    H200,
+    RESULTS,
+    ROOT,
+    load,
+    load_part,
+    replace,
+)
 
 README = ROOT / "README.md"
 WHEN_SPARSE_PAYS = ROOT / "docs" / "when-sparse-pays.md"
@@ -78,7 +87,7 @@ def main() -> None:
     replace(README, "matmul", headline(*gpu))
     replace(README, "model", whole_model(*large))
     replace(README, "demo", demo_figures(training))
-    replace(WHEN_SPARSE_PAYS, "matmul", speed_table(*gpu, most=128))
+    replace(WHEN_SPARSE_PAYS, "matmul", speed_table(*gpu, most=FEW_ROWS))
     replace(WHEN_SPARSE_PAYS, "matmul-h100", speed_table(*older_gpu))
     replace(WHEN_SPARSE_PAYS, "tokens", speed_table(*few_tokens))
     replace(WHEN_SPARSE_PAYS, "tokens-bfloat16", layer_table(*few_bfloat16))

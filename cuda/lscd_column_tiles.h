@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 
 #include "cpu/ceil_div.h"
 
@@ -25,7 +26,7 @@ inline constexpr TileCost kNarrowTiles[] = {{8, 31}, {16, 33}, {32, 36}, {64, 42
 inline constexpr TileCost kWideTile = {256, 94}, kWidestTile = {344, 120};
 inline constexpr int64_t kLaunchElements = 20'000'000;
 
-// The narrowest tile that takes n columns, which are not more than 128.
+// The narrowest tile that takes n columns, which one of these does.
 inline TileCost NarrowTile(int64_t n) {
   const TileCost* tile = kNarrowTiles;
   while (tile->width < n) ++tile;
@@ -35,7 +36,7 @@ inline TileCost NarrowTile(int64_t n) {
 // The first launch of the cheapest plan that multiplies W, of so many elements, by n columns. A
 // plan is all tiles of 344 columns, then up to three of 256, then a narrow one.
 inline ColumnTiles NextWgmmaTiles(int64_t n, int64_t elements) {
-  constexpr int kMostNarrow = 128;
+  constexpr int kMostNarrow = kNarrowTiles[std::size(kNarrowTiles) - 1].width;
   const int64_t launch = 100 * kLaunchElements / std::max<int64_t>(elements, 1);
   ColumnTiles best{n, NarrowTile(std::min<int64_t>(n, kMostNarrow)).width};
   int64_t least = INT64_MAX;

@@ -11,6 +11,7 @@ import pytest
 from emulation import emulator
 
 from flashjax import _native, reference
+from flashjax.models.opt import memory
 
 KERNELS = ("mma", "wgmma")
 
@@ -145,13 +146,18 @@ def test_workspace_is_enough_for_all_launches(rows, m):
     k = 4096
     most = emulator.workspace_bytes(1 << 20, m, k)  # for any number of rows
     size = emulator.workspace_bytes(rows, m, k)
-    assert size <= most <= 30 << 20
+    assert size <= most <= memory._WORKSPACE
     for columns, width in emulator.column_tiles(rows, m * k):
         ctas, warps = (2 if width >= 256 else 1), (8 if width >= 128 else 16)
         strips = ctas * warps
         units = -(-m // (16 * strips)) * -(-columns // width) * (k // 256)
         slot = strips * (8 + width // 8 * 32 * 16)
         assert size >= min(units, 160 // ctas) * slot
+
+
+def test_memory_is_predicted_with_the_largest_workspace():
+    largest = emulator.workspace_bytes(1 << 20, 28_672, 4096)
+    assert largest == memory._WORKSPACE
 
 
 @pytest.mark.parametrize(
