@@ -6,6 +6,7 @@ import pathlib
 import re
 import statistics
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -13,7 +14,9 @@ import jax
 from jax.profiler import ProfileData
 
 EXECUTIONS = 7
-SETTLE = 20  # executions before these: at its limit of power a GPU slows down meanwhile
+# Seconds that a program runs before these: at its limit of power a GPU takes tenths of
+# a second to slow down, and it cools while it waits for a compiler.
+SETTLE = 0.25
 
 
 class Kernel(NamedTuple):
@@ -39,13 +42,20 @@ def profile() -> Iterator[list[Kernel]]:
         found += sorted(_kernels(ProfileData.from_file(str(path))))
 
 
-def microseconds(program, *operands) -> float:
+def microseconds(program, *operands, settle: float = SETTLE) -> float:
     """Median time from a program's first kernel to the end of its last one.
 
     What lies between programs (the host, updates of CUDA graphs) is not in it; gaps
     between a program's kernels are.
+
+    Args:
+      program: compiled.
+      *operands: what it is called with.
+      settle: seconds that it runs before it is timed.
     """
-    for _ in range(SETTLE):
+    begin = time.perf_counter()
+    jax.block_until_ready(program(*operands))
+    while time.perf_counter() - begin < settle:
         jax.block_until_ready(program(*operands))
     with profile() as events:
         for _ in range(EXECUTIONS):

@@ -9,8 +9,8 @@ are more than 300 MB, so that they do not come from the L2 cache). The time is t
 device's, from the profiler: a program's span divided by its products, the median of
 several executions. Dense is the faster of the two memory orders of the weight.
 `of_byte_limit` is what the weight, x and y take at the rate at which this GPU reads a
-large array, by the time measured. Both have run for a while before they are timed, one
-after the other: with many rows a GPU is at its limit of power and slows down.
+large array, by the time measured. Both have run for some time (--settle) before they
+are timed: with many rows a GPU is at its limit of power and slows down.
 
 Prints a table and writes `benchmarks/results/matmul-DEVICE.json` and, where matplotlib
 is installed, a plot of it beside it (PNG).
@@ -73,10 +73,11 @@ def compile_products(product, n: int, k: int, dtype, copies: list):
     return program.lower([x] * len(copies), copies).compile()
 
 
-def time_products(program, n: int, k: int, dtype, copies: list) -> float:
+def time_products(program, n: int, k: int, dtype, copies: list, settle: float) -> float:
     """Median device time of one product of what compile_products() gives."""
     xs = list(jax.random.normal(jax.random.key(n), (len(copies), n, k), dtype))
-    return device_time.microseconds(program, xs, copies) / len(copies)
+    us = device_time.microseconds(program, xs, copies, settle=settle)
+    return us / len(copies)
 
 
 def cold_copies(weight, nbytes: int) -> list:
@@ -152,7 +153,14 @@ def demo_pattern(shape: tuple[int, int], sparsity: float) -> jax.Array:
 
 
 def time_shape(
-    name: str, sparsities, rows, dtype, kernel: str, tokens, pattern: str = "random"
+    name: str,
+    sparsities,
+    rows,
+    dtype,
+    kernel: str,
+    tokens,
+    pattern: str = "random",
+    settle: float = device_time.SETTLE,
 ) -> list[dict]:
     m, k = shape_of(name)
     dense = dense_weight((m, k), dtype)
@@ -182,13 +190,13 @@ def time_shape(
         # one as for the other.
         dense_us = min(
             time_products(
-                compile_products(dot, n, k, dtype, copies), n, k, dtype, copies
+                compile_products(dot, n, k, dtype, copies), n, k, dtype, copies, settle
             )
             for dot, copies in dense_copies
         )
         for sparsity in sparsities:
             copies = sparse_copies[sparsity]
-            us = time_products(programs[sparsity, n], n, k, dtype, copies)
+            us = time_products(programs[sparsity, n], n, k, dtype, copies, settle)
             w = copies[0]
             results.append(
                 {
@@ -271,6 +279,9 @@ def main(
             "inputs is dense), demo (the demo model's); comma-separated."
         ),
     ] = "random",
+    settle: Annotated[
+        float, typer.Option(help="Seconds that a program runs before it is timed.")
+    ] = device_time.SETTLE,
     name: Annotated[str, typer.Option(help="Stem of the result file.")] = "matmul",
 ) -> None:
     """Times sparse_matmul beside jnp.dot."""
@@ -299,11 +310,12 @@ def main(
             kernel,
             tokens or None,
             one_pattern,
+            settle,
         )
         for row in found:
             add_byte_limit(row, read)
         results += found
-        facts = {"read_gb_per_s": round(read / 1e9)}
+        facts = {"read_gb_per_s": round(read / 1e9), "settle_s": settle}
         path = report.save(name, facts | {"results": results})
     print_table(results)
     print(f"written to {path}")

@@ -120,17 +120,18 @@ cudaError_t LaunchStreamK(const X& x, const Problem<Weight>& problem, Output out
   const int64_t row_tiles = CeilDiv(problem.args.m, Config::kTileM);
   const int64_t column_tiles = CeilDiv(out.n, kTileN);
   const int64_t groups = LscdShape{problem.args.m, problem.args.k}.groups();
-  const int64_t units = row_tiles * column_tiles * groups;
+  const int64_t most_work =
+      row_tiles * column_tiles * (StreamKPlan::kQuarters * groups + Config::kChangeQuarters);
   const int64_t ranks =
       Ranks<kTileN>(row_tiles * column_tiles, groups,
                     std::min(slots, std::max<int64_t>(resident / Config::kCluster, 1)));
-  // Units are counted in int, uint4s of the bitmap in uint32.
-  if (ranks < 1 || units > INT32_MAX ||
+  // Work is counted in int, uint4s of the bitmap in uint32.
+  if (ranks < 1 || most_work > INT32_MAX ||
       row_tiles * groups * Config::kStrips * kLanes > UINT32_MAX) {
     return cudaErrorInvalidValue;
   }
   const StreamKPlan plan(row_tiles, column_tiles, BandTiles(problem.args.k, kTileN), groups, ranks,
-                         Config::kWalksOn);
+                         Config::kWalksOn, Config::kChangeQuarters);
   const int64_t flag_bytes = ranks * Config::kStrips * int64_t{sizeof(uint64_t)};
   out.partials = static_cast<float4*>(problem.args.workspace);
   out.flags = reinterpret_cast<uint64_t*>(static_cast<uint8_t*>(problem.args.workspace) +

@@ -27,6 +27,7 @@ struct MmaConfig {
   static constexpr int kColumns = kTileN, kCluster = 1, kStrips = kWarps;
   static constexpr int kTileM = kStrips * kStripRows;
   static constexpr bool kWalksOn = true;
+  static constexpr int kChangeQuarters = 0;
   static constexpr int kRowBytes = kGroupK * 2;
   static constexpr int kStageBytes = kTileN * kRowBytes;
   static constexpr int kSharedBytes = 2 * kStageBytes + kWarps * AsyncRing::kBytes;

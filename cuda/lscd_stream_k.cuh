@@ -61,25 +61,35 @@ struct Place {
   int row_tile, column_tile;
 };
 
-// How the ranks share the tiles. The first `cut_tiles` are cut: of their units (a group of a tile)
-// every rank has `each`, and the first `extra` one more. Of the others a rank has whole ones.
+// How the ranks share the tiles. The first `cut_tiles` are cut, into units of a group; of the
+// others a rank has whole ones. Of what is to be done for the former a rank has `each`, the first
+// `extra` one more: of the units, or, where changes of tile count, of quarters of a unit's time. A
+// tile then begins with `change` quarters for what a rank does besides where it goes on to another
+// tile, and a cut falls on the unit that it is in.
 struct StreamKPlan {
+  static constexpr int kQuarters = 4;
   int row_tiles, column_tiles, tiles, band, cut_tiles, groups;
-  int each, extra;
-  Divisor by_groups, by_band_tiles, by_band, by_last_band;
+  int change, tile_work, each, extra;
+  Divisor by_groups, by_tile_work, by_band_tiles, by_band, by_last_band;
 
-  // There are no more units than an int holds, and at most `most_in_band` columns of tiles a band.
+  // There is no more work than an int holds, and at most `most_in_band` columns of tiles a band.
+  // `change_quarters` are 0 where changes of tile do not count.
   StreamKPlan(int64_t rows, int64_t columns, int64_t most_in_band, int64_t groups_of_k,
-              int64_t ranks, bool cuts_all)
+              int64_t ranks, bool cuts_all, int change_quarters)
       : row_tiles(static_cast<int>(rows)),
         column_tiles(static_cast<int>(columns)),
         tiles(row_tiles * column_tiles),
         band(static_cast<int>(CeilDiv(columns, CeilDiv(columns, most_in_band)))),
         cut_tiles(cuts_all ? tiles : CutTiles(tiles, column_tiles, static_cast<int>(ranks))),
         groups(static_cast<int>(groups_of_k)),
-        each(static_cast<int>(cut_tiles * groups_of_k / ranks)),
-        extra(static_cast<int>(cut_tiles * groups_of_k % ranks)),
+        // With fewer tiles than ranks an owner waits for ranks that do not change tiles: these must
+        // not have more to do.
+        change(cut_tiles >= ranks ? change_quarters : 0),
+        tile_work(change_quarters == 0 ? groups : kQuarters * groups + change),
+        each(static_cast<int>(int64_t{cut_tiles} * tile_work / ranks)),
+        extra(static_cast<int>(int64_t{cut_tiles} * tile_work % ranks)),
         by_groups(static_cast<uint32_t>(groups)),
+        by_tile_work(static_cast<uint32_t>(tile_work)),
         by_band_tiles(static_cast<uint32_t>(band * row_tiles)),
         by_band(static_cast<uint32_t>(band)),
         by_last_band(static_cast<uint32_t>((column_tiles - 1) % band + 1)) {}
@@ -107,7 +117,7 @@ struct Piece {
 };
 
 // A rank's pieces. It is a CTA, or a cluster of them.
-template <int kStrips, bool kWalksOn, int kCluster = 1>
+template <int kStrips, bool kWalksOn, int kCluster = 1, bool kCountsChanges = false>
 struct Share {
   const StreamKPlan& plan;
   int rank;
@@ -123,7 +133,13 @@ struct Share {
   }
 
   // A rank's units of the tiles that are cut: [Begin(rank), Begin(rank + 1)).
-  __device__ int Begin(int r) const { return r * plan.each + min(r, plan.extra); }
+  __device__ int Begin(int r) const {
+    const int work = r * plan.each + min(r, plan.extra);
+    if constexpr (!kCountsChanges) return work;
+    const int tile = plan.by_tile_work.Divide(work);
+    const int in_tile = max(0, work - tile * plan.tile_work - plan.change);
+    return tile * plan.groups + in_tile / StreamKPlan::kQuarters;
+  }
   __device__ int ColumnTile(int tile) const {
     return kWalksOn ? 0 : plan.PlaceOf(tile).column_tile;
   }

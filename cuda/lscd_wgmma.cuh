@@ -53,6 +53,9 @@ struct WgmmaConfig {
   static constexpr int kTileM = kStrips * kStripRows;
   // Rows that are next to each other are written together: with 256 columns that weighs more.
   static constexpr bool kWalksOn = kTileN < 256;
+  // What a change of tile costs a rank (a tile is stored, another walk looked up), in quarters of a
+  // group. Up to 64 columns that is too little to count; with 344 whole tiles are most of the work.
+  static constexpr int kChangeQuarters = kTileN == 256 ? 8 : kTileN == 128 ? 4 : 0;
   // A stage of x is 4 to 8 KB (16, 32 and 43 KB for 128, 256 and 344 columns), so that its barrier
   // is waited for rarely.
   static constexpr int kStageK = kTileN <= 16 ? 256 : kTileN == 32 ? 128 : 64;
@@ -314,7 +317,7 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
 
   constexpr int kCluster = Config::kCluster, kStrips = Config::kStrips;
   const int cta = kCluster > 1 ? RankInCluster() : 0;
-  const Share<kStrips, Config::kWalksOn, kCluster> share(plan);
+  const Share<kStrips, Config::kWalksOn, kCluster, (Config::kChangeQuarters > 0)> share(plan);
   Piece piece = share.First();
 
   if (warp < kWarps) {

@@ -100,7 +100,7 @@ int emulated_next_tiles(int64_t n, int64_t elements, int64_t* columns_and_width)
 // Of every tile in the order of a stream-K plan: its row and its column.
 int emulated_places(int64_t row_tiles, int64_t column_tiles, int64_t most_in_band,
                     int32_t* places) {
-  const flashjax::StreamKPlan plan(row_tiles, column_tiles, most_in_band, 1, 1, false);
+  const flashjax::StreamKPlan plan(row_tiles, column_tiles, most_in_band, 1, 1, false, 0);
   for (int tile = 0; tile < plan.tiles; ++tile) {
     const flashjax::Place place = plan.PlaceOf(tile);
     *places++ = place.row_tile;

@@ -109,6 +109,18 @@ def test_whole_tiles(rows, multiprocessors):
     check_matmul("wgmma", x, dense)
 
 
+# Six tiles of 128 rows or three of 256, of ten groups: on fewer ranks a change of tile
+# counts.
+@pytest.mark.parametrize("multiprocessors", [1, 2, 4, 5, 7])
+@pytest.mark.parametrize("rows", [100, 200])
+def test_changes_of_tile(rows, multiprocessors):
+    emulator.set_device(multiprocessors)
+    dense = op_cases.random_dense(2500, 700, 0.7, "float16")
+    bias = np.linspace(-1, 1, 700, dtype=np.float32)
+    x = op_cases.random_x((rows, 2500), "float16")
+    check_matmul("wgmma", x, dense, bias)
+
+
 SMALL, LARGE = 1 << 20, 1 << 28  # elements
 
 
