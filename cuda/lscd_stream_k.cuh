@@ -69,11 +69,10 @@ struct Place {
 struct StreamKPlan {
   static constexpr int kQuarters = 4;
   int row_tiles, column_tiles, tiles, band, cut_tiles, groups;
-  int change, tile_work, each, extra;
+  int change, unit_work, tile_work, each, extra;
   Divisor by_groups, by_tile_work, by_band_tiles, by_band, by_last_band;
 
   // There is no more work than an int holds, and at most `most_in_band` columns of tiles a band.
-  // `change_quarters` are 0 where changes of tile do not count.
   StreamKPlan(int64_t rows, int64_t columns, int64_t most_in_band, int64_t groups_of_k,
               int64_t ranks, bool cuts_all, int change_quarters)
       : row_tiles(static_cast<int>(rows)),
@@ -82,10 +81,11 @@ struct StreamKPlan {
         band(static_cast<int>(CeilDiv(columns, CeilDiv(columns, most_in_band)))),
         cut_tiles(cuts_all ? tiles : CutTiles(tiles, column_tiles, static_cast<int>(ranks))),
         groups(static_cast<int>(groups_of_k)),
-        // With fewer tiles than ranks an owner waits for ranks that do not change tiles: these must
-        // not have more to do.
+        // With fewer tiles than ranks an owner waits for ranks that do not change tiles, which must
+        // not have more to do; and equal shares of whole units more often end where a tile does.
         change(cut_tiles >= ranks ? change_quarters : 0),
-        tile_work(change_quarters == 0 ? groups : kQuarters * groups + change),
+        unit_work(change > 0 ? kQuarters : 1),
+        tile_work(unit_work * groups + change),
         each(static_cast<int>(int64_t{cut_tiles} * tile_work / ranks)),
         extra(static_cast<int>(int64_t{cut_tiles} * tile_work % ranks)),
         by_groups(static_cast<uint32_t>(groups)),
@@ -138,7 +138,7 @@ struct Share {
     if constexpr (!kCountsChanges) return work;
     const int tile = plan.by_tile_work.Divide(work);
     const int in_tile = max(0, work - tile * plan.tile_work - plan.change);
-    return tile * plan.groups + in_tile / StreamKPlan::kQuarters;
+    return tile * plan.groups + (plan.unit_work > 1 ? in_tile / StreamKPlan::kQuarters : in_tile);
   }
   __device__ int ColumnTile(int tile) const {
     return kWalksOn ? 0 : plan.PlaceOf(tile).column_tile;

@@ -54,6 +54,16 @@ def test_boxes_one_after_the_other():
     op_cases.check_product(y, x, dense)
 
 
+# More tiles than an H200 has blocks of 128 rows, or clusters of 256.
+@pytest.mark.parametrize("rows", [100, 256])
+def test_changes_of_tile(rows):
+    op_cases.skip_without("wgmma")
+    dense = op_cases.random_dense(1032, 17_400, 0.7, "bfloat16")
+    x = op_cases.random_x((rows, 1032), "bfloat16")
+    y = op_cases.kernel_product("wgmma", x, fj.SparseMatrix.from_dense(dense))
+    op_cases.check_product(y, x, dense)
+
+
 def test_launches_of_several_widths():
     op_cases.skip_without("wgmma")
     dense = op_cases.random_dense(4096, 8192, 0.7, "float16")
