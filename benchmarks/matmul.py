@@ -10,7 +10,8 @@ device's, from the profiler: a program's span divided by its products, the media
 several executions. Dense is the faster of the two memory orders of the weight.
 `of_byte_limit` is what the weight, x and y take at the rate at which this GPU reads a
 large array, by the time measured. Both have run for some time (--settle) before they
-are timed: with many rows a GPU is at its limit of power and slows down.
+are timed: with many rows a GPU is at its limit of power and slows down, by 5% more or
+less within seconds, so that --rounds 3 says more there.
 
 Prints a table and writes `benchmarks/results/matmul-DEVICE.json` and, where matplotlib
 is installed, a plot of it beside it (PNG).
@@ -18,6 +19,7 @@ is installed, a plot of it beside it (PNG).
 
 import itertools
 import pathlib
+import statistics
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated
 
@@ -161,6 +163,7 @@ def time_shape(
     tokens,
     pattern: str = "random",
     settle: float = device_time.SETTLE,
+    rounds: int = 1,
 ) -> list[dict]:
     m, k = shape_of(name)
     dense = dense_weight((m, k), dtype)
@@ -186,18 +189,28 @@ def time_shape(
 
     results = []
     for n in rows:
+        dense_programs = [
+            (compile_products(dot, n, k, dtype, copies), copies)
+            for dot, copies in dense_copies
+        ]
+        dense_us, sparse_us = [], {sparsity: [] for sparsity in sparsities}
         # With the same rows one soon after the other: a GPU is as hot, and as slow, for
         # one as for the other.
-        dense_us = min(
-            time_products(
-                compile_products(dot, n, k, dtype, copies), n, k, dtype, copies, settle
+        for _ in range(rounds):
+            dense_us.append(
+                min(
+                    time_products(program, n, k, dtype, copies, settle)
+                    for program, copies in dense_programs
+                )
             )
-            for dot, copies in dense_copies
-        )
-        for sparsity in sparsities:
-            copies = sparse_copies[sparsity]
-            us = time_products(programs[sparsity, n], n, k, dtype, copies, settle)
-            w = copies[0]
+            for sparsity, times in sparse_us.items():
+                copies = sparse_copies[sparsity]
+                program = programs[sparsity, n]
+                times.append(time_products(program, n, k, dtype, copies, settle))
+        dense_median = statistics.median(dense_us)
+        for sparsity, times in sparse_us.items():
+            us = statistics.median(times)
+            w = sparse_copies[sparsity][0]
             results.append(
                 {
                     "layer": name,
@@ -212,8 +225,8 @@ def time_shape(
                     "pattern": pattern,
                     "bytes_per_element": round(w.nbytes / (m * k), 4),
                     "sparse_us": round(us, 2),
-                    "dense_us": round(dense_us, 2),
-                    "speedup": round(dense_us / us, 3),
+                    "dense_us": round(dense_median, 2),
+                    "speedup": round(dense_median / us, 3),
                     "gb_per_s": round(w.nbytes / us / 1e3, 1),
                 }
             )
@@ -282,6 +295,10 @@ def main(
     settle: Annotated[
         float, typer.Option(help="Seconds that a program runs before it is timed.")
     ] = device_time.SETTLE,
+    rounds: Annotated[
+        int,
+        typer.Option(min=1, help="So many times dense and sparse in turn; medians."),
+    ] = 1,
     name: Annotated[str, typer.Option(help="Stem of the result file.")] = "matmul",
 ) -> None:
     """Times sparse_matmul beside jnp.dot."""
@@ -311,11 +328,16 @@ def main(
             tokens or None,
             one_pattern,
             settle,
+            rounds,
         )
         for row in found:
             add_byte_limit(row, read)
         results += found
-        facts = {"read_gb_per_s": round(read / 1e9), "settle_s": settle}
+        facts = {
+            "read_gb_per_s": round(read / 1e9),
+            "settle_s": settle,
+            "rounds": rounds,
+        }
         path = report.save(name, facts | {"results": results})
     print_table(results)
     print(f"written to {path}")
