@@ -101,6 +101,16 @@ struct StreamKPlan {
     return {row, first + in_band - row * (is_last ? column_tiles - first : band)};
   }
 
+  // The first unit of a rank's share of the tiles that are cut.
+  template <bool kCountsChanges>
+  __device__ int Begin(int rank) const {
+    const int work = rank * each + min(rank, extra);
+    if constexpr (!kCountsChanges) return work;
+    const int tile = by_tile_work.Divide(work);
+    const int in_tile = max(0, work - tile * tile_work - change);
+    return tile * groups + (unit_work > 1 ? in_tile / kQuarters : in_tile);
+  }
+
   // What is left over when every rank has as many whole tiles; and one tile a rank more if that is
   // so little that an owner would have many parts to add up, or if no other tile has the same W.
   static int CutTiles(int tiles, int column_tiles, int ranks) {
@@ -133,13 +143,7 @@ struct Share {
   }
 
   // A rank's units of the tiles that are cut: [Begin(rank), Begin(rank + 1)).
-  __device__ int Begin(int r) const {
-    const int work = r * plan.each + min(r, plan.extra);
-    if constexpr (!kCountsChanges) return work;
-    const int tile = plan.by_tile_work.Divide(work);
-    const int in_tile = max(0, work - tile * plan.tile_work - plan.change);
-    return tile * plan.groups + (plan.unit_work > 1 ? in_tile / StreamKPlan::kQuarters : in_tile);
-  }
+  __device__ int Begin(int r) const { return plan.Begin<kCountsChanges>(r); }
   __device__ int ColumnTile(int tile) const {
     return kWalksOn ? 0 : plan.PlaceOf(tile).column_tile;
   }

@@ -123,6 +123,13 @@ def places(row_tiles: int, column_tiles: int, most_in_band: int) -> np.ndarray:
     return found
 
 
+def shares(tiles: int, groups: int, ranks: int, change_quarters: int) -> np.ndarray:
+    """(ranks + 1): the units at which the shares of a plan begin, and the end."""
+    found = np.full(ranks + 1, -1, np.int32)
+    _call("emulated_shares", tiles, groups, ranks, change_quarters, found)
+    return found
+
+
 def pack(dense: np.ndarray) -> tuple[np.ndarray, ...]:
     """Packs 16-bit patterns (K, M): bitmap, entries, values, counts."""
     k, m = dense.shape

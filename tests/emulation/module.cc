@@ -109,6 +109,17 @@ int emulated_places(int64_t row_tiles, int64_t column_tiles, int64_t most_in_ban
   return 0;
 }
 
+// Where the shares of ranks begin and end, of a column of tiles that are all cut.
+int emulated_shares(int64_t tiles, int64_t groups, int64_t ranks, int64_t change_quarters,
+                    int32_t* begins) {
+  const flashjax::StreamKPlan plan(tiles, 1, 1, groups, ranks, true,
+                                   static_cast<int>(change_quarters));
+  for (int rank = 0; rank <= ranks; ++rank) {
+    begins[rank] = change_quarters > 0 ? plan.Begin<true>(rank) : plan.Begin<false>(rank);
+  }
+  return 0;
+}
+
 int emulated_sample(const float* block, const uint32_t* bitmap, const uint32_t* entries,
                     const int32_t* first_strip, int64_t strips, int64_t m, int64_t k,
                     int64_t segments, float* slots) {

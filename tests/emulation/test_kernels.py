@@ -185,6 +185,29 @@ def test_bands_of_tiles(rows, columns, most, bands):
     np.testing.assert_array_equal(emulator.places(rows, columns, most), expected)
 
 
+@hypothesis.given(
+    st.integers(1, 300),
+    st.integers(1, 200),
+    st.integers(1, 160),
+    st.sampled_from([0, 4, 8]),
+)
+def test_shares_are_even_and_not_empty(tiles, groups, ranks, change):
+    ranks = min(ranks, tiles * groups)
+    begins = emulator.shares(tiles, groups, ranks, change)
+    units = np.diff(begins)
+    assert begins[0] == 0
+    assert begins[-1] == tiles * groups
+    assert units.min() > 0
+    if change == 0 or tiles < ranks:
+        assert units.max() - units.min() <= 1
+        return
+    begun = np.diff(-(-begins // groups))  # tiles whose first unit a rank has
+    quarters = 4 * units + change * begun
+    assert quarters.sum() == tiles * (4 * groups + change)
+    # A cut falls on a whole unit, and not between a tile's change and its first unit.
+    assert quarters.max() <= -(-quarters.sum() // ranks) + 3 + change
+
+
 @pytest.mark.parametrize("float_output", [False, True])
 @pytest.mark.parametrize("dtype", op_cases.HALVES)
 @pytest.mark.parametrize("kernel", KERNELS)
