@@ -22,15 +22,17 @@ def kernel(request):
     return request.param
 
 
+def check_random(kernel, shape, sparsity, rows, dtype):
+    dense, w, x = op_cases.packed_and_x(shape, sparsity, rows, dtype)
+    op_cases.check_product(op_cases.kernel_product(kernel, x, w), x, dense)
+
+
 # Odd and even numbers of outputs and multiples of 8 are stored in different ways.
 @pytest.mark.parametrize("m", [523, 522, 520])
 @pytest.mark.parametrize("dtype", op_cases.HALVES)
 @pytest.mark.parametrize("rows", ROWS)
 def test_rows(kernel, rows, dtype, m):
-    dense = op_cases.random_dense(1096, m, 0.7, dtype)
-    x = op_cases.random_x((rows, 1096), dtype)
-    y = op_cases.kernel_product(kernel, x, fj.SparseMatrix.from_dense(dense))
-    op_cases.check_product(y, x, dense)
+    check_random(kernel, (1096, m), 0.7, rows, dtype)
 
 
 # Tiles of 344 and 256 columns; more than the GPU has multiprocessors. Of the former
@@ -39,37 +41,25 @@ def test_rows(kernel, rows, dtype, m):
 @pytest.mark.parametrize("rows", [520, 700, 2048, 4096])
 @pytest.mark.parametrize("dtype", op_cases.HALVES)
 def test_tiles_of_columns(kernel, rows, dtype, m):
-    dense = op_cases.random_dense(1096, m, 0.7, dtype)
-    x = op_cases.random_x((rows, 1096), dtype)
-    y = op_cases.kernel_product(kernel, x, fj.SparseMatrix.from_dense(dense))
-    op_cases.check_product(y, x, dense)
+    check_random(kernel, (1096, m), 0.7, rows, dtype)
 
 
 # Some 96 tiles of one group, of which an H200's 66 clusters cut 30: many store twice.
 def test_boxes_one_after_the_other():
     op_cases.skip_without("wgmma")
-    dense = op_cases.random_dense(72, 4096, 0.5, "float16")
-    x = op_cases.random_x((2048, 72), "float16")
-    y = op_cases.kernel_product("wgmma", x, fj.SparseMatrix.from_dense(dense))
-    op_cases.check_product(y, x, dense)
+    check_random("wgmma", (72, 4096), 0.5, 2048, "float16")
 
 
 # More tiles than an H200 has blocks of 128 rows, or clusters of 256.
 @pytest.mark.parametrize("rows", [100, 256])
 def test_changes_of_tile(rows):
     op_cases.skip_without("wgmma")
-    dense = op_cases.random_dense(1032, 17_400, 0.7, "bfloat16")
-    x = op_cases.random_x((rows, 1032), "bfloat16")
-    y = op_cases.kernel_product("wgmma", x, fj.SparseMatrix.from_dense(dense))
-    op_cases.check_product(y, x, dense)
+    check_random("wgmma", (1032, 17_400), 0.7, rows, "bfloat16")
 
 
 def test_launches_of_several_widths():
     op_cases.skip_without("wgmma")
-    dense = op_cases.random_dense(4096, 8192, 0.7, "float16")
-    x = op_cases.random_x((1040, 4096), "float16")  # 1032 in tiles of 344, and 8
-    y = op_cases.kernel_product("wgmma", x, fj.SparseMatrix.from_dense(dense))
-    op_cases.check_product(y, x, dense)
+    check_random("wgmma", (4096, 8192), 0.7, 1040, "float16")  # 1032 by 344, and 8
 
 
 # More tiles than multiprocessors, fewer; K that many blocks share.
