@@ -75,11 +75,17 @@ def compile_products(product, n: int, k: int, dtype, copies: list):
     return program.lower([x] * len(copies), copies).compile()
 
 
-def time_products(program, n: int, k: int, dtype, copies: list, settle: float) -> float:
-    """Median device time of one product of what compile_products() gives."""
-    xs = list(jax.random.normal(jax.random.key(n), (len(copies), n, k), dtype))
-    us = device_time.microseconds(program, xs, copies, settle=settle)
-    return us / len(copies)
+def time_products(program, xs: list, copies: list, settle: float) -> float:
+    """Median device time of one product of what compile_products() gives.
+
+    Args:
+      program: of as many products as there are copies.
+      xs: as many or more.
+      copies: of the weight.
+      settle: seconds that the program runs before it is timed.
+    """
+    count = len(copies)
+    return device_time.microseconds(program, xs[:count], copies, settle=settle) / count
 
 
 def cold_copies(weight, nbytes: int) -> list:
@@ -187,8 +193,10 @@ def time_shape(
     with ThreadPoolExecutor() as pool:
         programs = dict(zip(cells, pool.map(compile_sparse, cells), strict=True))
 
+    most = max(map(len, [*sparse_copies.values(), *(c for _, c in dense_copies)]))
     results = []
     for n in rows:
+        xs = list(jax.random.normal(jax.random.key(n), (most, n, k), dtype))
         dense_programs = [
             (compile_products(dot, n, k, dtype, copies), copies)
             for dot, copies in dense_copies
@@ -199,14 +207,13 @@ def time_shape(
         for _ in range(rounds):
             dense_us.append(
                 min(
-                    time_products(program, n, k, dtype, copies, settle)
+                    time_products(program, xs, copies, settle)
                     for program, copies in dense_programs
                 )
             )
             for sparsity, times in sparse_us.items():
-                copies = sparse_copies[sparsity]
-                program = programs[sparsity, n]
-                times.append(time_products(program, n, k, dtype, copies, settle))
+                program, copies = programs[sparsity, n], sparse_copies[sparsity]
+                times.append(time_products(program, xs, copies, settle))
         dense_median = statistics.median(dense_us)
         for sparsity, times in sparse_us.items():
             us = statistics.median(times)
