@@ -166,13 +166,13 @@ cudaError_t LaunchWgmma(const Problem<Weight>& problem, int64_t n0, int64_t n) {
   constexpr auto kType = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                    : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   WgmmaMaps maps{};
-  const cudaError_t error =
+  cudaError_t error =
       EncodeTensorMap(maps.x, kType, const_cast<uint8_t*>(problem.x(n0)), n, k, Config::kBoxN);
   if (error != cudaSuccess) return error;
   out.in_boxes = Config::kStoresBoxes && !out.epilogue.is_float && m % 8 == 0 &&
                  reinterpret_cast<uintptr_t>(out.epilogue.y) % 16 == 0;
   if (out.in_boxes) {
-    const cudaError_t error = EncodeTensorMap(maps.y, kType, out.epilogue.y, n, m, Config::kBoxN);
+    error = EncodeTensorMap(maps.y, kType, out.epilogue.y, n, m, Config::kBoxN);
     if (error != cudaSuccess) return error;
   }
   return LaunchStreamK<&LscdWgmmaKernel<T, kTileN, Weight>, Config, kTileN>(maps, problem, out);
