@@ -69,7 +69,7 @@ struct Place {
 struct StreamKPlan {
   static constexpr int kQuarters = 4;
   int row_tiles, column_tiles, tiles, band, cut_tiles, groups;
-  int change, unit_work, tile_work, each, extra;
+  int change, tile_work, each, extra;
   Divisor by_groups, by_tile_work, by_band_tiles, by_band, by_last_band;
 
   // There is no more work than an int holds, and at most `most_in_band` columns of tiles a band.
@@ -84,8 +84,7 @@ struct StreamKPlan {
         // With fewer tiles than ranks an owner waits for ranks that do not change tiles, which must
         // not have more to do; and equal shares of whole units more often end where a tile does.
         change(cut_tiles >= ranks ? change_quarters : 0),
-        unit_work(change > 0 ? kQuarters : 1),
-        tile_work(unit_work * groups + change),
+        tile_work(change > 0 ? kQuarters * groups + change : groups),
         each(static_cast<int>(int64_t{cut_tiles} * tile_work / ranks)),
         extra(static_cast<int>(int64_t{cut_tiles} * tile_work % ranks)),
         by_groups(static_cast<uint32_t>(groups)),
@@ -108,7 +107,7 @@ struct StreamKPlan {
     if constexpr (!kCountsChanges) return work;
     const int tile = by_tile_work.Divide(work);
     const int in_tile = max(0, work - tile * tile_work - change);
-    return tile * groups + (unit_work > 1 ? in_tile / kQuarters : in_tile);
+    return tile * groups + (change > 0 ? in_tile / kQuarters : in_tile);
   }
 
   // What is left over when every rank has as many whole tiles; and one tile a rank more if that is

@@ -74,7 +74,8 @@ struct WgmmaConfig {
   // faster.
   static constexpr bool kStoresBoxes = kTileN > 256;
   static_assert(!kStoresBoxes || BoxStore::Bytes(kColumns) <= 4 * Ring::kBytes);
-  static constexpr int kBarriers = kWarps * Ring::kSegments + 2 * kStages + 1 + kWarps / 4;
+  static constexpr int kBoxBarriers = kStoresBoxes ? kWarps / 4 : 0;
+  static constexpr int kBarriers = kWarps * Ring::kSegments + 2 * kStages + 1 + kBoxBarriers;
   static constexpr int kSharedBytes =
       1024 + kStages * kStageBytes + kWarps * Ring::kBytes + kBarriers * 8;
 };
@@ -326,8 +327,8 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
     BarrierInit(full + lane * 8, 1);
     BarrierInit(empty + lane * 8, kStrips);
     if (lane == 0) BarrierInit(left, kWarps);
-    static_assert(kWarps / 4 <= kStages || !Config::kStoresBoxes);
-    if (lane < kWarps / 4) BarrierInit(box_barriers + lane * 8, 4);
+    static_assert(Config::kBoxBarriers <= kStages);
+    if (lane < Config::kBoxBarriers) BarrierInit(box_barriers + lane * 8, 4);
   }
   BarrierInitFence();
   SyncCluster<kCluster>();
