@@ -3,6 +3,7 @@
 #   FLASHJAX_CUDA_VERSION              version of the compiler, or empty
 #   FLASHJAX_CUDA_ARCHITECTURES_TEXT   what it is built for, or empty
 #   FLASHJAX_CUDA_MISSING              why it is not built, or empty
+#   FLASHJAX_HAS_SM90A                 whether the kernels for Hopper are in it
 # The last is compiled into flashjax._cpu: pip hides what CMake prints, so the package itself
 # tells its user (flashjax.cuda_unavailable_reason(), `flashjax info`).
 
@@ -10,6 +11,7 @@ set(FLASHJAX_CUDA_FOUND FALSE)
 set(FLASHJAX_CUDA_VERSION "")
 set(FLASHJAX_CUDA_ARCHITECTURES_TEXT "")
 set(FLASHJAX_CUDA_MISSING "")
+set(FLASHJAX_HAS_SM90A FALSE)
 
 if(NOT FLASHJAX_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "FLASHJAX_CUDA must be AUTO, ON or OFF, got '${FLASHJAX_CUDA}'")
@@ -118,6 +120,15 @@ if(FLASHJAX_CUDA_FOUND)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
   enable_language(CUDA)
   find_package(CUDAToolkit REQUIRED)
+  # The kernels for Hopper need sm_90a, which every Hopper runs.
+  if(CMAKE_CUDA_ARCHITECTURES STREQUAL "native" AND CMAKE_CUDA_ARCHITECTURES_NATIVE)
+    set(CMAKE_CUDA_ARCHITECTURES ${CMAKE_CUDA_ARCHITECTURES_NATIVE})
+  endif()
+  list(TRANSFORM CMAKE_CUDA_ARCHITECTURES REPLACE "^90-real$" "90a-real")
+  list(TRANSFORM CMAKE_CUDA_ARCHITECTURES REPLACE "^90$" "90a-real;90-virtual")
+  if("${CMAKE_CUDA_ARCHITECTURES}" MATCHES "(^|;)90a(-real)?(;|$)")
+    set(FLASHJAX_HAS_SM90A TRUE)
+  endif()
   string(REPLACE ";" " " FLASHJAX_CUDA_ARCHITECTURES_TEXT "${CMAKE_CUDA_ARCHITECTURES}")
   message(STATUS "FlashJAX: CPU and CUDA (nvcc ${FLASHJAX_CUDA_VERSION}, ${FLASHJAX_CUDA_ARCHITECTURES_TEXT})")
 else()

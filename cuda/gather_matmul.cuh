@@ -149,7 +149,7 @@ struct Shares {
 template <typename T>
 __global__ void __launch_bounds__(kMaxWarps* kLanes, 1)
     GatherKernel(const __grid_constant__ GatherProduct p) {
-#if __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const int lane = LaneId(), warp = threadIdx.x / kLanes;
   const GatherWeight w = Select(p.packed);
   const int panel = blockIdx.x % w.panels;
@@ -229,6 +229,8 @@ __global__ void __launch_bounds__(kMaxWarps* kLanes, 1)
     }
   }
   ClusterWait();
+#else
+  __trap();
 #endif
 }
 

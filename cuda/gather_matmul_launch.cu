@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "cuda/common/device_value.h"
+#include "cuda/common/hopper.h"
 #include "cuda/common/launch.h"
 #include "cuda/gather_matmul.cuh"
 #include "cuda/gather_matmul_launch.h"
@@ -68,10 +69,7 @@ cudaError_t LaunchKernel(GatherProduct& product, cudaStream_t stream) {
 
 }  // namespace
 
-const char* GatherKernelUnavailable() {
-  return DeviceAttribute<cudaDevAttrComputeCapabilityMajor>() == 9 ? nullptr
-                                                                   : "a Hopper GPU (sm_90)";
-}
+const char* GatherKernelUnavailable() { return HopperUnavailable(); }
 
 cudaError_t LaunchGatherMatmul(const GatherMatmulArgs& args, cudaStream_t stream) {
   if (args.n == 0 || args.m == 0) return cudaSuccess;

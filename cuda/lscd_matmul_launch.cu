@@ -6,6 +6,7 @@
 
 #include "cpu/lscd_layout.h"
 #include "cuda/common/device_value.h"
+#include "cuda/common/hopper.h"
 #include "cuda/common/launch.h"
 #include "cuda/common/tensor_map.h"
 #include "cuda/lscd_column_tiles.h"
@@ -25,7 +26,7 @@ constexpr int64_t SlotBytes(int strips, int64_t tile_n) {
 }
 
 const char* WgmmaUnavailable(const LscdMatmulArgs& args) {
-  if (DeviceAttribute<cudaDevAttrComputeCapabilityMajor>() != 9) return "a Hopper GPU (sm_90a)";
+  if (const char* missing = HopperUnavailable()) return missing;
   if (args.k % 8 != 0) return "a number of input features that is a multiple of 8";
   if (reinterpret_cast<uintptr_t>(args.x) % 16 != 0) return "x aligned to 16 bytes";
   return nullptr;

@@ -416,6 +416,8 @@ __global__ void __launch_bounds__(WgmmaConfig<kTileN>::kThreads, 1)
   }
   boxes.WaitUntilRead();
   LeaveCluster<kCluster>();
+#else
+  __trap();
 #endif
 }
 

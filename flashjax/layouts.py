@@ -60,13 +60,14 @@ def gather_pays(
 
 def has_gather_kernel(device: jax.Device) -> bool:
     """Whether the kernel of GATHER runs on a device."""
-    return is_hopper(device) and _native.cuda_available()
+    return has_hopper_kernels(device) and _native.cuda_available()
 
 
-def is_hopper(device: jax.Device) -> bool:
-    """Whether a device is a GPU with wgmma."""
+def has_hopper_kernels(device: jax.Device) -> bool:
+    """Whether a device is a Hopper GPU, and flashjax was built for it."""
     capability = str(getattr(device, "compute_capability", None) or "0")
-    return device.platform == "gpu" and int(capability.split(".")[0]) == 9
+    is_hopper = device.platform == "gpu" and int(capability.split(".")[0]) == 9
+    return is_hopper and "90a" in _native.build_info()["cuda_architectures"]
 
 
 def plain(layout: str) -> ModuleType:

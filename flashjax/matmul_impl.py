@@ -227,12 +227,12 @@ def cuda_kernel_rows() -> int:
 
 @functools.cache
 def _has_wgmma() -> bool:
-    """Whether the GPU is a Hopper; True where there is none."""
+    """Whether the kernels for Hopper run on the GPU; True where there is none."""
     try:
         device, *_ = jax.local_devices(backend="cuda")
     except RuntimeError:
         return True
-    return layouts.is_hopper(device)
+    return layouts.has_hopper_kernels(device)
 
 
 def _kernel_rows(platform, call, packed):

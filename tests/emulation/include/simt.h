@@ -27,6 +27,7 @@
 #define __shared__ static  // CTAs run one after the other; not for clusters
 #define __CUDA_ARCH__ 900
 #define __CUDA_ARCH_FEAT_SM90_ALL
+#define FLASHJAX_HAS_SM90A
 
 struct uint3 {
   unsigned x, y, z;
