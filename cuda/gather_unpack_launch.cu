@@ -3,17 +3,32 @@
 #include "cuda/gather_unpack_launch.h"
 
 namespace flashjax::gather {
+namespace {
+
+template <typename Order>
+cudaError_t LaunchOrder(const PackedGather& packed, const GatherShape& shape,
+                        const DenseOutput& out, cudaStream_t stream) {
+  constexpr int kSharedBytes = Order::kLines * Order::kStride * 2;
+  const cudaError_t error = cudaFuncSetAttribute(
+      UnpackKernel<Order>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (error != cudaSuccess) return error;
+  Grid grid{CeilDiv(shape.strips(), Order::kStrips), kUnpackThreads, kSharedBytes};
+  grid.blocks_y = CeilDiv(shape.k, Order::kColumns);
+  return Launch(UnpackKernel<Order>, grid, stream, packed, out, static_cast<uint32_t>(shape.m));
+}
+
+}  // namespace
 
 cudaError_t LaunchGatherUnpack(const GatherPackedArgs& packed, int64_t m, int64_t k,
                                bool transposed, uint16_t* dense, cudaStream_t stream) {
   if (m == 0 || k == 0) return cudaSuccess;
   const GatherShape shape{m, k};
   if (!shape.fits()) return cudaErrorInvalidValue;
-  const cudaError_t error = cudaMemsetAsync(dense, 0, static_cast<size_t>(m * k) * 2, stream);
-  if (error != cudaSuccess) return error;
-  const DensePlace out = transposed ? DensePlace{dense, m, 1, m} : DensePlace{dense, m, k, 1};
-  return Launch(UnpackKernel, {shape.strips(), kUnpackWarps * kLanes}, stream,
-                MakePackedGather(packed, shape), out);
+  DenseOutput out{dense, transposed ? k : m, transposed ? m : k, false};
+  out.aligned = out.length % 8 == 0 && reinterpret_cast<uintptr_t>(dense) % 16 == 0;
+  const PackedGather w = MakePackedGather(packed, shape);
+  return transposed ? LaunchOrder<ColumnMajor>(w, shape, out, stream)
+                    : LaunchOrder<RowMajor>(w, shape, out, stream);
 }
 
 }  // namespace flashjax::gather

@@ -101,16 +101,29 @@ def test_rows_that_do_not_exist_are_not_written():
     y = emulator.gather_matmul(x, (bitmap, entries, values), 40)
     assert (y.view(np.uint16) == 0xCDCD).all()
     expanded = emulator.gather_unpack((bitmap, entries, values), (300, 40), False)
+    assert (expanded == 0xCDCD).all()
+    expanded = emulator.gather_unpack((bitmap, entries, values), (300, 40), True)
     assert not expanded.any()
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1), (520, 275), (20_000, 40)])
-def test_unpack(shape, transposed):
-    dense = op_cases.random_dense(*shape, 0.8, "float16")
+def check_unpack(dense, transposed):
     *packed, _ = gather.pack(dense)
-    bits = emulator.gather_unpack(packed, shape, transposed).view(np.float16)
+    bits = emulator.gather_unpack(packed, dense.shape, transposed).view(np.float16)
     np.testing.assert_array_equal(bits if transposed else bits.T, dense)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("sparsity", [0.0, 0.8, 0.999])
+@pytest.mark.parametrize("shape", [(1, 1), (520, 275), (2048, 512), (20_000, 40)])
+def test_unpack(shape, sparsity, transposed):
+    check_unpack(op_cases.random_dense(*shape, sparsity, "float16"), transposed)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("pattern", op_cases.PATTERNS)
+def test_unpack_patterns(pattern, transposed):
+    """Rows that advance unevenly: what a tile needs is far from its share of units."""
+    check_unpack(op_cases.pattern_dense(pattern, 2500, 290, "float16"), transposed)
 
 
 @pytest.mark.parametrize("layer", [-1, 0, 1, 5])
