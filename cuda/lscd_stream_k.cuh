@@ -293,6 +293,7 @@ __device__ __forceinline__ void AddParts(float* acc, const Output& out, const Sh
     uint64_t* flag = out.flags + min(first + lane, end - 1) * kWarps + warp;
     while (!__all_sync(0xffffffffu, LoadAcquire(flag) == out.ticket)) {
     }
+    __syncwarp();  // orders what a lane has seen before the loads of the others
     *flag = 0;
   }
   constexpr int kParts = kTileN / 8;
