@@ -17,6 +17,7 @@ Prints a table and writes `benchmarks/results/matmul-DEVICE.json` and, where mat
 is installed, a plot of it beside it (PNG).
 """
 
+import dataclasses
 import itertools
 import pathlib
 import statistics
@@ -56,6 +57,9 @@ OTHERS = {
     "llama-3-70b.k": (1024, 8192),
     "llama-3-70b.up": (28_672, 8192),
     "llama-3-70b.down": (8192, 28_672),
+    "llama-3-8b.q": (4096, 4096),
+    "opt-1.3b.attention": (2048, 2048),
+    "opt-1.3b.fc1": (8192, 2048),
 }
 PATTERNS = ("random", "rows", "columns", "demo")
 COLD_BYTES = 300 << 20
@@ -94,15 +98,19 @@ def cold_copies(weight, nbytes: int) -> list:
 
 
 def sparse_product(kernel: str):
-    """sparse_matmul, or one of its CUDA kernels by name."""
+    """sparse_matmul, one of its CUDA kernels by name, or expanding the weight."""
     if kernel == "auto":
         return fj.sparse_matmul
+
+    expands = kernel == "expand"
 
     def product(x, w):
         dtype = jnp.dtype(x.dtype)
         call = matmul_impl.Call(w.shape, w.dtype, dtype, None, dtype, "cuda")
+        if expands:
+            call = dataclasses.replace(call, kernel_rows=0)
         operands = matmul_impl.Operands(x, None, w.packed, None)
-        return matmul_impl._cuda(call, operands, kernel=kernel)
+        return matmul_impl._cuda(call, operands, kernel="auto" if expands else kernel)
 
     return product
 
@@ -287,7 +295,11 @@ def main(
         str, typer.Option(help="float16, bfloat16, or both, comma-separated.")
     ] = "float16",
     kernel: Annotated[
-        str, typer.Option(help="auto (as sparse_matmul), mma or wgmma.")
+        str,
+        typer.Option(
+            help="auto (as sparse_matmul), mma, wgmma, or expand: the weight is "
+            "expanded and a dense product follows."
+        ),
     ] = "auto",
     tokens: Annotated[
         int, typer.Option(help="As in SparseMatrix.from_dense; 0: none.")

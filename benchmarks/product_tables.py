@@ -167,7 +167,7 @@ def bfloat16_figures(facts: dict, results: list[dict]) -> str:
     return textwrap.fill(text, 98)
 
 
-def cpu_table(facts: dict, results: list[dict]) -> str:
+def cpu_table(facts: dict, results: list[dict], cores: int, simd: str) -> str:
     rows = sorted({r["rows"] for r in results})
     layers = {(r["out"], r["in"]) for r in results}
     speedups = {
@@ -175,7 +175,8 @@ def cpu_table(facts: dict, results: list[dict]) -> str:
     }
     text = (
         f"Speed-up over `jnp.dot` in float32, which is XLA's fastest there, on an "
-        f"{facts['device']} ({results[0]['dtype']} weights, median wall time, "
+        f"{facts['device']} with {cores} cores and {simd.upper()} "
+        f"({results[0]['dtype']} weights, median wall time, "
         f"{origin(facts)}). The columns are rows of x."
     )
     cells = [

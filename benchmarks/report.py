@@ -1,10 +1,14 @@
 """Result files: figures together with where and when they were measured."""
 
 import json
+import os
 import pathlib
 from typing import Any
 
 from flashjax.cli.environment import environment, results_path, save_results
+
+# What flashjax.autotune has kept on this machine would change what is measured.
+os.environ["FLASHJAX_TUNING"] = ""
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 

@@ -73,7 +73,9 @@ def main() -> None:
         for device in (H200, H100)
     ]
     large = load_steps(RESULTS.glob(f"opt-175b-*-{H200}.json"))
-    cpu = load(RESULTS / "cpu_matmul-amd-epyc.json")
+    cpu_file = RESULTS / "cpu_matmul-amd-epyc.json"
+    cpu = load(cpu_file)
+    cores, simd = (load_part(cpu_file, name) for name in ("cores", "simd"))
     kernels = load_kernels(RESULTS.glob(f"opt-175b-*-{H200}.json"))
     models = [
         load_requests(RESULTS.glob(f"generate-opt-{size}-*{H200}.json"))
@@ -108,7 +110,7 @@ def main() -> None:
     loaded = RESULTS / f"load-opt-66b-{H200}.json"
     replace(GENERATION, "starting", starting_figures(compiled, loaded))
     replace(PRUNING, "pruning", pruning_figures(*pruned))
-    replace(WHEN_SPARSE_PAYS, "cpu", cpu_table(*cpu))
+    replace(WHEN_SPARSE_PAYS, "cpu", cpu_table(*cpu, cores, simd))
     tables = [generate_table(*model) for model in models]
     replace(WHEN_SPARSE_PAYS, "generate", "\n\n".join(tables))
     replace(WHEN_SPARSE_PAYS, "prompts", prefill_table(*prompts))

@@ -31,8 +31,7 @@ template <typename Buffer, typename Result>
                         std::to_string(shape->m),
                     std::to_string(rows));
   }
-  FLASHJAX_RETURN_IF_ERROR(CheckDtype(op, "first_strip", first_strip, {DataType::S32}));
-  FLASHJAX_RETURN_IF_ERROR(CheckShape(op, "first_strip", first_strip, {}));
+  FLASHJAX_RETURN_IF_ERROR(CheckInt32(op, "first_strip", first_strip));
   FLASHJAX_RETURN_IF_ERROR(CheckDtype(op, "slots", slots, {DataType::F32}));
   FLASHJAX_RETURN_IF_ERROR(CheckShape(op, "slots", slots, {-1, kSegmentWords, kLanes, 2}));
   FLASHJAX_RETURN_IF_ERROR(CheckDtype(op, "result", result, {DataType::F32}));

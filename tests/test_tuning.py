@@ -88,7 +88,7 @@ def test_autotune(file, platform):
     assert [timing.rows for timing in found.timings] == [1, 16]
     for timing in found.timings:
         assert min(timing.kernel, timing.expand, timing.dense) > 0
-    usual = matmul.KERNEL_ROWS["cpu" if platform == "cpu" else "cuda"]
+    usual = matmul_impl.usual_kernel_rows("cpu" if platform == "cpu" else "cuda")
     if all(timing.kernel <= timing.expand for timing in found.timings):
         assert found.kernel_rows == usual  # 16 rows say nothing of more
     assert calls == [(1, 2), (2, 2)]
