@@ -1,6 +1,6 @@
-"""More than 2**31 elements, in a matrix and in a stack. Takes about 7 GB of memory.
+"""More than 2**31 elements: a matrix, a stack, a result. Takes about 7 GB of memory.
 
-`pytest -m "nightly and gpu" tests/test_large.py` has them on a GPU.
+`pytest -m "nightly and gpu" tests/test_large.py` has them on a GPU (14 GB).
 """
 
 import jax
@@ -19,7 +19,7 @@ K, M = 40_000, 70_000
 @pytest.fixture(scope="module", autouse=True, params=op_cases.DEFAULTS)
 def platform(request):
     with op_cases.on_platform(request.param[1]):
-        yield
+        yield request.param[1]
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +90,17 @@ def test_stack():
     for layer, matrix in ((0, dense), (layers - 2, dense), (layers - 1, last)):
         wanted = x.astype(np.float32) @ matrix.astype(np.float32)
         np.testing.assert_array_equal(product(x, stack, layer), wanted)
+
+
+# Of a multiple of 8 outputs, stored in boxes, and of another number.
+@pytest.mark.parametrize("m", [50_272, 50_273])
+def test_result(m, platform):
+    """On a GPU alone: what is compared with would take minutes on a CPU."""
+    if platform == "cpu":
+        pytest.skip("needs a GPU")
+    rng = np.random.default_rng(3)
+    x = jnp.asarray(rng.integers(-1, 2, (65_536, 64)), jnp.float16)
+    dense = jnp.asarray(rng.integers(-1, 2, (64, m)), jnp.float16)
+    assert x.shape[0] * m > 2**31
+    y = jax.jit(fj.sparse_matmul)(x, fj.SparseMatrix.from_dense(dense))
+    assert bool((y == x @ dense).all())
