@@ -131,7 +131,8 @@ class TrainableMatrix(PackedMatrix):
         """The SparseMatrix of the same positions; works inside `jax.jit`.
 
         A value that was trained to 0 keeps its position and counts in `nnz`; packing
-        `to_dense()` anew removes it.
+        `to_dense()` anew removes it. One that `dtype` cannot hold becomes infinite:
+        `flashjax.freeze` refuses it.
         """
         self.check_leaves("TrainableMatrix.to_sparse")
         positions = self.positions

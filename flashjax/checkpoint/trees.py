@@ -81,7 +81,9 @@ def export_tree(tree: Any) -> Any:
       tree: any pytree.
 
     Returns:
-      The tree, with the dicts of to_arrays() for SparseMatrix.
+      The tree, with the dicts of to_arrays() for SparseMatrix. A second packing and a
+      layout for few tokens are not in them: `with_transpose()` and
+      `repack(tokens=...)` make them again.
 
     Raises:
       TypeError: a matrix has no canonical arrays: it is being trained (freeze the

@@ -11,7 +11,7 @@ from rich.table import Table
 from flashjax.cli.errors import UsageError
 from flashjax.cli.report import format_bytes
 from flashjax.models.opt import OPTConfig
-from flashjax.models.opt.memory import MemoryPrediction, predict
+from flashjax.models.opt.memory import RUNTIME, MemoryPrediction, predict
 
 _ROWS = {
     "linear_weights": "linear layers",
@@ -115,7 +115,7 @@ def _verdict(found: MemoryPrediction) -> str:
     if found.device_bytes is None:
         return "give --memory in GB to learn whether it fits"
     if not found.fits:
-        return "does not fit"
+        return f"does not fit, with {format_bytes(RUNTIME)} for CUDA itself"
     if found.fits_by_default:
         return "fits"
     # A hundredth more, for what the allocator cannot use.

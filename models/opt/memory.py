@@ -23,7 +23,7 @@ from .parallel import DECODER_LINEARS
 # Partial sums of the CUDA kernel, LscdWorkspaceBytes() at its largest tile.
 _WORKSPACE = 80 * 16 * (8 + 344 // 8 * 32 * 16)
 # CUDA's context, cuBLAS and loaded programs. An estimate, not counted on CPUs.
-_RUNTIME = 1 << 30
+RUNTIME = 1 << 30
 # JAX takes this share of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 _DEFAULT_FRACTION = 0.75
 
@@ -66,7 +66,7 @@ class MemoryPrediction:
         """Whether the device is large enough, CUDA's own memory included."""
         if self.device_bytes is None:
             return None
-        return self.total + _RUNTIME <= self.device_bytes
+        return self.total + RUNTIME <= self.device_bytes
 
     @property
     def fits_by_default(self) -> bool | None:
@@ -78,7 +78,8 @@ class MemoryPrediction:
     def to_json(self) -> dict[str, Any]:
         """All figures by name."""
         names = ("weights", "total", "fits", "fits_by_default")
-        return dataclasses.asdict(self) | {name: getattr(self, name) for name in names}
+        figures = {name: getattr(self, name) for name in names}
+        return dataclasses.asdict(self) | figures | {"runtime": RUNTIME}
 
 
 def predict(
