@@ -2,9 +2,9 @@
 
     python benchmarks/plot_speedup.py
 
-The figures are those of `results/matmul-nvidia-h200.json` up to 128 rows, and above of
-`matmul-many-rows-nvidia-h200.json`. Named, a result file of matmul.py gets a plot of
-all its layers beside it, as a PNG; matmul.py does so, too.
+The figures are those of `results/matmul-six-layers-nvidia-h200.json` up to 128 rows,
+and above of `matmul-many-rows-nvidia-h200.json`. Named, a result file of matmul.py gets
+a plot of all its layers beside it, as a PNG; matmul.py does so, too.
 """
 
 import io
@@ -14,12 +14,12 @@ import re
 import sys
 
 import matplotlib
-from result_tables import FEW_ROWS, H200, RESULTS, ROOT, load, origin, shape
+from result_tables import H200, RESULTS, ROOT, load, origin, shape
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-SOURCE = RESULTS / f"matmul-{H200}.json"
+FEW_ROWS = RESULTS / f"matmul-six-layers-{H200}.json"
 MANY_ROWS = RESULTS / f"matmul-many-rows-{H200}.json"
 OUT = ROOT / "docs" / "images" / "speedup.svg"
 
@@ -35,10 +35,10 @@ LAYERS = ("opt-30b.attention", "opt-30b.fc1", "opt-30b.fc2")
 
 def figure() -> str:
     """The plot as SVG."""
-    facts, few_rows = load(SOURCE)
+    facts, few_rows = load(FEW_ROWS)
     many_facts, many_rows = load(MANY_ROWS)
-    results = [r for r in few_rows if r["n"] <= FEW_ROWS]
-    results += [r for r in many_rows if r["n"] > FEW_ROWS]
+    results = few_rows + many_rows
+    most = max(r["n"] for r in few_rows)
     settings = {
         "svg.hashsalt": "flashjax",
         "svg.fonttype": "none",
@@ -64,7 +64,7 @@ def figure() -> str:
         panels[0].legend(frameon=False, fontsize=9)
         drawing.suptitle(
             f"{facts['device']}, {results[0]['dtype']}, OPT-30B ({origin(facts)};\n"
-            f"above {FEW_ROWS} rows {origin(many_facts)})",
+            f"above {most} rows {origin(many_facts)})",
             fontsize=9,
         )
         buffer = io.StringIO()

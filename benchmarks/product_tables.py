@@ -31,9 +31,9 @@ def speed_table(
     facts: dict,
     results: list[dict],
     of: str = "OPT-30B and OPT-66B",
-    most: int | None = None,
+    rows: range | None = None,
 ) -> str:
-    """Means over the layers, of the models `of`, by zeros and up to `most` rows."""
+    """Means over the layers, of the models `of`, by zeros and rows (None: all)."""
     layers = {r["layer"]: f"{r['m']}x{r['k']}" for r in results}
     sparsities = sorted({r["sparsity"] for r in results})
     speedups = {(r["layer"], r["n"], r["sparsity"]): r["speedup"] for r in results}
@@ -48,15 +48,16 @@ def speed_table(
         "patterns, weights not in the L2 cache, median device time, both in the same "
         f"process ({origin(facts)})."
     )
-    rows = []
-    for n in sorted({r["n"] for r in results if most is None or r["n"] <= most}):
+    lines = []
+    for n in sorted({r["n"] for r in results if rows is None or r["n"] in rows}):
         cells = []
         for s in sparsities:
             of_layers = [speedups[layer, n, s] for layer in layers]
             mean = statistics.geometric_mean(of_layers)
             cells.append(f"**{mean:.2f}** ({min(of_layers):.2f}-{max(of_layers):.2f})")
-        rows.append([str(n), *cells])
-    return captioned(text, ["rows of x", *(f"{s:.0%} zeros" for s in sparsities)], rows)
+        lines.append([str(n), *cells])
+    columns = ["rows of x", *(f"{s:.0%} zeros" for s in sparsities)]
+    return captioned(text, columns, lines)
 
 
 def layer_table(facts: dict, results: list[dict]) -> str:

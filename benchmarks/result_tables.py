@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 H100, H200 = "nvidia-h100-80gb-hbm3", "nvidia-h200"
-# Of matmul-nvidia-h200.json up to so many; above, matmul-many-rows-... is newer.
-FEW_ROWS = 128
 
 
 def load(path: pathlib.Path) -> tuple[dict, list[dict]]:

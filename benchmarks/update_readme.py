@@ -33,7 +33,6 @@ from product_tables import (
     speed_table,
 )
 from result_tables import (
-    FEW_ROWS,
     H100,
     H200,
     RESULTS,
@@ -56,15 +55,17 @@ def main() -> None:
     few_tokens = load(RESULTS / f"matmul-tokens-8-{H200}.json")
     few_bfloat16 = load(RESULTS / f"matmul-tokens-8-bfloat16-{H200}.json")
     both_halves = load(RESULTS / f"matmul-bfloat16-{H200}.json")
-    many_rows, rows_256, zeros, large_layers, patterns, llama = (
+    rows_128, many_rows, rounds, zeros, large_layers, patterns, llama, expanded = (
         load(RESULTS / f"matmul-{name}-{H200}.json")
         for name in (
+            "six-layers",
             "many-rows",
-            "256",
+            "rounds",
             "few-and-many-zeros",
             "opt-175b",
             "patterns",
             "llama",
+            "tokens-8-expanded",
         )
     )
     peers = RESULTS / f"peers-{H200}.json"
@@ -89,13 +90,17 @@ def main() -> None:
     replace(README, "matmul", headline(*gpu))
     replace(README, "model", whole_model(*large))
     replace(README, "demo", demo_figures(training))
-    replace(WHEN_SPARSE_PAYS, "matmul", speed_table(*gpu, most=FEW_ROWS))
+    replace(WHEN_SPARSE_PAYS, "matmul", speed_table(*gpu, rows=range(65)))
     replace(WHEN_SPARSE_PAYS, "matmul-h100", speed_table(*older_gpu))
-    replace(WHEN_SPARSE_PAYS, "tokens", speed_table(*few_tokens))
+    replace(WHEN_SPARSE_PAYS, "tokens", speed_table(*few_tokens, rows=range(9)))
+    replace(
+        WHEN_SPARSE_PAYS, "tokens-expanded", speed_table(*expanded, rows=range(9, 513))
+    )
     replace(WHEN_SPARSE_PAYS, "tokens-bfloat16", layer_table(*few_bfloat16))
     replace(WHEN_SPARSE_PAYS, "bfloat16", bfloat16_figures(*both_halves))
     replace(WHEN_SPARSE_PAYS, "many-rows", speed_table(*many_rows))
-    replace(WHEN_SPARSE_PAYS, "rows-256", speed_table(*rows_256))
+    replace(WHEN_SPARSE_PAYS, "rows-128", speed_table(*rows_128, rows=range(128, 129)))
+    replace(WHEN_SPARSE_PAYS, "rounds", speed_table(*rounds))
     replace(WHEN_SPARSE_PAYS, "zeros", speed_table(*zeros))
     replace(WHEN_SPARSE_PAYS, "opt-175b", speed_table(*large_layers, of="OPT-175B"))
     replace(WHEN_SPARSE_PAYS, "patterns", pattern_table(*patterns))

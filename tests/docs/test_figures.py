@@ -148,7 +148,7 @@ def test_times_of_kernels_by_name(benchmarks):
 
 def test_plot_is_of_the_stored_results(benchmarks):
     plot = load(benchmarks / "plot_speedup.py")
-    sources = [plot.load(path) for path in (plot.SOURCE, plot.MANY_ROWS)]
+    sources = [plot.load(path) for path in (plot.FEW_ROWS, plot.MANY_ROWS)]
     stored = plot.OUT.read_text(encoding="utf-8")
     for svg in (stored, plot.figure()):
         for facts, results in sources:
