@@ -10,8 +10,9 @@ device's, from the profiler: a program's span divided by its products, the media
 several executions. Dense is the faster of the two memory orders of the weight.
 `of_byte_limit` is what the weight, x and y take at the rate at which this GPU reads a
 large array, by the time measured. Both have run for some time (--settle) before they
-are timed: with many rows a GPU is at its limit of power and slows down, by 5% more or
-less within seconds, so that --rounds 3 says more there.
+are timed, and are timed several times in turn (--rounds): with many rows a GPU is at
+its limit of power and slows down, by 5% more or less within seconds. It is cool again
+when dense is timed for the first time, having been compiled.
 
 Prints a table and writes `benchmarks/results/matmul-DEVICE.json` and, where matplotlib
 is installed, a plot of it beside it (PNG).
@@ -317,7 +318,7 @@ def main(
     rounds: Annotated[
         int,
         typer.Option(min=1, help="So many times dense and sparse in turn; medians."),
-    ] = 1,
+    ] = 3,
     name: Annotated[str, typer.Option(help="Stem of the result file.")] = "matmul",
 ) -> None:
     """Times sparse_matmul beside jnp.dot."""
