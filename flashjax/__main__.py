@@ -1,6 +1,6 @@
 """`python -m flashjax` is the command line `flashjax`."""
 
-from flashjax.cli import main
+from flashjax.cli import entry_point
 
 if __name__ == "__main__":
-    main()
+    entry_point()

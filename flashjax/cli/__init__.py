@@ -3,6 +3,6 @@
 Only typer is imported before a command runs, so that --help is fast.
 """
 
-from flashjax.cli.app import app, main
+from flashjax.cli.app import app, entry_point, main
 
-__all__ = ["app", "main"]
+__all__ = ["app", "entry_point", "main"]

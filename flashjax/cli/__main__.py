@@ -1,5 +1,5 @@
 """``python -m flashjax.cli``."""
 
-from flashjax.cli.app import main
+from flashjax.cli.app import entry_point
 
-main()
+entry_point()

@@ -2,15 +2,21 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from flashjax.cli.bench import bench
 from flashjax.cli.choices import CacheDtype, Dtype, Format, Implementation, Method
-from flashjax.cli.errors import UsageError, reported
+from flashjax.cli.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    UsageError,
+    reported,
+)
 from flashjax.cli.signals import ending_signals
 from flashjax.user_files import user_cache
 
@@ -495,6 +501,36 @@ def _check_given(context: typer.Context, names: Iterable[str], needed: str) -> N
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Runs the command line in a process that may go on afterwards.
+
+    Raises:
+      SystemExit: always, with the exit code.
+    """
     with ending_signals():
         app(prog_name="flashjax")
+
+
+def entry_point() -> None:
+    """Runs the command line as all that its process does.
+
+    Raises:
+      SystemExit: always, but after a signal: the process has ended then.
+    """
+    try:
+        main()
+    except SystemExit as ended:
+        if ended.code in (EXIT_INTERRUPTED, EXIT_TERMINATED):
+            _leave(ended.code)
+        raise
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process at once.
+
+    XLA may still compile in a thread of its own, which an orderly exit takes the memory
+    from: a segmentation fault.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or no reader
+            stream.flush()
+    os._exit(code)

@@ -17,6 +17,7 @@ EXIT_ERROR = 1
 EXIT_USAGE = 2  # what typer ends with at an option that it does not know
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
+EXIT_TERMINATED = 143
 
 # Where messages of the Python API name options, which are flags here.
 _OPTIONS = re.compile(

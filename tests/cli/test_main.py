@@ -81,6 +81,27 @@ def test_completion_of_shells_that_show_help(shell):
     assert "prune" not in result.stdout
 
 
+@pytest.mark.parametrize("module", ["flashjax", "flashjax.cli"])
+@pytest.mark.parametrize("code", [1, 130, 143])
+def test_a_process_ends_at_once_after_a_signal(module, code):
+    """What was printed comes out; what else runs at an exit is left out."""
+    script = f"""
+import atexit, runpy, sys
+import flashjax.cli
+def end():
+    print("text", end="")
+    sys.exit({code})
+sys.modules["flashjax.cli.app"].main = end
+atexit.register(print, "; an orderly exit", end="")
+runpy.run_module("{module}", run_name="__main__")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (code, "")
+    assert done.stdout == ("text; an orderly exit" if code == 1 else "text")
+
+
 def test_help_loads_no_jax():
     code = """
 import sys
