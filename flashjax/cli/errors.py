@@ -4,6 +4,7 @@ import errno
 import functools
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import typer
 
+from flashjax.cli.signals import arrived
 from flashjax.rust_panic import is_panic
 
 EXIT_ERROR = 1
@@ -46,10 +48,13 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
             sys.stdout.flush()
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
-        except KeyboardInterrupt:
-            typer.echo("flashjax: interrupted", err=True)
-            raise typer.Exit(EXIT_INTERRUPTED) from None
         except BaseException as error:
+            number = arrived()
+            if number == signal.SIGTERM:
+                raise typer.Exit(EXIT_TERMINATED) from None
+            if number == signal.SIGINT or isinstance(error, KeyboardInterrupt):
+                typer.echo("flashjax: interrupted", err=True)
+                raise typer.Exit(EXIT_INTERRUPTED) from None
             if _is_broken_pipe(error):
                 # The reader of our output has gone; nothing is left to say to it.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,7 +4,8 @@ Both become exceptions, so that a command cleans up. An exception that is raised
 callback from C++, such as JAX's at every garbage collection, is printed and dropped,
 and the command would run on. So one that is lost before it got out of the command is
 silent and comes again. A timer of the system brings it: a thread takes locks, and
-__del__ may run anywhere.
+__del__ may run anywhere. A callback may also make another error of it, as __eq__ in
+JAX's caches; so whoever reports errors asks for arrived() first.
 """
 
 import contextlib
@@ -16,6 +17,19 @@ from typing import Any
 
 # Enough to leave the callback that the exception was lost in.
 _AGAIN_SECONDS = 0.05
+
+# The signal that came last inside of ending_signals().
+_arrived: int | None = None
+
+
+def arrived() -> int | None:
+    """The signal that is to end what is done, None if none has come.
+
+    What was to raise it again is stopped.
+    """
+    if _arrived is not None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return _arrived
 
 
 class _Ending(BaseException):
@@ -51,7 +65,8 @@ def ending_signals() -> Iterator[None]:
     Raises:
       SystemExit: with the code 143, at SIGTERM.
     """
-    running = True
+    global _arrived
+    _arrived, running = None, True
     lost: type[_Ending] = _Interrupt
 
     def raise_again(kind: type[_Ending]) -> None:
@@ -61,7 +76,10 @@ def ending_signals() -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
 
     def end(number: int, frame: FrameType | None) -> None:
+        global _arrived
         signal.setitimer(signal.ITIMER_REAL, 0)
+        if number in kinds:
+            _arrived = number
         # No name here for it, which would keep it alive until a garbage collection.
         raise kinds.get(number, lost)(raise_again)
 
@@ -91,7 +109,7 @@ def ending_signals() -> Iterator[None]:
     except _Terminate:
         sys.exit(128 + signal.SIGTERM)
     finally:
-        running = False
+        _arrived, running = None, False
         signal.setitimer(signal.ITIMER_REAL, 0)
         sys.unraisablehook, sys.excepthook = unraisable, printed
         for number, earlier in before.items():

@@ -6,8 +6,10 @@ import signal
 import time
 
 import pytest
+import typer
 
-from flashjax.cli.signals import ending_signals
+from flashjax.cli.errors import reported
+from flashjax.cli.signals import arrived, ending_signals
 
 ENDINGS = [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
 
@@ -105,6 +107,38 @@ def test_an_exception_comes_once(number, ending):
 
     assert isinstance(end_of(work), ending)
     assert cleaned == [number]
+
+
+@pytest.mark.parametrize("debug", [False, True])
+@pytest.mark.parametrize(
+    ("number", "code", "message"),
+    [(signal.SIGINT, 130, "flashjax: interrupted\n"), (signal.SIGTERM, 143, "")],
+)
+def test_an_exception_that_becomes_another_error(number, code, message, debug, capsys):
+    """As in __eq__ of a static argument, which JAX's C++ calls."""
+
+    @reported
+    def command(debug):
+        text = ""
+        try:
+            signal.raise_signal(number)
+        except BaseException as error:
+            text = str(error)
+        raise ValueError(f"static arguments should be comparable: {text}")
+
+    with ending_signals():
+        with pytest.raises(typer.Exit) as ended:
+            command(debug=debug)
+        time.sleep(0.3)  # in which nothing is raised
+    assert ended.value.exit_code == code
+    assert capsys.readouterr().err == message
+
+
+def test_a_signal_of_before_is_forgotten():
+    end_of(lambda: signal.raise_signal(signal.SIGINT))
+    assert arrived() is None
+    with ending_signals():
+        assert arrived() is None
 
 
 def test_afterwards_all_is_as_before():
