@@ -329,10 +329,13 @@ def prune(
     ] = None,
     report: Annotated[
         Path | None,
-        typer.Option(help="JSON file of every matrix' error."),
+        typer.Option(help="JSON file to write, of every matrix' error."),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing model folder.")
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace an existing model folder, and --report."
+        ),
     ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run.")

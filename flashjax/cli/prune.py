@@ -18,6 +18,7 @@ from flashjax.cli.progress import progress_bar
 from flashjax.cli.report import format_bytes
 from flashjax.models.opt.calibration import CalibrationText
 from flashjax.models.opt.pruning import PruneResult, prune_pretrained
+from flashjax.models.opt.pruning.pipeline import COPIED
 from flashjax.models.opt.pruning.settings import Settings
 from flashjax.user_files import write_json
 
@@ -45,8 +46,13 @@ def run(
       as_json: print what would be in that file.
       quiet: print nothing.
     """
+    content: dict[str, Any] = {
+        "model": folder,
+        "out": str(out),
+        "options": {**options, "budget": budget},
+    }
     if report is not None:
-        _check_report(report, out)
+        _check_report(report, out, content)
     budgets: Any = budget if budget in ("uniform", "owl") else read_json(budget)
     settings = _check_options(options, budgets)
     if calibration["path"] is not None and not settings.needs_calibration:
@@ -75,8 +81,7 @@ def run(
                 err=True,
             )
         raise
-    content: dict[str, Any] = {"model": folder, "out": str(out)}
-    content |= {"options": {**options, "budget": budget}, **dataclasses.asdict(result)}
+    content |= dataclasses.asdict(result)
     content |= {"sparsity": result.sparsity, "matrices": content.pop("reports")}
     if report is not None:
         write_json(report, content)
@@ -101,7 +106,19 @@ def _check_options(options: Mapping[str, Any], budget: Any) -> Settings:
         raise UsageError(str(error)) from error
 
 
-def _check_report(report: Path, out: Path) -> None:
+def _check_report(report: Path, out: Path, run: Mapping[str, Any]) -> None:
+    """Finds before anything is pruned that the report must not or cannot be written.
+
+    Args:
+      report: the file.
+      out: the folder to write.
+      run: what the report will say of the command.
+    """
+    weights = (".safetensors", ".bin", ".index.json")
+    if report.name in ("config.json", *COPIED) or report.name.endswith(weights):
+        raise UsageError(
+            f"--report: expected another name than that of a model's file, got {report}"
+        )
     if os.path.realpath(report) == os.path.realpath(out):
         raise ValueError(f"{report}: expected another file than the folder to write")
     # It is replaced as a whole, which a device must not be.
@@ -109,6 +126,24 @@ def _check_report(report: Path, out: Path) -> None:
         raise ValueError(f"{report}: expected a file, got a folder, device or pipe")
     if not report.absolute().parent.is_dir():
         raise ValueError(f"{report}: expected a file in an existing folder")
+    options = run["options"]
+    if not os.path.lexists(report) or options["overwrite"]:
+        return
+    if not (options["resume"] and _is_report_of(report, run)):
+        raise ValueError(
+            f"{report}: expected a new file, got one that exists (overwrite replaces "
+            "it)"
+        )
+
+
+def _is_report_of(report: Path, run: Mapping[str, Any]) -> bool:
+    """Whether it is what the same command wrote, with or without --resume."""
+    try:
+        content = json.loads(report.read_bytes())
+        options = content["options"] | {"resume": True, "overwrite": False}
+        return {key: content[key] for key in run} | {"options": options} == run
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
 
 
 def _print(out: Path, dtype: str, result: PruneResult) -> None:

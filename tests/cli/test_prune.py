@@ -105,6 +105,78 @@ def test_the_report_is_not_the_folder(cli, dense_folder, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_an_existing_report(cli, dense_folder, tmp_path):
+    report, out = tmp_path / "report.json", tmp_path / "out"
+    report.write_text("mine")
+    args = ("prune", dense_folder, out, "-s", 0.5, "--report", report)
+    for options in ([], ["--resume"]):
+        result = cli(*args, *options)
+        message = "expected a new file, got one that exists (--overwrite replaces it)"
+        assert_error(result, f"{report}: {message}")
+    assert report.read_text() == "mine"
+    assert os.listdir(tmp_path) == ["report.json"]
+    assert cli(*args, "--overwrite").code == 0
+    assert json.loads(report.read_text())["out"] == str(out)
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_report_of_a_resumed_run(cli, dense_folder, tmp_path, monkeypatch, existing):
+    """One may be there where the folder that it was of is gone."""
+    report, out = tmp_path / "report.json", tmp_path / "out"
+    args = ("prune", dense_folder, out, "-s", 0.5, "--report", report)
+    if existing:
+        assert cli(*args).code == 0
+        report.rename(tmp_path / "kept")
+        shutil.rmtree(out)
+    with monkeypatch.context() as patch:
+        save = partial_run.write_file
+
+        def interrupt(path, *weights):
+            if (out.with_name("out.partial") / "layer-00000.json").exists():
+                raise KeyboardInterrupt
+            return save(path, *weights)
+
+        patch.setattr(partial_run, "write_file", interrupt)
+        assert cli(*args).code == 130
+    if existing:
+        (tmp_path / "kept").rename(report)
+        other = cli(*args, "--method", "wanda", "--resume")
+        assert_error(other, f"{report}: expected a new file")
+    result = cli(*args, "--resume")
+    assert result.code == 0, result.err
+    assert json.loads(report.read_text())["resumed_layers"] == 1
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "model.safetensors",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "tokenizer.json",
+        "vocab.json",
+        "merges.txt",
+    ],
+)
+@pytest.mark.parametrize("folder", ["model", "out"])
+def test_a_report_with_a_name_of_a_model_file(
+    cli, dense_folder, tmp_path, folder, name, overwrite
+):
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(dense_folder, model)
+    out.mkdir()
+    before = {path: path.read_bytes() for path in model.iterdir()}
+    report = tmp_path / folder / name
+    result = cli("prune", model, out, "-s", 0.5, "--report", report, *overwrite)
+    message = f"expected another name than that of a model's file, got {report}"
+    assert_error(result, f"--report: {message}", code=2)
+    assert {path: path.read_bytes() for path in model.iterdir()} == before
+    assert os.listdir(out) == []
+
+
 def test_kill_and_resume(cli, dense_folder, tmp_path):
     args = [dense_folder, tmp_path / "out", "-s", 0.5, "--method", "sparsegpt"]
     args += ["--activations", "float32", *CALIBRATED]

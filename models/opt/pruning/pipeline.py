@@ -28,7 +28,7 @@ from .settings import Format, Settings
 from .work import Progress, Work
 
 # What a model folder holds beside its weights and config.json.
-_COPIED = (
+COPIED = (
     "added_tokens.json",
     "generation_config.json",
     "LICENSE",
@@ -194,7 +194,7 @@ def _fingerprint(folder: Path) -> str:
 def _side_files(stored: StoredOPT, dtype: np.dtype) -> dict[str, bytes]:
     """What a model folder holds beside the weights."""
     folder = stored.folder
-    found = {n: (folder / n).read_bytes() for n in _COPIED if (folder / n).is_file()}
+    found = {n: (folder / n).read_bytes() for n in COPIED if (folder / n).is_file()}
     # The rest of the file stays as it was, for whoever else reads it.
     content = read_json(folder / "config.json")
     content.pop("dtype", None)  # another name of torch_dtype
