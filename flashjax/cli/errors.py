@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +24,6 @@ EXIT_TERMINATED = 143
 _OPTIONS = re.compile(
     r"(?<!-)\b(?:overwrite|resume)(?= (?:replaces|starts|goes on))|(?<=by )resume\b"
 )
-
-_BACKENDS = "jax._src.xla_bridge"
 
 
 class UsageError(ValueError):
@@ -91,7 +88,7 @@ def describe(error: BaseException, *, hint: bool = True) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
     platforms = os.environ.get("JAX_PLATFORMS")
-    if not text and platforms and _is_from_backends(error):
+    if not text and platforms and not _has_backend():
         kind = type(error).__name__
         return f"JAX found no device with JAX_PLATFORMS={platforms}: {kind}{debug}"
     if isinstance(error, KeyError) or not text:
@@ -109,7 +106,12 @@ def describe(error: BaseException, *, hint: bool = True) -> str:
     return f"{type(error).__name__}: {text}{debug}"
 
 
-def _is_from_backends(error: BaseException) -> bool:
-    """Whether JAX raised it while it started its backends."""
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return bool(frames) and frames[-1].f_globals.get("__name__") == _BACKENDS
+def _has_backend() -> bool:
+    """Whether JAX starts; an error's traceback has lost the frames that would say."""
+    import jax
+
+    try:
+        jax.devices()
+    except Exception:
+        return False
+    return True

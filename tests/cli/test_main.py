@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 import typer
 from cli_support import run_process
@@ -176,16 +177,34 @@ def test_describe(error, text):
 
 
 @pytest.mark.parametrize("platforms", ["cuda", ""])
-def test_jax_that_does_not_start(monkeypatch, platforms):
+@pytest.mark.parametrize("starts", [False, True])
+def test_jax_that_does_not_start(monkeypatch, platforms, starts):
+    def fail():
+        raise AssertionError
+
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
-    code = compile("def fail(): raise AssertionError", "xla_bridge.py", "exec")
-    names = {"__name__": "jax._src.xla_bridge"}
-    exec(code, names)
-    with pytest.raises(AssertionError) as caught:
-        names["fail"]()
+    if not starts:
+        monkeypatch.setattr(jax, "devices", fail)
     found = "JAX found no device with JAX_PLATFORMS=cuda: AssertionError"
-    text = describe(caught.value)
-    assert text == f"{found if platforms else 'AssertionError: '} (--debug shows where)"
+    expected = found if platforms and not starts else "AssertionError: "
+    assert describe(AssertionError()) == f"{expected} (--debug shows where)"
+
+
+@pytest.mark.skipif(fj.cuda_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", ["generate", "eval", "prune", "bench"])
+def test_no_gpu_where_one_was_asked_for(sparse_folder, tmp_path, command):
+    text = tmp_path / "text"
+    text.write_text("hello " * 50)
+    args = {
+        "generate": ["generate", sparse_folder, "-p", "hello", "-n", 4],
+        "eval": ["eval", sparse_folder, "--text", text],
+        "prune": ["prune", sparse_folder, tmp_path / "out", "--method", "wanda"],
+        "bench": ["bench", "generate", "--layers", 1, "--out", tmp_path],
+    }[command]
+    result = run_process(*args, env=os.environ | {"JAX_PLATFORMS": "cuda"})
+    assert result.returncode == 1
+    message = "JAX found no device with JAX_PLATFORMS=cuda: AssertionError"
+    assert result.stderr == f"flashjax: error: {message} (--debug shows where)\n"
 
 
 @pytest.mark.parametrize(
