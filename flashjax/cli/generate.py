@@ -338,9 +338,11 @@ class _Printer:
 
     def row(self, row: int, prompt_ids: list[int], tokens: Iterable[int]) -> None:
         self.open(row)
-        for piece in opt.stream_text(tokens, self._tokenizer, prompt_ids):
-            typer.echo(piece, nl=False)
-        self._console.print()
+        try:
+            for piece in opt.stream_text(tokens, self._tokenizer, prompt_ids):
+                typer.echo(piece, nl=False)
+        finally:  # an error begins a line of its own
+            self._console.print()
 
 
 def _run_batch(

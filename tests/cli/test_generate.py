@@ -239,6 +239,7 @@ def test_logits_that_are_nan(cli, sparse_folder, tmp_path, options):
         options = [*options, "-p", "x"]
     result = generate(cli, tmp_path / "model", "-q", *options)
     assert_error(result, "the model's logits are NaN or infinite", "try dtype float32")
+    assert result.out == ("x\n" if options[0] == "--stream" else "")
     # Of a file all lines that could be continued are written.
     assert (tmp_path / "out").exists() == (options[0] == "-i")
 
@@ -250,6 +251,7 @@ def test_interrupted(cli, sparse_folder, monkeypatch):
     monkeypatch.setattr(opt, "generate_stream", interrupt)
     result = generate(cli, sparse_folder, "-p", "hello")
     assert result.code == 130
+    assert result.out == "hello\n"
     assert result.err.strip() == "flashjax: interrupted"
 
 
