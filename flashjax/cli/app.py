@@ -220,8 +220,9 @@ def generate(
         "seed": seed,
         "eos_token_id": -1 if ignore_eos else None,
     }
+    given = {name: v for name, v in options.items() if v is not None}
     common: dict[str, Any] = {
-        "options": {name: v for name, v in options.items() if v is not None},
+        "options": given,
         "dtype": dtype.value,
         "cache_dtype": cache_dtype.value if cache_dtype else None,
         "dense": dense,
@@ -252,6 +253,7 @@ def generate(
             raise UsageError("--logprobs: expected --json, or --input and --output")
         if not prompt and file is None:
             raise UsageError("expected --prompt, --file or --input, got none")
+        command.check_options(given)
         command.run(
             model,
             prompts=prompt or [],
@@ -264,6 +266,7 @@ def generate(
         return
     if prompt or file:
         raise UsageError("--input: expected no --prompt or --file beside it")
+    command.check_options(given)
     command.run_file(
         model,
         source=input,
@@ -390,12 +393,14 @@ def evaluate(
     window: Annotated[
         int | None,
         typer.Option(
-            help="Tokens of a window.", show_default="the model's, at most 2048"
+            help="Tokens of a window.", show_default="the model's, at most 2048", min=2
         ),
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(help="Tokens between windows' starts.", show_default="the window"),
+        typer.Option(
+            help="Tokens between windows' starts.", show_default="the window", min=1
+        ),
     ] = None,
     dtype: Annotated[
         Dtype, typer.Option(help="Dtype of the model; float32 expands it.")
@@ -445,11 +450,14 @@ def info(
     length: Annotated[
         int | None,
         typer.Option(
-            help="Tokens of a text, prompt and new ones.", show_default="all positions"
+            help="Tokens of a text, prompt and new ones.",
+            show_default="all positions",
+            min=1,
         ),
     ] = None,
     prompt: Annotated[
-        int | None, typer.Option(help="Tokens of a prompt.", show_default="--length")
+        int | None,
+        typer.Option(help="Tokens of a prompt.", show_default="--length", min=1),
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of --config.")] = Dtype.FLOAT16,
     cache_dtype: Cache = None,

@@ -64,6 +64,12 @@ def run(
       ValueError: an option does not fit.
     """
     check_sparse_dtype(dtype, sparsities)
+    for sparsity in sparsities:
+        if not 0 <= sparsity <= 1:
+            raise UsageError(f"--sparsity: expected 0 to 1, got {sparsity}")
+    for batch in batches:
+        if batch < 1:
+            raise UsageError(f"--batch: expected a batch of at least 1, got {batch}")
     if os.path.basename(name) != name:
         raise UsageError(f"--name: expected no folder in it (--out), got {name!r}")
     config = find_config(model)

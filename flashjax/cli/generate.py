@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from flashjax import nn
 from flashjax.cli import report
+from flashjax.cli.errors import UsageError
 from flashjax.cli.progress import progress_bar, reading_weights
 from flashjax.models import opt
 from flashjax.models.opt.batch_file import (
@@ -66,6 +67,15 @@ class _Speed:
             "compile_seconds": round(self.compile_seconds, 2),
             "batch": self.batch,
         }
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raises UsageError if an option is out of range, whatever the model is."""
+    most = {"max_new_tokens": sys.maxsize}  # until the model's file is read
+    try:
+        opt.GenerationConfig(**most | options)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def run(

@@ -54,7 +54,7 @@ def run(
     if report is not None:
         _check_report(report, out, content)
     budgets: Any = budget if budget in ("uniform", "owl") else read_json(budget)
-    settings = _check_options(options, budgets)
+    settings, text = _check_options(options, budgets, calibration)
     if calibration["path"] is not None and not settings.needs_calibration:
         raise UsageError(
             f"--calibration: the method {settings.method} needs none with this budget"
@@ -66,7 +66,7 @@ def run(
                 out,
                 **options,
                 budget=budgets,
-                calibration=CalibrationText(**calibration),
+                calibration=text,
                 progress=lambda what, done, total: advance(
                     what.removeprefix("model.decoder."), done, total
                 ),
@@ -91,17 +91,20 @@ def run(
         _print(out, options["dtype"], result)
 
 
-def _check_options(options: Mapping[str, Any], budget: Any) -> Settings:
-    """Raises UsageError if options do not go together, whatever the model is."""
+def _check_options(
+    options: Mapping[str, Any], budget: Any, calibration: Mapping[str, Any]
+) -> tuple[Settings, CalibrationText]:
+    """Raises UsageError if options are wrong, whatever the model is."""
     dtype = jnp.dtype(options["dtype"])
     names = ("sparsity", "method", "pattern", "damping", "format")
     try:
-        return Settings(
+        settings = Settings(
             **{name: options[name] for name in names},
             budget=budget,
             dtype=dtype,
             activations=jnp.dtype(options["activations"] or dtype),
         )
+        return settings, CalibrationText(**calibration)
     except ValueError as error:
         raise UsageError(str(error)) from error
 

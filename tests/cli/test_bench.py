@@ -119,7 +119,6 @@ def test_a_folder_that_cannot_be_made(cli, sparse_folder, tmp_path, monkeypatch)
     ("args", "message"),
     [
         (["--model", "opt-7b"], "expected a model folder or one of"),
-        (["--batch", "1,0"], "batch of at least 1, got 0"),
         (["--layers", "13"], "--layers: expected up to 12"),
         (["--prompt", "2000", "--new", "100"], "2048 positions, got 2100"),
     ],
@@ -133,6 +132,9 @@ def test_bad_options(cli, args, message, tmp_path):
     ("args", "message"),
     [
         (["--sparsity", "0,x"], "--sparsity: expected numbers"),
+        (["--sparsity", "0,2"], "--sparsity: expected 0 to 1, got 2.0"),
+        (["--sparsity", "nan"], "--sparsity: expected 0 to 1, got nan"),
+        (["--batch", "1,0"], "batch of at least 1, got 0"),
         (["--dtype", "float32"], "float16 or bfloat16, got float32"),
         (["--name", "a/b"], "--name: expected no folder in it (--out), got 'a/b'"),
     ],

@@ -60,7 +60,7 @@ def test_quiet(cli, dense_folder, text):
         (b" \n", [], ["expected text, got nothing but white space"]),
         (b"\xff", [], ["expected UTF-8 text, got byte 0xff at 0"]),
         (b"hello", ["--window", 65], ["window", "64 positions, got 65"]),
-        (b"hello", ["--stride", 0], ["stride", "got 0"]),
+        (b"hello", ["--window", 8, "--stride", 9], ["stride", "got 9"]),
     ],
 )
 def test_errors(cli, sparse_folder, tmp_path, content, options, messages):

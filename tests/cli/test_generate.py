@@ -144,17 +144,32 @@ def test_bad_folders(cli, bad_folder):
         (["-p", "x", "-p", "\udcff"], ["expected UTF-8 text in prompt 2"]),
         (["-p", "x" * 70], ["64 positions", "71 tokens"]),
         (["-p", "x", "-n", "1000"], ["64 positions", "max_new_tokens=1000"]),
-        (["-p", "x", "-n", "-1"], ["max_new_tokens", "got -1"]),
-        (["-p", "x", "-t", "-1"], ["temperature", "-1"]),
-        (["-p", "x", "-t", "nan"], ["temperature", "nan"]),
-        (["-p", "x", "-t", "1", "--top-p", "1.5"], ["top_p", "1.5"]),
-        (["-p", "x", "-t", "1", "--top-k", "0"], ["top_k", "0"]),
-        (["-p", "x", "--seed", "-1"], ["seed", "-1"]),
         (["-p", "x", "-n", "8", "--implementation", "cuda"], ["'cuda' cannot run"]),
     ],
 )
 def test_bad_options(cli, sparse_folder, options, messages):
     assert_error(cli("generate", sparse_folder, *options), *messages)
+
+
+@pytest.mark.parametrize(
+    ("options", "messages"),
+    [
+        (["-n", "-1"], ["max_new_tokens", "got -1"]),
+        (["--min-new-tokens", "-1"], ["min_new_tokens", "got -1"]),
+        (["-n", "2", "--min-new-tokens", "3"], ["max_new_tokens=2, got 3"]),
+        (["-t", "-1"], ["temperature", "-1"]),
+        (["-t", "nan"], ["temperature", "nan"]),
+        (["-t", "1", "--top-p", "1.5"], ["top_p", "1.5"]),
+        (["--top-p", "2"], ["top_p", "2"]),
+        (["-t", "1", "--top-k", "0"], ["top_k", "0"]),
+        (["--repetition-penalty", "0"], ["repetition_penalty", "got 0"]),
+        (["--seed", "-1"], ["seed", "-1"]),
+    ],
+)
+@pytest.mark.parametrize("source", [["-p", "x"], ["-i", "in", "-o", "out"]])
+def test_values_out_of_range(cli, options, messages, source):
+    result = cli("generate", "model", *source, *options)
+    assert_error(result, *messages, code=2)
 
 
 def test_an_implementation_without_sparse_layers(cli, dense_folder):

@@ -236,7 +236,6 @@ def test_calibration_folder(cli, dense_folder, tmp_path):
     [
         (["--budget", "nothing.json"], ["nothing.json", "expected a readable file"]),
         (["--report", "no/such/folder.json"], ["in an existing folder"]),
-        (["--samples", 0], ["calibration samples", "got 0"]),
         (["--method", "wanda", "--length", 65], ["64 positions, got 65"]),
         (["--method", "wanda", "--calibration", "nothing"], ["No such file"]),
     ],
@@ -251,6 +250,9 @@ def test_bad_options(cli, dense_folder, tmp_path, options, messages):
     [
         (["--pattern", "5:4"], ["expected a pattern as '2:4'", "'5:4'"]),
         (["--damping", 1], ["damping: the method magnitude has none"]),
+        (["--samples", 0], ["calibration samples", "got 0"]),
+        (["--length", 0], ["calibration length", "got 0"]),
+        (["--seed", -1], ["calibration seed", "got -1"]),
         (["--dtype", "float32"], ["format 'hf' stores it"]),
         (["--calibration", "nothing"], ["--calibration: the method magnitude needs"]),
         (["--activations", "bfloat16"], ["float16 like the weights, or float32"]),
