@@ -11,6 +11,7 @@
 
 #include "cpu/gather_layout.h"
 #include "cuda/common/ptx.cuh"
+#include "cuda/dense_output.h"
 #include "cuda/gather_weight.cuh"
 
 namespace flashjax::gather {
@@ -38,12 +39,6 @@ struct ColumnMajor {
   __device__ static int Place(int row, int, int column) { return column * kStride + row; }
   __device__ static int64_t Line(const StripEntry&, int column0, int i) { return column0 + i; }
   __device__ static int64_t First(int row0, int) { return row0; }
-};
-
-struct DenseOutput {
-  uint16_t* data;
-  int64_t lines, length;
-  bool aligned;  // lines can be written 16 bytes at a time
 };
 
 // Puts a lane's values of a unit that are in the tile's columns, from `column0` on, to their
@@ -105,13 +100,13 @@ __global__ void __launch_bounds__(kUnpackThreads)
     const int tile_line = i / kChunks, in_line = i % kChunks * 8;
     const int64_t line = Order::Line(w.entry(strip0), column0, tile_line);
     const int64_t first = Order::First(static_cast<int>(row0), column0) + in_line;
-    if (line >= out.lines || first >= out.length) continue;
+    if (line >= out.rows || first >= out.columns) continue;
     const uint16_t* source = tile + tile_line * Order::kStride + in_line;
-    uint16_t* destination = out.data + line * out.length + first;
+    uint16_t* destination = out.data + line * out.columns + first;
     if (out.aligned) {
       *reinterpret_cast<uint4*>(destination) = *reinterpret_cast<const uint4*>(source);
     } else {
-      for (int j = 0; j < 8 && first + j < out.length; ++j) destination[j] = source[j];
+      for (int j = 0; j < 8 && first + j < out.columns; ++j) destination[j] = source[j];
     }
   }
 }

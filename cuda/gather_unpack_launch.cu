@@ -24,8 +24,7 @@ cudaError_t LaunchGatherUnpack(const GatherPackedArgs& packed, int64_t m, int64_
   if (m == 0 || k == 0) return cudaSuccess;
   const GatherShape shape{m, k};
   if (!shape.fits()) return cudaErrorInvalidValue;
-  DenseOutput out{dense, transposed ? k : m, transposed ? m : k, false};
-  out.aligned = out.length % 8 == 0 && reinterpret_cast<uintptr_t>(dense) % 16 == 0;
+  const DenseOutput out = MakeDenseOutput(dense, transposed ? k : m, transposed ? m : k);
   const PackedGather w = MakePackedGather(packed, shape);
   return transposed ? LaunchOrder<ColumnMajor>(w, shape, out, stream)
                     : LaunchOrder<RowMajor>(w, shape, out, stream);

@@ -6,6 +6,7 @@
 
 #include "cpu/lscd_layout.h"
 #include "cuda/common/ptx.cuh"
+#include "cuda/dense_output.h"
 #include "cuda/lscd_async_ring.cuh"
 #include "cuda/lscd_strip_reader.cuh"
 
@@ -41,12 +42,6 @@ struct ColumnMajor {
   }
   __device__ static int64_t Row(int64_t, int64_t k0, int i) { return k0 + i; }
   __device__ static int64_t Column(int64_t m0, int64_t, int i) { return m0 + i; }
-};
-
-struct DenseOutput {
-  uint16_t* data;
-  int64_t rows, columns;
-  bool aligned;  // rows can be written 16 bytes at a time
 };
 
 template <typename Order>

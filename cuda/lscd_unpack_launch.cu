@@ -1,5 +1,3 @@
-#include <utility>
-
 #include "cuda/common/launch.h"
 #include "cuda/lscd_pack_launch.h"
 #include "cuda/lscd_unpack.cuh"
@@ -22,9 +20,8 @@ cudaError_t LaunchUnpack(const Weight& w, const LscdShape& shape, const DenseOut
 template <typename Weight>
 cudaError_t LaunchOrder(const Weight& w, const LscdShape& shape, bool transposed, uint16_t* dense,
                         cudaStream_t stream) {
-  DenseOutput out{dense, shape.m, shape.k, false};
-  if (transposed) std::swap(out.rows, out.columns);
-  out.aligned = out.columns % 8 == 0 && reinterpret_cast<uintptr_t>(dense) % 16 == 0;
+  const DenseOutput out =
+      MakeDenseOutput(dense, transposed ? shape.k : shape.m, transposed ? shape.m : shape.k);
   return transposed ? LaunchUnpack<ColumnMajor>(w, shape, out, stream)
                     : LaunchUnpack<RowMajor>(w, shape, out, stream);
 }
