@@ -76,29 +76,49 @@ inline constexpr int kWordBytes = kLanes * 4;  // one word of every lane
 // in the middle.
 constexpr int RingBytes(int segments) { return (segments + 1) * kSegmentBytes; }
 
-// One 16x16 fragment of `word` (a lane's bitmap of a step): r[0..3] of mma.m16n8k16's A.
-// Selector nibbles 0, 1 are u0, nibbles 2, 3 its zero half: 0x3232 selects nothing, adding 0x43DE
-// for b0 gives u0 to the lower half (and u1 to the upper), adding 0xDE00 for b1 shifts.
+// A 16x16 fragment of `word` (a lane's bitmap of a step) is decoded in three parts.
+//
+// Selectors, from the bits: nibbles 0, 1 are u0, nibbles 2, 3 its zero half: 0x3232 selects
+// nothing, adding 0x43DE for b0 gives u0 to the lower half (and u1 to the upper), adding 0xDE00 for
+// b1 shifts.
+template <int kFragment>
+__device__ __forceinline__ void MakeSelectors(uint32_t word, uint32_t s[4]) {
+  const uint32_t w = word >> (2 * kFragment);
+  const uint32_t first = w & 0x01010101u, second = w & 0x02020202u;  // pairs 2F and 2F + 1
+  s[0] = first * 0x43deu + 0x3232u;
+  s[1] = __dp2a_hi(0xde0043deu, first, 0x3232u);
+  s[2] = second * 0x21efu + 0x3232u;
+  s[3] = __dp2a_hi(0xef0021efu, second, 0x3232u);
+}
+
+// Values: u0 and u1 of the four pairs.
+template <int kFragment>
+__device__ __forceinline__ void LoadValues(uint32_t word, uint32_t& p, uint32_t& q, uint32_t u[8]) {
+  const uint32_t w = word >> (2 * kFragment);
+  const uint32_t first = w & 0x01010101u, second = w & 0x02020202u;
+  const uint32_t p1 = __dp4a(first, 0x00008080u, p), q1 = __dp4a(first, 0x80800000u, q);
+  u[0] = LoadSharedU16(p), u[1] = LoadSharedU16(p + kWordBytes);
+  u[2] = LoadSharedU16(q), u[3] = LoadSharedU16(q + kWordBytes);
+  u[4] = LoadSharedU16(p1), u[5] = LoadSharedU16(p1 + kWordBytes);
+  u[6] = LoadSharedU16(q1), u[7] = LoadSharedU16(q1 + kWordBytes);
+  p = __dp4a(second, 0x00004040u, p1);
+  q = __dp4a(second, 0x40400000u, q1);
+}
+
+// Registers: r[0..3] of mma.m16n8k16's A.
+__device__ __forceinline__ void SelectValues(const uint32_t u[8], const uint32_t s[4],
+                                             uint32_t r[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) r[i] = Permute(u[2 * i], u[2 * i + 1], s[i]);
+}
+
 template <int kFragment>
 __device__ __forceinline__ void DecodeFragment(uint32_t word, uint32_t& p, uint32_t& q,
                                                uint32_t r[4]) {
-  const uint32_t w = word >> (2 * kFragment);
-  const uint32_t first = w & 0x01010101u, second = w & 0x02020202u;  // pairs 2F and 2F + 1
-  const uint32_t s0 = first * 0x43deu + 0x3232u;
-  const uint32_t s1 = __dp2a_hi(0xde0043deu, first, 0x3232u);
-  const uint32_t s2 = second * 0x21efu + 0x3232u;
-  const uint32_t s3 = __dp2a_hi(0xef0021efu, second, 0x3232u);
-  const uint32_t p1 = __dp4a(first, 0x00008080u, p), q1 = __dp4a(first, 0x80800000u, q);
-  const uint32_t a0 = LoadSharedU16(p), a1 = LoadSharedU16(p + kWordBytes);
-  const uint32_t b0 = LoadSharedU16(q), b1 = LoadSharedU16(q + kWordBytes);
-  const uint32_t c0 = LoadSharedU16(p1), c1 = LoadSharedU16(p1 + kWordBytes);
-  const uint32_t d0 = LoadSharedU16(q1), d1 = LoadSharedU16(q1 + kWordBytes);
-  p = __dp4a(second, 0x00004040u, p1);
-  q = __dp4a(second, 0x40400000u, q1);
-  r[0] = Permute(a0, a1, s0);
-  r[1] = Permute(b0, b1, s1);
-  r[2] = Permute(c0, c1, s2);
-  r[3] = Permute(d0, d1, s3);
+  uint32_t s[4], u[8];
+  MakeSelectors<kFragment>(word, s);
+  LoadValues<kFragment>(word, p, q, u);
+  SelectValues(u, s, r);
 }
 
 // The fragments of half a step: 0 and 1, or 2 and 3. `half` must be known where this is unrolled.
@@ -111,6 +131,32 @@ __device__ __forceinline__ void DecodeHalf(int half, uint32_t word, uint32_t& p,
     DecodeFragment<2>(word, p, q, a[0]);
     DecodeFragment<3>(word, p, q, a[1]);
   }
+}
+
+// The same in two steps: the loads, and what writes the fragments' registers.
+__device__ __forceinline__ void LoadHalf(int half, uint32_t word, uint32_t& p, uint32_t& q,
+                                         uint32_t u[2][8]) {
+  if (half == 0) {
+    LoadValues<0>(word, p, q, u[0]);
+    LoadValues<1>(word, p, q, u[1]);
+  } else {
+    LoadValues<2>(word, p, q, u[0]);
+    LoadValues<3>(word, p, q, u[1]);
+  }
+}
+
+__device__ __forceinline__ void SelectHalf(int half, uint32_t word, const uint32_t u[2][8],
+                                           uint32_t a[2][4]) {
+  uint32_t s[2][4];
+  if (half == 0) {
+    MakeSelectors<0>(word, s[0]);
+    MakeSelectors<1>(word, s[1]);
+  } else {
+    MakeSelectors<2>(word, s[0]);
+    MakeSelectors<3>(word, s[1]);
+  }
+  SelectValues(u[0], s[0], a[0]);
+  SelectValues(u[1], s[1], a[1]);
 }
 
 // Where the streams of a warp stand before a group of a strip.

@@ -56,6 +56,12 @@ struct WgmmaConfig {
   // What a change of tile costs a rank (a tile is stored, another walk looked up), in quarters of a
   // group. Up to 64 columns that is too little to count; with 344 whole tiles are most of the work.
   static constexpr int kChangeQuarters = kTileN == 256 ? 8 : kTileN == 128 ? 4 : 0;
+  // Fragments that are multiplied as one batch: a step. Of wide products half of one, because a
+  // warp that has given the tensor cores more than they queue cannot go on decoding.
+  static constexpr int kBatch = kTileN < 256 ? 4 : 2;
+  // Whether a batch's values are loaded before the registers of its fragments are free. With 344
+  // columns that is no faster.
+  static constexpr bool kLoadsEarly = kTileN == 256;
   // A stage of x is 4 to 8 KB (16, 32 and 43 KB for 128, 256 and 344 columns), so that its barrier
   // is waited for rarely.
   static constexpr int kStageK = kTileN <= 16 ? 256 : kTileN == 32 ? 128 : 64;
@@ -163,9 +169,9 @@ __device__ __forceinline__ void MultiplyWgmma(WgmmaReader<kTileN>& reader,
                                               StageRing<WgmmaConfig<kTileN>>& x, int groups,
                                               bool more, float* acc, int lane) {
   using Config = WgmmaConfig<kTileN>;
-  constexpr int kBatch = 4;    // fragments a batch of wgmma: a step
+  constexpr int kBatch = Config::kBatch;
   constexpr int kBuffers = 2;  // batches of fragments in registers: one decoded, one multiplied
-  constexpr int kStageSteps = Config::kStageK / kStepK;
+  constexpr int kStageSteps = Config::kStageK / kStepK, kStepBatches = 4 / kBatch;
   // With 16 to 64 columns registers are short: the next group is asked for when half of this bitmap
   // is used up.
   constexpr int kAheadStep = kTileN <= 64 ? 2 : 0;
@@ -178,27 +184,41 @@ __device__ __forceinline__ void MultiplyWgmma(WgmmaReader<kTileN>& reader,
 #pragma unroll
     for (int step = 0; step < kGroupSteps; ++step) {
       if (step == kAheadStep) reader.LoadAhead(group + 1 < groups || more);
-      const int buffer = step % kBuffers, in_stage = step % kStageSteps;
+      const int in_stage = step % kStageSteps;
       const uint32_t word = reader.BeginStep(step);
-      DecodeHalf(0, word, reader.p, reader.q, a[buffer]);
-      DecodeHalf(1, word, reader.p, reader.q, a[buffer] + 2);
-      if (in_stage == 0) {
-        x.Wait();
-        x_low = stages_low + x.stage * (Config::kStageBytes >> 4);
-        x.Advance();
-      }
-      WgmmaFence();
 #pragma unroll
-      for (int f = 0; f < kBatch; ++f) {
-        const uint32_t offset = (in_stage * Config::kBoxBytes + f * 32) >> 4;
-        MultiplyFragment<T, kTileN>(acc, a[buffer][f], x_low + offset);
-      }
-      WgmmaCommit();
-      WgmmaWait<kBuffers - 1>();
-      // The previous stage's last batch is done.
-      if (in_stage == 0) {
-        if (holds_stage) x.HandBack(2, lane);
-        holds_stage = true;
+      for (int part = 0; part < kStepBatches; ++part) {
+        const int buffer = (step * kStepBatches + part) % kBuffers;
+        if constexpr (Config::kLoadsEarly) {
+          static_assert(kBatch == 2 && kStageSteps == 1);
+          uint32_t u[2][8];
+          LoadHalf(part, word, reader.p, reader.q, u);
+          WgmmaWait<kBuffers - 1>();
+          SelectHalf(part, word, u, a[buffer]);
+        } else {
+#pragma unroll
+          for (int f = 0; f < kBatch; f += 2) {
+            DecodeHalf(part + f / 2, word, reader.p, reader.q, a[buffer] + f);
+          }
+        }
+        if (in_stage == 0 && part == 0) {
+          x.Wait();
+          x_low = stages_low + x.stage * (Config::kStageBytes >> 4);
+          x.Advance();
+        }
+        WgmmaFence();
+#pragma unroll
+        for (int f = 0; f < kBatch; ++f) {
+          const uint32_t offset = (in_stage * Config::kBoxBytes + (part * kBatch + f) * 32) >> 4;
+          MultiplyFragment<T, kTileN>(acc, a[buffer][f], x_low + offset);
+        }
+        WgmmaCommit();
+        if constexpr (!Config::kLoadsEarly) WgmmaWait<kBuffers - 1>();
+        // The previous stage's last batch is done.
+        if (in_stage == 0 && part == (Config::kLoadsEarly ? 1 : 0)) {
+          if (holds_stage) x.HandBack(2, lane);
+          holds_stage = true;
+        }
       }
     }
     reader.NextGroup();
