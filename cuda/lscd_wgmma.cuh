@@ -14,7 +14,7 @@
 //   product  wgmma: fragments are decoded into registers while the previous batch is multiplied.
 //            Up to 8 columns mma.sync: there the warps of a warpgroup would spend a sixth of their
 //            time waiting for each other. Up to 2 with a fragment B for a whole step
-//   results  of the widest tiles through shared memory, in boxes (lscd_box_store.cuh)
+//   results  from 256 columns on through shared memory, in boxes (lscd_box_store.cuh)
 //   balance  stream-K over tiles of 256 rows (128 with 128 columns; lscd_stream_k.cuh)
 #ifndef FLASHJAX_CUDA_LSCD_WGMMA_CUH_
 #define FLASHJAX_CUDA_LSCD_WGMMA_CUH_
@@ -76,9 +76,8 @@ struct WgmmaConfig {
   // widest tiles have neighbours that read the same values: these should stay in L2.
   using Ring = std::conditional_t<kTileN == 128, BulkRing<8, 2>,
                                   BulkRing<kRingSegments, kPrefetch, (kTileN <= 256)>>;
-  // Where a walk ends with its tile, its values' place is free for y. With 256 columns that is no
-  // faster.
-  static constexpr bool kStoresBoxes = kTileN > 256;
+  // Where a walk ends with its tile, its values' place is free for y.
+  static constexpr bool kStoresBoxes = !kWalksOn;
   static_assert(!kStoresBoxes || BoxStore::Bytes(kColumns) <= 4 * Ring::kBytes);
   static constexpr int kBoxBarriers = kStoresBoxes ? kWarps / 4 : 0;
   static constexpr int kBarriers = kWarps * Ring::kSegments + 2 * kStages + 1 + kBoxBarriers;

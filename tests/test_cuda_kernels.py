@@ -35,8 +35,8 @@ def test_rows(kernel, rows, dtype, m):
     check_random(kernel, (1096, m), 0.7, rows, dtype)
 
 
-# Tiles of 344 and 256 columns; more than the GPU has multiprocessors. Of the former
-# multiples of 8 outputs are stored in boxes.
+# Tiles of 344 and 256 columns; more than the GPU has multiprocessors. Multiples of 8
+# outputs are stored in boxes.
 @pytest.mark.parametrize("m", [3210, 3208])
 @pytest.mark.parametrize("rows", [520, 700, 2048, 4096])
 @pytest.mark.parametrize("dtype", op_cases.HALVES)
@@ -44,10 +44,12 @@ def test_tiles_of_columns(kernel, rows, dtype, m):
     check_random(kernel, (1096, m), 0.7, rows, dtype)
 
 
-# Some 96 tiles of one group, of which an H200's 66 clusters cut 30: many store twice.
-def test_boxes_one_after_the_other():
+# 96 tiles of 344 columns or 128 of 256, of one group, for an H200's 66 clusters: many
+# store twice.
+@pytest.mark.parametrize(("rows", "m"), [(2048, 4096), (512, 16_384)])
+def test_boxes_one_after_the_other(rows, m):
     op_cases.skip_without("wgmma")
-    check_random("wgmma", (72, 4096), 0.5, 2048, "float16")
+    check_random("wgmma", (72, m), 0.5, rows, "float16")
 
 
 # More tiles than an H200 has blocks of 128 rows, or clusters of 256.

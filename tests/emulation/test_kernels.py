@@ -83,8 +83,8 @@ def test_shares_of_blocks(kernel, shape, multiprocessors):
     check_matmul(kernel, x, dense, bias, float_output=True)
 
 
-# Two or three tiles of 344 columns, three of 256. Of the former multiples of 8 outputs
-# are stored in boxes.
+# Two or three tiles of 344 columns, three of 256. Multiples of 8 outputs are stored in
+# boxes.
 @pytest.mark.parametrize("multiprocessors", [1, 3, 7, 132])
 @pytest.mark.parametrize(
     ("rows", "m"), [(520, 261), (688, 264), (700, 264), (800, 520)]
