@@ -90,18 +90,19 @@ def freeze(variables: Mapping[str, Any]) -> dict[str, Any]:
       ValueError: values or biases are NaN, or too large for their half precision.
     """
 
-    def join(sparse, params):
+    def join(sparse, params, path="linen.freeze: "):
         sparse, params = dict(sparse), dict(params)
         for name, child in list(sparse.items()):
             if name == _KERNEL and isinstance(child, SparsePositions):
                 matrix = TrainableMatrix(child, params.pop(name))
-                sparse[name] = frozen_matrix("linen.freeze", matrix)
+                sparse[name] = frozen_matrix(path + name, matrix)
                 bias = params.get(_BIAS)
                 if bias is not None:
                     like = sparse.pop(_BIAS_DTYPE, bias)
-                    params[_BIAS] = rounded("linen.freeze", bias, like.dtype)
+                    params[_BIAS] = rounded(path + _BIAS, bias, like.dtype)
             elif isinstance(child, Mapping):
-                sparse[name], params[name] = join(child, params.get(name, {}))
+                below = join(child, params.get(name, {}), f"{path}{name}.")
+                sparse[name], params[name] = below
         return sparse, params
 
     return _map("linen.freeze", variables, join)

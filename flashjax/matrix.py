@@ -38,6 +38,11 @@ class PackedMatrix:
     @property
     def nnz(self) -> int:
         """Nonzero elements, of a stack in all; needs concrete arrays of the process."""
+        if isinstance(self.counts, jax.core.Tracer):
+            raise TypeError(
+                f"{type(self).__name__}.nnz: expected a concrete matrix, got a traced "
+                "one: read nnz and sparsity outside of jit, vmap and grad"
+            )
         return int(np.asarray(self.counts).sum(dtype=np.int64))
 
     @property

@@ -208,18 +208,23 @@ def freeze(model: Model) -> Model:
         the model is then unchanged.
     """
     check_model("freeze", model)
-    layers = {id(layer): layer for _, layer in layers_of(model, TrainableSparseDense)}
     biases: dict[int, Any] = {}
-    frozen = {key: _frozen_layer(layer, biases) for key, layer in layers.items()}
+    frozen: dict[int, SparseDense] = {}
+    for path, layer in layers_of(model, TrainableSparseDense):
+        if id(layer) not in frozen:
+            frozen[id(layer)] = _frozen_layer(layer, biases, path)
     return replace_layers(model, TrainableSparseDense, lambda layer: frozen[id(layer)])
 
 
-def _frozen_layer(layer: TrainableSparseDense, biases: dict[int, Any]) -> SparseDense:
+def _frozen_layer(
+    layer: TrainableSparseDense, biases: dict[int, Any], path: str
+) -> SparseDense:
+    where = f"freeze: {path}." if path else "freeze: "
     bias: Any = layer.bias
     if bias is not None:
-        kept = rounded("freeze", bias[...], layer.bias_dtype)
+        kept = rounded(f"{where}bias", bias[...], layer.bias_dtype)
         bias = _replaced(bias, kept, biases)
-    matrix = frozen_matrix("freeze", layer.kernel.get_value())
+    matrix = frozen_matrix(f"{where}values", layer.kernel.get_value())
     return SparseDense.from_matrix(
         matrix.with_transpose() if layer.had_transpose else matrix,
         bias,

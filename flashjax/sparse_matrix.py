@@ -306,6 +306,8 @@ class SparseMatrix(PackedMatrix):
         if all(is_readable(getattr(self, name)) for name in _LEAVES):
             if np.ndim(self.counts) == 1:
                 details += f", nnz={self.nnz}, sparsity={self.sparsity:.3f}"
+            else:
+                details = f"layers={self._layers}, {details}"
             details += f", nbytes={self.nbytes}"
         if self.transposed is not None:
             details += ", with its transpose"

@@ -321,6 +321,13 @@ def test_a_stack_has_the_sparsity_of_its_matrices(w):
     stack = fj.SparseMatrix.stack([w, w, w])
     assert stack.nnz == 3 * w.nnz
     assert stack.sparsity == pytest.approx(w.sparsity)
+    assert repr(stack).startswith("SparseMatrix(layers=3, shape=(")
+
+
+def test_nnz_of_a_traced_matrix(w):
+    for read in (lambda w: w.nnz, lambda w: w.sparsity):
+        with pytest.raises(TypeError, match=r"SparseMatrix.nnz: .*got a traced one"):
+            jax.jit(read)(w)
 
 
 def test_repr_of_what_cannot_be_read(w):

@@ -32,7 +32,7 @@ from .generation_request import (
     make_request,
     pad_prompts,
 )
-from .modeling import OPT
+from .modeling import OPT, check_opt
 from .text_stream import stream_text
 
 _KEYS = ("id", "prompt", "max_new_tokens", "seed")
@@ -122,8 +122,10 @@ def generate_file(
       ValueError: a line does not fit (the first one is named), the output or a partial
         one exists or is the input or no file, the run to resume had other input or
         options, or another run is writing there.
+      TypeError: the model is no OPT.
       FloatingPointError: lines failed; the output was written.
     """
+    check_opt(model)
     config = config or GenerationConfig()
     if batch < 1:
         raise ValueError(f"expected a batch of at least 1, got {batch}")

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from .modeling import OPT, check_tokens
+from .modeling import OPT, check_opt, check_tokens
 
 _MAX_WINDOW = 2048
 # Logits of so many tokens are held at once, in float32.
@@ -77,9 +77,11 @@ def perplexity(
       The measurement. Log-probabilities are float32, their sums float64.
 
     Raises:
+      TypeError: the model is no OPT.
       ValueError: an argument is out of range, or the text has less than two tokens.
       FloatingPointError: the model gave NaN.
     """
+    check_opt(model)
     config = model.config
     window = min(config.max_positions, _MAX_WINDOW) if window is None else window
     stride = window if stride is None else stride

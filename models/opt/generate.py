@@ -33,7 +33,7 @@ from .generation_request import (
     prefill_sequences,
     read_slots,
 )
-from .modeling import OPT, positions_from_mask
+from .modeling import OPT, check_opt, positions_from_mask
 from .sampling import log_probabilities, make_key, penalize
 
 
@@ -114,7 +114,8 @@ def generate(
       a row's end.
 
     Raises:
-      TypeError: an option is no number of the right kind, or there is none of its name.
+      TypeError: the model is no OPT, an option no number of the right kind, or there is
+        none of its name.
       ValueError: a shape, dtype or value that does not fit, among them a row without
         a real token, and more tokens than the model has positions.
       FloatingPointError: a row's logits are NaN, or the largest of them is infinite.
@@ -196,6 +197,7 @@ def check_logits(failed: jax.Array | np.ndarray | list[bool]) -> None:
 
 
 def _request(model, token_ids, attention_mask, config, options) -> Request:
+    check_opt(model)
     if config is None:
         config = GenerationConfig()
     elif not isinstance(config, GenerationConfig):

@@ -1,6 +1,6 @@
 """Checking a call of generation and bringing it into the shapes compiled for."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -130,21 +130,45 @@ def pad_prompts(
       Token ids (batch, longest) int32 and the mask (batch, longest) bool.
 
     Raises:
-      ValueError: a prompt has no token.
+      TypeError: the prompts are no sequences of integers.
+      ValueError: a prompt has no token, or one that int32 does not hold.
     """
-    lengths = [len(prompt) for prompt in prompts]
-    if 0 in lengths:
-        raise ValueError(
-            "every prompt needs at least one token, got none in prompt "
-            f"{lengths.index(0)}"
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+        raise TypeError(
+            f"pad_prompts: expected a sequence of prompts, got {type(prompts).__name__}"
         )
-    longest = max(lengths, default=0)
-    token_ids = np.full((len(prompts), longest), pad_token_id, np.int32)
+    rows = [_tokens(prompt, i) for i, prompt in enumerate(prompts)]
+    longest = max(map(len, rows), default=0)
+    token_ids = np.full((len(rows), longest), pad_token_id, np.int32)
     mask = np.zeros(token_ids.shape, np.bool_)
-    for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
-        token_ids[row, longest - length :] = prompt
-        mask[row, longest - length :] = True
+    for i, row in enumerate(rows):
+        token_ids[i, longest - len(row) :] = row
+        mask[i, longest - len(row) :] = True
     return token_ids, mask
+
+
+def _tokens(prompt: Any, index: int) -> np.ndarray:
+    if isinstance(prompt, str | bytes):
+        raise TypeError(
+            f"pad_prompts: expected token ids, got text as prompt {index}: encode it "
+            "with the model's tokenizer first"
+        )
+    tokens = np.asarray(prompt)
+    if tokens.ndim == 1 and not tokens.size:
+        raise ValueError(
+            f"every prompt needs at least one token, got none in prompt {index}"
+        )
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise TypeError(
+            "pad_prompts: expected a sequence of integers for every prompt, got "
+            f"{tokens.dtype} of shape {tokens.shape} as prompt {index}"
+        )
+    if tokens.min() < 0 or tokens.max() > np.iinfo(np.int32).max:
+        raise ValueError(
+            "pad_prompts: expected token ids from 0 on that int32 holds, got "
+            f"{tokens.min()} to {tokens.max()} in prompt {index}"
+        )
+    return tokens
 
 
 def bucket(length: int) -> int:

@@ -240,9 +240,19 @@ def local_folder(
     Raises:
       CheckpointError: there is no such folder, and the hub has no such model or cannot
         be reached.
+      TypeError: that is no path and no name.
     """
+    if not isinstance(folder_or_hub_name, str | os.PathLike):
+        raise TypeError(
+            "expected a model's folder or its name on the hub, got "
+            f"{type(folder_or_hub_name).__name__}"
+        )
     path = Path(folder_or_hub_name)
     name = os.fspath(folder_or_hub_name)
+    if not name:
+        raise CheckpointError(
+            "expected a model's folder or its name on the hub, got an empty string"
+        )
     if path.is_dir():
         return path
     if path.exists():

@@ -422,6 +422,16 @@ class OPT(nnx.Module):
         )
 
 
+def check_opt(model: Any) -> None:
+    """Raises TypeError unless it is an OPT."""
+    if isinstance(model, OPT):
+        return
+    hint = ""
+    if isinstance(model, tuple) and model and isinstance(model[0], OPT):
+        hint = ": from_pretrained returns the model and its tokenizer"
+    raise TypeError(f"expected an OPT as the model, got {type(model).__name__}{hint}")
+
+
 def check_dtype(dtype: DTypeLike) -> np.dtype:
     """Returns a model's dtype as numpy's.
 

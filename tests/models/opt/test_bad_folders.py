@@ -113,6 +113,10 @@ def test_folders_that_are_no_model(tmp_path):
         opt.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="expected a model folder, got nothing"):
         opt.from_pretrained("./nowhere")
+    with pytest.raises(CheckpointError, match="on the hub, got an empty string"):
+        opt.from_pretrained("")
+    with pytest.raises(TypeError, match="its name on the hub, got NoneType"):
+        opt.from_pretrained(None)
     shutil.copyfile(DATA / "pre_norm/config.json", tmp_path / "config.json")
     with pytest.raises(CheckpointError, match=r"expected model\.safetensors"):
         opt.from_pretrained(tmp_path)

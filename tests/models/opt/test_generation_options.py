@@ -12,6 +12,7 @@ from generate_support import count_compilations, generate_module, logits_of
 
 from flashjax.checkpoint import CheckpointError
 from flashjax.models import opt
+from flashjax.models.opt.evaluation import perplexity
 from flashjax.models.opt.generation_config import FILE_NAME
 from flashjax.models.opt.generation_request import Rows, make_request
 
@@ -157,8 +158,38 @@ def test_pad_prompts():
     ids, mask = opt.pad_prompts([[4, 5, 6], (7,)], 9)
     assert ids.tolist() == [[4, 5, 6], [9, 9, 7]]
     assert mask.tolist() == [[True] * 3, [False, False, True]]
+    assert opt.pad_prompts([])[0].shape == (0, 0)
     with pytest.raises(ValueError, match="at least one token, got none in prompt 1"):
         opt.pad_prompts([[4], []])
+    with pytest.raises(ValueError, match=r"got -1 to 4 in prompt 0"):
+        opt.pad_prompts([[4, -1]])
+    with pytest.raises(ValueError, match=r"int32 holds, got 1 to 4294967296 in"):
+        opt.pad_prompts([[1, 2**32]])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "got"),
+    [
+        (["abc"], "got text as prompt 0: encode it"),
+        ("abc", "expected a sequence of prompts, got str"),
+        (None, "expected a sequence of prompts, got NoneType"),
+        ([[1], [2, 3.5]], r"got float64 of shape \(2,\) as prompt 1"),
+        ([1, 2], r"got int64 of shape \(\) as prompt 0"),
+        ([[True]], "got bool"),
+    ],
+)
+def test_prompts_are_sequences_of_token_ids(prompts, got):
+    with pytest.raises(TypeError, match=got):
+        opt.pad_prompts(prompts)
+
+
+def test_expects_an_opt(model):
+    with pytest.raises(TypeError, match="an OPT as the model, got NoneType"):
+        opt.generate(None, [[1]])
+    with pytest.raises(TypeError, match=r"got tuple: from_pretrained returns the mod"):
+        opt.generate_stream((model, None), [[1]])
+    with pytest.raises(TypeError, match="an OPT as the model, got str"):
+        perplexity("opt-125m", [1, 2, 3])
 
 
 def test_options_go_before_the_config(model):
