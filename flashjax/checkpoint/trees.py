@@ -31,10 +31,13 @@ def to_arrays(matrix: "SparseMatrix") -> dict[str, np.ndarray]:
       ValueError: it is a stack, whose matrices unstack() gives.
     """
     from flashjax.sparse_matrix import SparseMatrix
+    from flashjax.trainable_matrix import SparsePositions, TrainableMatrix
 
     if not isinstance(matrix, SparseMatrix):
+        is_trained = isinstance(matrix, TrainableMatrix | SparsePositions)
         raise TypeError(
             f"to_arrays: expected a SparseMatrix, got {type(matrix).__name__}"
+            + (": freeze() the model first" if is_trained else "")
         )
     matrix.check_leaves("to_arrays")
     bitmap, values = encode(np.asarray(matrix.to_dense()).T)

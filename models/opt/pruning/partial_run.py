@@ -218,7 +218,12 @@ def _check_unfinished(
             f"{run.folder} holds an unfinished run ({layers} of {run.parts - 1} layers "
             "done): go on with it by resume, or delete that folder to start anew"
         )
-    before = read_json(run.folder / "run.json")
+    try:
+        before = read_json(run.folder / "run.json")
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; this run cannot be resumed: delete {run.folder} to start anew"
+        ) from error
     # As JSON gives it back.
     now = json.loads(json.dumps(dict(arguments)))
     different = [

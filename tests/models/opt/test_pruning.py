@@ -251,6 +251,9 @@ def test_unfinished_runs_are_respected(tokens, tmp_path, monkeypatch):
             run("pre_norm", out, tokens, **options)
     with pytest.raises(CheckpointError, match="model was "):
         run("no_affine", out, tokens, resume=True)
+    (tmp_path / "out.partial" / "run.json").write_text('{"sparsity": 0.')
+    with pytest.raises(CheckpointError, match=r"run.json: .*JSON.* delete .*partial"):
+        run("pre_norm", out, tokens, resume=True)
     assert content(tmp_path / "out.partial" / "model") == before
 
 
