@@ -112,6 +112,7 @@ __device__ __forceinline__ void SelectValues(const uint32_t u[8], const uint32_t
   for (int i = 0; i < 4; ++i) r[i] = Permute(u[2 * i], u[2 * i + 1], s[i]);
 }
 
+// All three.
 template <int kFragment>
 __device__ __forceinline__ void DecodeFragment(uint32_t word, uint32_t& p, uint32_t& q,
                                                uint32_t r[4]) {
@@ -133,7 +134,7 @@ __device__ __forceinline__ void DecodeHalf(int half, uint32_t word, uint32_t& p,
   }
 }
 
-// The same in two steps: the loads, and what writes the fragments' registers.
+// DecodeHalf in two parts: the loads, and what writes the fragments' registers.
 __device__ __forceinline__ void LoadHalf(int half, uint32_t word, uint32_t& p, uint32_t& q,
                                          uint32_t u[2][8]) {
   if (half == 0) {

@@ -307,7 +307,8 @@ class SparseMatrix(PackedMatrix):
             if np.ndim(self.counts) == 1:
                 details += f", nnz={self.nnz}, sparsity={self.sparsity:.3f}"
             else:
-                details = f"layers={self._layers}, {details}"
+                layers = "x".join(map(str, np.shape(self.counts)[:-1]))
+                details = f"layers={layers}, {details}"
             details += f", nbytes={self.nbytes}"
         if self.transposed is not None:
             details += ", with its transpose"

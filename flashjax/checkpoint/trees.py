@@ -34,10 +34,13 @@ def to_arrays(matrix: "SparseMatrix") -> dict[str, np.ndarray]:
     from flashjax.trainable_matrix import SparsePositions, TrainableMatrix
 
     if not isinstance(matrix, SparseMatrix):
-        is_trained = isinstance(matrix, TrainableMatrix | SparsePositions)
+        hint = ""
+        if isinstance(matrix, TrainableMatrix):
+            hint = ": freeze() the model, or pass what to_sparse() returns"
+        elif isinstance(matrix, SparsePositions):
+            hint = ": freeze() the model first"
         raise TypeError(
-            f"to_arrays: expected a SparseMatrix, got {type(matrix).__name__}"
-            + (": freeze() the model first" if is_trained else "")
+            f"to_arrays: expected a SparseMatrix, got {type(matrix).__name__}{hint}"
         )
     matrix.check_leaves("to_arrays")
     bitmap, values = encode(np.asarray(matrix.to_dense()).T)

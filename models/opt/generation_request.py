@@ -1,6 +1,6 @@
 """Checking a call of generation and bringing it into the shapes compiled for."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -133,9 +133,16 @@ def pad_prompts(
       TypeError: the prompts are no sequences of integers.
       ValueError: a prompt has no token, or one that int32 does not hold.
     """
-    if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+    is_mapping = isinstance(prompts, Mapping)
+    if (
+        is_mapping
+        or isinstance(prompts, str | bytes)
+        or not isinstance(prompts, Iterable)
+    ):
         raise TypeError(
-            f"pad_prompts: expected a sequence of prompts, got {type(prompts).__name__}"
+            "pad_prompts: expected a sequence of prompts, got "
+            + type(prompts).__name__
+            + (": pass its input_ids" if is_mapping else "")
         )
     rows = [_tokens(prompt, i) for i, prompt in enumerate(prompts)]
     longest = max(map(len, rows), default=0)
@@ -153,20 +160,30 @@ def _tokens(prompt: Any, index: int) -> np.ndarray:
             f"pad_prompts: expected token ids, got text as prompt {index}: encode it "
             "with the model's tokenizer first"
         )
-    tokens = np.asarray(prompt)
+    expected = "pad_prompts: expected a sequence of integers for every prompt, got"
+    try:
+        tokens = np.asarray(prompt)
+    except ValueError as error:  # of a list of lists
+        raise TypeError(f"{expected} other sequences as prompt {index}") from error
+    if tokens.ndim == 0:
+        hint = ": for one prompt pass [prompt]" if tokens.dtype.kind in "iu" else ""
+        hint = ": pass its ids" if hasattr(prompt, "ids") else hint
+        raise TypeError(f"{expected} {type(prompt).__name__} as prompt {index}{hint}")
     if tokens.ndim == 1 and not tokens.size:
         raise ValueError(
             f"every prompt needs at least one token, got none in prompt {index}"
         )
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+    # Of very large ones numpy makes objects or floats.
+    are_integers = tokens.dtype.kind in "iu" or all(type(t) is int for t in prompt)
+    if tokens.ndim != 1 or not are_integers:
         raise TypeError(
-            "pad_prompts: expected a sequence of integers for every prompt, got "
-            f"{tokens.dtype} of shape {tokens.shape} as prompt {index}"
+            f"{expected} {tokens.dtype} of shape {tokens.shape} as prompt {index}"
         )
-    if tokens.min() < 0 or tokens.max() > np.iinfo(np.int32).max:
+    least, most = tokens.min(), tokens.max()
+    if least < 0 or most > np.iinfo(np.int32).max:
         raise ValueError(
             "pad_prompts: expected token ids from 0 on that int32 holds, got "
-            f"{tokens.min()} to {tokens.max()} in prompt {index}"
+            f"{least} to {most} in prompt {index}"
         )
     return tokens
 

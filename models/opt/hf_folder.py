@@ -142,7 +142,7 @@ def open_opt(
       The open checkpoint.
 
     Raises:
-      CheckpointError: see from_pretrained().
+      TypeError, CheckpointError: see from_pretrained().
     """
     folder = local_folder(folder_or_hub_name, revision)
     config = _load_config(folder)

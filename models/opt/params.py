@@ -23,7 +23,7 @@ from .attention import check_cache_dtype
 from .fused_qkv import FUSED, QKV, rows_of
 from .hf_folder import open_opt, opt_targets
 from .loading import HALVES, load
-from .modeling import OPT, check_dtype
+from .modeling import OPT, check_dtype, check_opt
 from .parallel import TensorParallel, transpose_anywhere
 from .tokenizer import load_tokenizer, save_tokenizer
 
@@ -75,6 +75,7 @@ def from_pretrained(
       where the folder has none.
 
     Raises:
+      TypeError: the folder is no path and no name.
       ValueError: an option is none of the above, or the model cannot be split
         over the mesh.
       CheckpointError: (a ValueError) the folder is no OPT model, is truncated, or its
@@ -126,14 +127,13 @@ def save_pretrained(
 
     Raises:
       CheckpointError: the folder exists, or cannot be written; nothing is left behind.
-      ValueError: model or tokenizer is of another type, shard_bytes is no number of at
-        least 1, or values that were trained are NaN or too large for the model's half
-        precision.
+      TypeError: model or tokenizer is of another type.
+      ValueError: shard_bytes is no number of at least 1, or values that were trained
+        are NaN or too large for the model's half precision.
     """
-    if not isinstance(model, OPT):
-        raise ValueError(f"expected an OPT model, got {type(model).__name__}")
+    check_opt(model)
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
-        raise ValueError(
+        raise TypeError(
             "expected a tokenizers.Tokenizer or None, got "
             f"{type(tokenizer).__module__}.{type(tokenizer).__name__}"
         )

@@ -221,6 +221,8 @@ def _check_unfinished(
     try:
         before = read_json(run.folder / "run.json")
     except CheckpointError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
         raise CheckpointError(
             f"{error}; this run cannot be resumed: delete {run.folder} to start anew"
         ) from error

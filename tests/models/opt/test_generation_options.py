@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import warnings
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -165,6 +166,9 @@ def test_pad_prompts():
         opt.pad_prompts([[4, -1]])
     with pytest.raises(ValueError, match=r"int32 holds, got 1 to 4294967296 in"):
         opt.pad_prompts([[1, 2**32]])
+    for large in ([2**64], [2**63, 1], [-1, 2**63]):
+        with pytest.raises(ValueError, match=r"int32 holds, got .* in prompt 1"):
+            opt.pad_prompts([[1], large])
 
 
 @pytest.mark.parametrize(
@@ -174,7 +178,11 @@ def test_pad_prompts():
         ("abc", "expected a sequence of prompts, got str"),
         (None, "expected a sequence of prompts, got NoneType"),
         ([[1], [2, 3.5]], r"got float64 of shape \(2,\) as prompt 1"),
-        ([1, 2], r"got int64 of shape \(\) as prompt 0"),
+        ([1, 2], r"got int as prompt 0: for one prompt pass \[prompt\]"),
+        ([[1], [[1], [1, 2]]], "got other sequences as prompt 1"),
+        ([[[1, 2]]], r"got int64 of shape \(1, 2\) as prompt 0"),
+        ({"input_ids": [[1]]}, "sequence of prompts, got dict: pass its input_ids"),
+        ([SimpleNamespace(ids=[1])], "got SimpleNamespace as prompt 0: pass its ids"),
         ([[True]], "got bool"),
     ],
 )
@@ -190,6 +198,8 @@ def test_expects_an_opt(model):
         opt.generate_stream((model, None), [[1]])
     with pytest.raises(TypeError, match="an OPT as the model, got str"):
         perplexity("opt-125m", [1, 2, 3])
+    with pytest.raises(TypeError, match="an OPT as the model, got NoneType"):
+        opt.generate_file(None, None, "in.jsonl", "out.jsonl")
 
 
 def test_options_go_before_the_config(model):

@@ -313,14 +313,14 @@ def test_full_disk_while_saving(tmp_path):
 @pytest.mark.parametrize(
     ("model", "tokenizer", "message"),
     [
-        (nnx.Dict(), None, "expected an OPT model, got Dict"),
+        (nnx.Dict(), None, "expected an OPT as the model, got Dict"),
         (None, "gpt2", r"expected a tokenizers\.Tokenizer or None, got builtins\.str"),
     ],
 )
 def test_wrong_things_to_save(tmp_path, model, tokenizer, message):
     if model is None:
         model, _ = opt.from_pretrained(DATA / "pre_norm")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(TypeError, match=message):
         opt.save_pretrained(model, tokenizer, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
