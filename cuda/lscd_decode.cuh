@@ -76,14 +76,14 @@ inline constexpr int kWordBytes = kLanes * 4;  // one word of every lane
 // in the middle.
 constexpr int RingBytes(int segments) { return (segments + 1) * kSegmentBytes; }
 
-// A 16x16 fragment of `word` (a lane's bitmap of a step) is decoded in three parts.
+// A 16x16 fragment of `word` (a lane's bitmap of a step) is decoded in three parts. `fragment`, of
+// the step's four, must be known where this is unrolled.
 //
 // Selectors, from the bits: nibbles 0, 1 are u0, nibbles 2, 3 its zero half: 0x3232 selects
 // nothing, adding 0x43DE for b0 gives u0 to the lower half (and u1 to the upper), adding 0xDE00 for
 // b1 shifts.
-template <int kFragment>
-__device__ __forceinline__ void MakeSelectors(uint32_t word, uint32_t s[4]) {
-  const uint32_t w = word >> (2 * kFragment);
+__device__ __forceinline__ void MakeSelectors(int fragment, uint32_t word, uint32_t s[4]) {
+  const uint32_t w = word >> (2 * fragment);
   const uint32_t first = w & 0x01010101u, second = w & 0x02020202u;  // pairs 2F and 2F + 1
   s[0] = first * 0x43deu + 0x3232u;
   s[1] = __dp2a_hi(0xde0043deu, first, 0x3232u);
@@ -92,9 +92,9 @@ __device__ __forceinline__ void MakeSelectors(uint32_t word, uint32_t s[4]) {
 }
 
 // Values: u0 and u1 of the four pairs.
-template <int kFragment>
-__device__ __forceinline__ void LoadValues(uint32_t word, uint32_t& p, uint32_t& q, uint32_t u[8]) {
-  const uint32_t w = word >> (2 * kFragment);
+__device__ __forceinline__ void LoadValues(int fragment, uint32_t word, uint32_t& p, uint32_t& q,
+                                           uint32_t u[8]) {
+  const uint32_t w = word >> (2 * fragment);
   const uint32_t first = w & 0x01010101u, second = w & 0x02020202u;
   const uint32_t p1 = __dp4a(first, 0x00008080u, p), q1 = __dp4a(first, 0x80800000u, q);
   u[0] = LoadSharedU16(p), u[1] = LoadSharedU16(p + kWordBytes);
@@ -112,52 +112,33 @@ __device__ __forceinline__ void SelectValues(const uint32_t u[8], const uint32_t
   for (int i = 0; i < 4; ++i) r[i] = Permute(u[2 * i], u[2 * i + 1], s[i]);
 }
 
-// All three.
-template <int kFragment>
-__device__ __forceinline__ void DecodeFragment(uint32_t word, uint32_t& p, uint32_t& q,
-                                               uint32_t r[4]) {
-  uint32_t s[4], u[8];
-  MakeSelectors<kFragment>(word, s);
-  LoadValues<kFragment>(word, p, q, u);
-  SelectValues(u, s, r);
-}
-
-// The fragments of half a step: 0 and 1, or 2 and 3. `half` must be known where this is unrolled.
+// The fragments of half a step: 0 and 1, or 2 and 3.
 __device__ __forceinline__ void DecodeHalf(int half, uint32_t word, uint32_t& p, uint32_t& q,
                                            uint32_t a[2][4]) {
-  if (half == 0) {
-    DecodeFragment<0>(word, p, q, a[0]);
-    DecodeFragment<1>(word, p, q, a[1]);
-  } else {
-    DecodeFragment<2>(word, p, q, a[0]);
-    DecodeFragment<3>(word, p, q, a[1]);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    uint32_t s[4], u[8];
+    MakeSelectors(2 * half + i, word, s);
+    LoadValues(2 * half + i, word, p, q, u);
+    SelectValues(u, s, a[i]);
   }
 }
 
 // DecodeHalf in two parts: the loads, and what writes the fragments' registers.
 __device__ __forceinline__ void LoadHalf(int half, uint32_t word, uint32_t& p, uint32_t& q,
                                          uint32_t u[2][8]) {
-  if (half == 0) {
-    LoadValues<0>(word, p, q, u[0]);
-    LoadValues<1>(word, p, q, u[1]);
-  } else {
-    LoadValues<2>(word, p, q, u[0]);
-    LoadValues<3>(word, p, q, u[1]);
-  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) LoadValues(2 * half + i, word, p, q, u[i]);
 }
 
 __device__ __forceinline__ void SelectHalf(int half, uint32_t word, const uint32_t u[2][8],
                                            uint32_t a[2][4]) {
-  uint32_t s[2][4];
-  if (half == 0) {
-    MakeSelectors<0>(word, s[0]);
-    MakeSelectors<1>(word, s[1]);
-  } else {
-    MakeSelectors<2>(word, s[0]);
-    MakeSelectors<3>(word, s[1]);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    uint32_t s[4];
+    MakeSelectors(2 * half + i, word, s);
+    SelectValues(u[i], s, a[i]);
   }
-  SelectValues(u[0], s[0], a[0]);
-  SelectValues(u[1], s[1], a[1]);
 }
 
 // Where the streams of a warp stand before a group of a strip.
