@@ -133,16 +133,11 @@ def pad_prompts(
       TypeError: the prompts are no sequences of integers.
       ValueError: a prompt has no token, or one that int32 does not hold.
     """
-    is_mapping = isinstance(prompts, Mapping)
-    if (
-        is_mapping
-        or isinstance(prompts, str | bytes)
-        or not isinstance(prompts, Iterable)
-    ):
+    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+        hint = ": pass its input_ids" if isinstance(prompts, Mapping) else ""
         raise TypeError(
             "pad_prompts: expected a sequence of prompts, got "
-            + type(prompts).__name__
-            + (": pass its input_ids" if is_mapping else "")
+            f"{type(prompts).__name__}{hint}"
         )
     rows = [_tokens(prompt, i) for i, prompt in enumerate(prompts)]
     longest = max(map(len, rows), default=0)
